@@ -1,0 +1,77 @@
+// How an image is cut into tasks: slices of L images x bands of rows x ranges of channels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "image.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace grasp_sparse {
+
+// A packed band should stay in the cache it is read from. Without a halo a small band costs nothing and L2 is the aim;
+// with one, every band packs its neighbours' rows again, and L3 is the compromise.
+constexpr int64_t kBandBytes = 512 << 10, kHaloBandBytes = 3 << 20;
+
+// Rows of a band such that (rows + halo) * row_bytes fits.
+inline int64_t band_rows(int64_t rows, int64_t halo, int64_t row_bytes) {
+  const int64_t budget = halo ? kHaloBandBytes : kBandBytes;
+  const int64_t fitting = budget / std::max<int64_t>(1, row_bytes) - halo;
+  return std::clamp<int64_t>(fitting, std::min<int64_t>(rows, std::max<int64_t>(1, 2 * halo)), std::max<int64_t>(1, rows));
+}
+
+// Places in a packed band are 32-bit.
+inline void check_band(int64_t elements) {
+  if (elements >= INT32_MAX)
+    throw std::runtime_error("grasp_sparse: one band of this image needs " + std::to_string(elements) +
+                             " packed elements, more than 32-bit offsets reach; use narrower images or fewer channels.");
+}
+
+// [0, rows) cut into `parts` ranges of about equal weight count.
+inline std::vector<int> balanced_rows(const int32_t* row_ptr, int64_t rows, int64_t parts) {
+  std::vector<int> cut(parts + 1, static_cast<int>(rows));
+  cut[0] = 0;
+  // Every row costs its weights and, for its tile, about as much as eight more.
+  auto cost = [&](int64_t row) { return static_cast<int64_t>(row_ptr[row] - row_ptr[0]) + 8 * row; };
+  for (int64_t part = 1, row = 0; part < parts; ++part) {
+    while (row < rows && cost(row) * parts < cost(rows) * part) ++row;
+    cut[part] = static_cast<int>(row);
+  }
+  return cut;
+}
+
+// Where each source row (or column) goes within a packed channel, in elements; -1 where it is not used.
+inline void axis_places(const Axis& axis, const std::vector<int64_t>& phases, int64_t phase_size, int64_t first, int64_t count,
+                        int64_t step, std::vector<int64_t>& places) {
+  places.assign(axis.input, -1);
+  for (int64_t i = 0; i < axis.input; ++i) {
+    const int64_t padded = i + axis.pad_begin, at = padded / axis.stride - first;
+    const auto phase = std::find(phases.begin(), phases.end(), padded % axis.stride);
+    if (phase != phases.end() && at >= 0 && at < count) places[i] = (phase - phases.begin()) * phase_size + at * step;
+  }
+}
+
+// Packs rows of one slice of x by these places.
+template <class T>
+void pack_slice(const Image<const T>& x, int64_t slice, const std::vector<int64_t>& row_places,
+                const std::vector<int64_t>& col_places, bool zero_first, int64_t channel_size, T* dst) {
+  constexpr int64_t L = kLanes<T>;
+  auto used = [](int64_t place) { return place >= 0; };
+  const int64_t begin = std::find_if(row_places.begin(), row_places.end(), used) - row_places.begin();
+  const int64_t end = row_places.rend() - std::find_if(row_places.rbegin(), row_places.rend(), used);
+  PackArgs<T> args{};
+  args.src = x.data + slice * L * x.sn;
+  args.sn = x.sn, args.sc = x.sc, args.sh = x.sh, args.sw = x.sw;
+  args.lanes = static_cast<int>(std::min<int64_t>(L, x.n - slice * L));
+  args.channels = static_cast<int>(x.c);
+  args.row_begin = static_cast<int>(std::min(begin, end)), args.row_end = static_cast<int>(end);
+  args.width = static_cast<int>(x.w);
+  args.row_place = row_places.data() + args.row_begin, args.col_place = col_places.data();
+  args.dst = dst, args.channel_size = channel_size, args.zero_first = zero_first;
+  kernels<T>().pack(args);
+}
+
+}  // namespace grasp_sparse

@@ -1,0 +1,138 @@
+// csr_conv2d_fprop, csr_conv2d_dgrad, csr_conv2d_wgrad: checks, layouts, and the call of the pass.
+#include "isa.h"
+#include "tensors.h"
+
+namespace grasp_sparse {
+
+namespace {
+
+void check_pair(const Sizes& sizes, size_t count, int64_t least, const char* name) {
+  STD_TORCH_CHECK(sizes.size() == count, "Expected ", name, " of ", count, " numbers, got ", sizes.size(), ".");
+  for (int64_t size : sizes) STD_TORCH_CHECK(size >= least, "Expected ", name, " of at least ", least, ", got ", size, ".");
+}
+
+Window window_of(int64_t height, int64_t width, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  check_pair(kernel, 2, 1, "kernel_size");
+  check_pair(stride, 2, 1, "stride");
+  check_pair(padding, 4, 0, "padding");
+  check_pair(dilation, 2, 1, "dilation");
+  auto axis = [&](int i, int64_t input) {
+    const int64_t room = input + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "Expected a padded image that holds the window, it is ", -room, " too small.");
+    return Axis{kernel[i], stride[i], dilation[i], padding[2 * i], input, room / stride[i] + 1};
+  };
+  return {axis(0, height), axis(1, width)};
+}
+
+void check_images(const Tensor& t, int64_t channels, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) == channels, "Expected ", name, " of shape [N, ", channels, ", H, W], got ", t.dim(),
+                  " dimensions and ", t.dim() > 1 ? t.size(1) : 0, " channels.");
+}
+
+void check_output(const Tensor& g, const Window& window) {
+  STD_TORCH_CHECK(g.size(2) == window.h.output && g.size(3) == window.w.output, "Expected g of ", window.h.output, " x ",
+                  window.w.output, " pixels, got ", g.size(2), " x ", g.size(3), ".");
+}
+
+int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
+  check_pair(kernel, 2, 1, "kernel_size");
+  const int64_t taps = kernel[0] * kernel[1];
+  STD_TORCH_CHECK(csr.cols % taps == 0, "Expected columns in multiples of ", taps, " (kernel_size), got ", csr.cols, ".");
+  return csr.cols / taps;
+}
+
+template <class T>
+Image<T> image_of(T* data, const Tensor& t) {
+  return {data, t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// Whether t, with its dimensions in this order (outermost first), is dense. Dimensions of one entry have any stride.
+bool lies_as(const Tensor& t, const int (&order)[4]) {
+  int64_t expected = 1;
+  for (int i = 3; i >= 0; --i) {
+    const int d = order[i];
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// [N, channels, height, width] in the layout of `like`. The rule of ops/layout.py.
+Tensor empty_images(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  const int64_t n = like.size(0);
+  const Sizes sizes{n, channels, height, width};
+  if (like.numel() > 0 && !like.is_contiguous()) {
+    if (lies_as(like, {0, 2, 3, 1})) return empty_strided(like, sizes, {height * width * channels, 1, width * channels, channels});
+    if (lies_as(like, {1, 2, 3, 0})) return empty_strided(like, sizes, {1, height * width * n, width * n, n});
+  }
+  return empty_strided(like, sizes, {channels * height * width, height * width, width, 1});
+}
+
+}  // namespace
+
+Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, Sizes kernel_size,
+                        Sizes stride, Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_images(x, input_channels(csr, kernel_size), "x");
+  check_values(values, csr, x.scalar_type());
+  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  if (bias) {
+    check_type(*bias, x.scalar_type(), "bias");
+    STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
+  }
+  const Tensor v = dense(values), b = bias ? dense(*bias) : v;
+  const Tensor y = empty_images(x, csr.rows, window.h.output, window.w.output);
+  for_type(x, "csr_conv2d_fprop", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    image_fprop<T>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<T>(x), x), window,
+                   image_of(mutable_data<T>(y), y));
+  });
+  return y;
+}
+
+Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const Tensor& g, Sizes input_size, Sizes kernel_size, Sizes stride,
+                        Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_images(g, csr.rows, "g");
+  check_values(values, csr, g.scalar_type());
+  check_pair(input_size, 2, 0, "input_size");
+  const Window window = window_of(input_size[0], input_size[1], kernel_size, stride, padding, dilation);
+  check_output(g, window);
+  const Tensor v = dense(values);
+  const Tensor dx = empty_images(g, input_channels(csr, kernel_size), input_size[0], input_size[1]);
+  for_type(g, "csr_conv2d_dgrad", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), g), window, image_of(mutable_data<T>(dx), dx));
+  });
+  return dx;
+}
+
+Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_images(g, csr.rows, "g");
+  check_images(x, input_channels(csr, kernel_size), "x");
+  check_type(g, x.scalar_type(), "g");
+  STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
+  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  check_output(g, window);
+  const Tensor sums = zero_values(x, csr.nnz);
+  for_type(x, "csr_conv2d_wgrad", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    image_wgrad<T>(csr, image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window, mutable_data<T>(sums));
+  });
+  return sums;
+}
+
+}  // namespace grasp_sparse
+
+STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
+  m.impl("csr_conv2d_fprop", TORCH_BOX(&grasp_sparse::csr_conv2d_fprop));
+  m.impl("csr_conv2d_dgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_dgrad));
+  m.impl("csr_conv2d_wgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_wgrad));
+}

@@ -1,0 +1,32 @@
+// The three passes over images seen through strides. A matrix is an image too (linear.cpp), so these are all the loops.
+#pragma once
+
+#include <cstdint>
+
+#include "window.h"
+
+namespace grasp_sparse {
+
+template <class T>
+struct Image {
+  T* data;
+  int64_t n, c, h, w;      // sizes: batch, channels, rows, columns
+  int64_t sn, sc, sh, sw;  // strides in elements
+};
+
+// The index tensors of one weight, as CsrIndices of the Python side: by row and by column.
+struct CsrView {
+  int64_t rows, cols, nnz;
+  const int32_t *crow, *col, *ccol, *row, *permutation;
+};
+
+// Each throws std::runtime_error, before it writes, when an index lies outside the weight it claims to index.
+template <class T>
+void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
+template <class T>
+void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, const Window& window, const Image<T>& dx);
+// sums [nnz] += the sampled product.
+template <class T>
+void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums);
+
+}  // namespace grasp_sparse

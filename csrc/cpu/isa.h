@@ -1,0 +1,87 @@
+// The border between the operations (linear.cpp, conv2d.cpp: torch tensors, threads, validation) and the loops that are
+// compiled once per instruction set (kernels.cpp): plain structs and three function pointers per element type.
+//
+// Activations are worked on in slices of L batch lanes, L * sizeof(T) = 64 bytes, packed as [channel][row][column][L].
+// Every kept weight then multiplies one contiguous vector, whatever its place: the weight is a (value, offset) pair and a
+// convolution is a walk over such pairs, with no bounds test because the padding is part of the packed image.
+#pragma once
+
+#include <cstdint>
+
+namespace grasp_sparse {
+
+constexpr int kSliceBytes = 64;
+
+template <class T>
+constexpr int kLanes = kSliceBytes / static_cast<int>(sizeof(T));
+
+// Copies source rows [row_begin, row_end) of one slice into its packed image, which is zeroed first.
+template <class T>
+struct PackArgs {
+  const T* src;            // first lane, channel 0, row 0, column 0
+  int64_t sn, sc, sh, sw;  // strides in elements: lane, channel, row, column
+  int lanes;               // valid lanes, 1 … L; the rest are packed as zeros
+  int channels;
+  int row_begin, row_end, width;
+  const int64_t* row_place;  // [row - row_begin] place of a source row within a packed channel, in elements; -1: unused
+  const int64_t* col_place;  // [width] what a source column adds to it; -1: unused
+  T* dst;
+  int64_t channel_size;  // elements of one packed channel
+  bool zero_first;       // some packed places have no source (padding)
+};
+
+// out[channel][row][column] = bias + sum over the channel's weights of value * packed[offset + place of the pixel].
+template <class T>
+struct ProductArgs {
+  const T* packed;   // at the first pixel
+  int64_t row_step;  // elements between vertically neighbouring pixels; horizontal neighbours are L apart
+  int rows, cols;
+  const T* values;
+  const int32_t* offsets;
+  const int32_t* row_ptr;  // [channels + 1]
+  int channel_begin, channel_end;
+  const T* bias;  // [channels] or null
+  T* out;         // at the first pixel
+  int64_t on, oc, oh, ow;
+  int lanes;
+};
+
+// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel].
+template <class T>
+struct SampledArgs {
+  const T* packed;
+  int64_t row_step;
+  const T* g;  // packed [channel][rows][cols][L]
+  int64_t g_channel_size;
+  int rows, cols;
+  const int32_t* offsets;
+  const int32_t* row_ptr;
+  int channel_begin, channel_end;
+  T* sums;
+};
+
+template <class T>
+struct Kernels {
+  void (*pack)(const PackArgs<T>&);
+  void (*product)(const ProductArgs<T>&);
+  void (*sampled)(const SampledArgs<T>&);
+};
+
+struct IsaBody {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The body in use: the best this CPU has, or the one GRASP_SPARSE_ISA names. Throws std::invalid_argument with the
+// choices when that names one this machine cannot run.
+const IsaBody& active_isa();
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() { return active_isa().f32; }
+template <>
+inline const Kernels<double>& kernels<double>() { return active_isa().f64; }
+
+}  // namespace grasp_sparse

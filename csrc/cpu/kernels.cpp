@@ -1,0 +1,76 @@
+// Compiled once for each instruction set, with GRASP_SPARSE_ISA naming the namespace (setup.py has the flags).
+// Cuts an image into tiles of R x C pixels, R*C <= kMaxTile, and calls the loop compiled for exactly that tile.
+#include "isa.h"
+#include "pack.h"
+#include "product.h"
+#include "sampled.h"
+
+namespace grasp_sparse {
+namespace GRASP_SPARSE_ISA {
+
+template <class T, template <class, int, int> class Strip, class Args, int R, int C>
+GRASP_SPARSE_INLINE void run_cols(const Args& p, int row, int col, int cols) {
+  if constexpr (C > 0) {
+    if (cols == C) return Strip<T, R, C>::run(p, row, col);
+    run_cols<T, Strip, Args, R, C - 1>(p, row, col, cols);
+  }
+}
+
+template <class T, template <class, int, int> class Strip, class Args, int R>
+void run_rows(const Args& p, int row, int width) {
+  // Strips of nearly equal width: 29 columns are 15 + 14, not 16 + 13.
+  for (int col = 0; col < p.cols;) {
+    const int cols = p.cols - col < width ? p.cols - col : width;
+    run_cols<T, Strip, Args, R, kMaxTile / R>(p, row, col, cols);
+    col += cols;
+  }
+}
+
+template <class T, template <class, int, int> class Strip, class Args>
+void run_tiles(const Args& p) {
+  const int strips = (p.cols + kMaxTile - 1) / kMaxTile;
+  const int width = strips ? (p.cols + strips - 1) / strips : 1;
+  for (int row = 0; row < p.rows;) {
+    const int left = p.rows - row;
+    if (left >= 4 && width * 4 <= kMaxTile) {
+      run_rows<T, Strip, Args, 4>(p, row, width);
+      row += 4;
+    } else if (left >= 2 && width * 2 <= kMaxTile) {
+      run_rows<T, Strip, Args, 2>(p, row, width);
+      row += 2;
+    } else {
+      run_rows<T, Strip, Args, 1>(p, row, width);
+      row += 1;
+    }
+  }
+}
+
+template <class T, int R, int C>
+struct ProductStrip {
+  static GRASP_SPARSE_INLINE void run(const ProductArgs<T>& p, int row, int col) { product_strip<T, R, C>(p, row, col); }
+};
+template <class T, int R, int C>
+struct SampledStrip {
+  static GRASP_SPARSE_INLINE void run(const SampledArgs<T>& p, int row, int col) { sampled_strip<T, R, C>(p, row, col); }
+};
+
+template <class T>
+void product(const ProductArgs<T>& p) {
+  run_tiles<T, ProductStrip, ProductArgs<T>>(p);
+}
+template <class T>
+void sampled(const SampledArgs<T>& p) {
+  run_tiles<T, SampledStrip, SampledArgs<T>>(p);
+}
+
+#define GRASP_SPARSE_TEXT_(x) #x
+#define GRASP_SPARSE_TEXT(x) GRASP_SPARSE_TEXT_(x)
+extern const IsaBody body;
+const IsaBody body = {
+    GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
+    {&pack<float>, &product<float>, &sampled<float>},
+    {&pack<double>, &product<double>, &sampled<double>},
+};
+
+}  // namespace GRASP_SPARSE_ISA
+}  // namespace grasp_sparse

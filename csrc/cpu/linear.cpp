@@ -1,0 +1,133 @@
+// csr_spmm, csr_spmm_t, csr_sddmm. A matrix [N, features] is an image: L rows are the lanes, T groups of L rows lie side
+// by side as columns (one panel), panels lie below one another. So the three passes over images are the only loops.
+#include <algorithm>
+
+#include "isa.h"
+#include "tensors.h"
+
+namespace grasp_sparse {
+
+namespace {
+
+struct Matrix {
+  int64_t rows, features, row_stride, feature_stride;
+};
+
+Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
+
+// Columns of a panel: what keeps its packed features (64 bytes each) in L2, at least 4, so that a weight's own loads
+// are shared by several multiply-adds.
+int64_t panel_columns(int64_t features) {
+  constexpr int64_t kPanelBytes = 512 << 10;
+  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), 4, 16);
+}
+
+// One rectangular piece of a matrix: rows [first, first + panels * columns * lanes).
+struct Piece {
+  int64_t first, panels, columns, lanes;
+};
+
+// Whole panels, the columns left over, the rows left over.
+std::vector<Piece> pieces(int64_t rows, int64_t columns, int64_t L) {
+  const int64_t groups = rows / L, panels = groups / columns, rest = groups % columns;
+  std::vector<Piece> out;
+  if (panels) out.push_back({0, panels, columns, L});
+  if (rest) out.push_back({panels * columns * L, 1, rest, L});
+  if (rows % L) out.push_back({groups * L, 1, 1, rows % L});
+  return out;
+}
+
+template <class T>
+Image<T> image_of(T* data, const Matrix& m, const Piece& p) {
+  constexpr int64_t L = kLanes<std::remove_const_t<T>>;
+  return {data + p.first * m.row_stride, p.lanes, m.features, p.panels, p.columns,
+          m.row_stride, m.feature_stride, p.columns * L * m.row_stride, L * m.row_stride};
+}
+
+Window point(const Piece& p) {
+  return {{1, 1, 1, 0, p.panels, p.panels}, {1, 1, 1, 0, p.columns, p.columns}};
+}
+
+// [N, features] in the layout of `like`: feature-major if that is, row-major otherwise. The rule of ops/layout.py.
+Tensor empty_rows(const Tensor& like, int64_t features) {
+  const int64_t n = like.size(0), k = like.size(1);
+  const bool feature_major = !like.is_contiguous() && (n == 1 || like.stride(0) == 1) && (k == 1 || like.stride(1) == n);
+  return feature_major ? empty_strided(like, {n, features}, {1, n}) : empty_strided(like, {n, features}, {features, 1});
+}
+
+void check_matrix(const Tensor& t, int64_t features, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == features, "Expected ", name, " of shape [N, ", features, "], got ", t.dim(),
+                  " dimensions, the last of ", t.dim() ? t.size(t.dim() - 1) : 0, ".");
+}
+
+}  // namespace
+
+Tensor zero_values(const Tensor& like, int64_t nnz) {
+  Tensor values = empty_strided(like, {1, nnz}, {nnz, 1});
+  return torch::stable::zero_(values);
+}
+
+Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrix(x, csr.cols, "x");
+  check_values(values, csr, x.scalar_type());
+  if (bias) {
+    check_type(*bias, x.scalar_type(), "bias");
+    STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
+  }
+  const Tensor v = dense(values), b = bias ? dense(*bias) : v;
+  const Tensor y = empty_rows(x, csr.rows);
+  for_type(x, "csr_spmm", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Matrix in = matrix_of(x), out = matrix_of(y);
+    for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
+      image_fprop<T>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<T>(x), in, p), point(p),
+                     image_of(mutable_data<T>(y), out, p));
+  });
+  return y;
+}
+
+Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                  const Tensor& permutation, const Tensor& g) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrix(g, csr.rows, "g");
+  check_values(values, csr, g.scalar_type());
+  const Tensor v = dense(values);
+  const Tensor dx = empty_rows(g, csr.cols);
+  for_type(g, "csr_spmm_t", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Matrix in = matrix_of(g), out = matrix_of(dx);
+    for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
+      image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), in, p), point(p), image_of(mutable_data<T>(dx), out, p));
+  });
+  return dx;
+}
+
+Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                 const Tensor& g, const Tensor& x) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrix(x, csr.cols, "x");
+  check_matrix(g, csr.rows, "g");
+  check_type(g, x.scalar_type(), "g");
+  STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
+  const Tensor sums = zero_values(x, csr.nnz);
+  for_type(x, "csr_sddmm", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Matrix mg = matrix_of(g), mx = matrix_of(x);
+    for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
+      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums));
+  });
+  return sums;
+}
+
+}  // namespace grasp_sparse
+
+STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
+  m.impl("csr_spmm", TORCH_BOX(&grasp_sparse::csr_spmm));
+  m.impl("csr_spmm_t", TORCH_BOX(&grasp_sparse::csr_spmm_t));
+  m.impl("csr_sddmm", TORCH_BOX(&grasp_sparse::csr_sddmm));
+}

@@ -1,0 +1,93 @@
+#include "lists.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "parallel.h"
+
+namespace grasp_sparse {
+
+namespace {
+
+constexpr int64_t kGrain = 16384;  // entries a thread should have before a second one pays
+
+// A non-decreasing pointer array from 0 to nnz.
+bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
+  bool valid = ptr[0] == 0 && ptr[count] == nnz;
+  for (int64_t i = 0; i < count; ++i) valid &= ptr[i] <= ptr[i + 1];
+  return valid;
+}
+
+inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
+
+[[noreturn]] void corrupt(const char* what) {
+  throw std::runtime_error(std::string("grasp_sparse: ") + what +
+                           " point outside the weight; the sparse structure is corrupt. Rebuild it with "
+                           "csr_from_mask, or load another checkpoint.");
+}
+
+}  // namespace
+
+void build_row_list(const CsrView& csr, const int32_t* column_place, int32_t* offsets) {
+  if (!valid_pointers(csr.crow, csr.rows, csr.nnz)) corrupt("crow_indices");
+  std::atomic<bool> valid{true};
+  parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    for (int64_t j = begin; j < end; ++j) {
+      const int32_t col = csr.col[j];
+      const bool in = inside(col, csr.cols);
+      ok &= in;
+      offsets[j] = column_place[in ? col : 0];
+    }
+    if (!ok) valid = false;
+  });
+  if (!valid) corrupt("col_indices");
+}
+
+template <class T>
+void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, int64_t groups, const int64_t* group_ptr,
+                            const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place,
+                            const TransposedLists<T>& lists) {
+  if (!valid_pointers(csr.ccol, csr.cols, csr.nnz)) corrupt("ccol_indices");
+  const int64_t channels = csr.cols / taps;
+  int32_t place = 0;
+  for (int64_t q = 0; q < groups; ++q) {
+    int32_t* row_ptr = lists.row_ptr + q * (channels + 1);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      row_ptr[channel] = place;
+      for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
+        const int64_t col = channel * taps + tap_of[k];
+        place += csr.ccol[col + 1] - csr.ccol[col];
+      }
+    }
+    row_ptr[channels] = place;
+  }
+  std::atomic<bool> valid{true};
+  const int64_t grain = csr.nnz ? std::max<int64_t>(1, kGrain * groups * channels / csr.nnz) : groups * channels + 1;
+  parallel_for(0, groups * channels, grain, [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t q = item / channels, channel = item % channels;
+      int32_t to = lists.row_ptr[q * (channels + 1) + channel];
+      for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
+        const int64_t col = channel * taps + tap_of[k];
+        for (int32_t j = csr.ccol[col]; j < csr.ccol[col + 1]; ++j, ++to) {
+          const int32_t row = csr.row[j], from = csr.permutation[j];
+          const bool in = inside(row, csr.rows) && inside(from, csr.nnz);
+          ok &= in;
+          lists.offsets[to] = row_place[in ? row : 0] + tap_place[tap_of[k]];
+          lists.values[to] = values[in ? from : 0];
+        }
+      }
+    }
+    if (!ok) valid = false;
+  });
+  if (!valid) corrupt("row_indices or permutation");
+}
+
+template void build_transposed_lists(const CsrView&, const float*, int64_t, int64_t, const int64_t*, const int64_t*,
+                                     const int32_t*, const int32_t*, const TransposedLists<float>&);
+template void build_transposed_lists(const CsrView&, const double*, int64_t, int64_t, const int64_t*, const int64_t*,
+                                     const int32_t*, const int32_t*, const TransposedLists<double>&);
+
+}  // namespace grasp_sparse

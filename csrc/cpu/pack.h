@@ -1,0 +1,89 @@
+// Packing: from a torch tensor of any strides to [channel][row][column][L], padding included. One read of the tensor.
+// Fast ways for the three layouts in use (whole images in a row, channels_last, batch innermost), a slow one for the rest.
+#pragma once
+
+#include "transpose.h"
+
+namespace grasp_sparse {
+namespace GRASP_SPARSE_ISA {
+
+// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes.
+template <class T>
+void pack_pixel_runs(const PackArgs<T>& p) {
+  constexpr int L = kLanes<T>;
+  alignas(64) T block[L * L];
+  const int pixels = (p.row_end - p.row_begin) * p.width;
+  for (int c = 0; c < p.channels; ++c) {
+    const T* src = p.src + c * p.sc + p.row_begin * p.sh;
+    T* dst = p.dst + c * p.channel_size;
+    for (int q = 0; q < pixels; q += L) {
+      // The last run is shifted back: packing a pixel twice is harmless, reading past the image is not.
+      const int first = q + L <= pixels ? q : pixels - L;
+      transpose(src + first, p.sn, p.lanes, block);
+      int row = first / p.width, col = first % p.width;
+      for (int i = 0; i < L; ++i) {
+        if (p.row_place[row] >= 0 && p.col_place[col] >= 0)
+          store(dst + p.row_place[row] + p.col_place[col], load(block + i * L));
+        if (++col == p.width) col = 0, ++row;
+      }
+    }
+  }
+}
+
+// Channels innermost: transpose L channels x L lanes of one pixel. `count` is called with each block's first channel.
+template <class T>
+void pack_channel_runs(const PackArgs<T>& p) {
+  constexpr int L = kLanes<T>;
+  alignas(64) T block[L * L];
+  for (int row = p.row_begin; row < p.row_end; ++row) {
+    const int64_t row_place = p.row_place[row - p.row_begin];
+    if (row_place < 0) continue;
+    for (int col = 0; col < p.width; ++col) {
+      if (p.col_place[col] < 0) continue;
+      const T* src = p.src + row * p.sh + col * p.sw;
+      T* dst = p.dst + row_place + p.col_place[col];
+      for (int c = 0; c < p.channels; c += L) {
+        const int first = c + L <= p.channels ? c : p.channels - L;
+        transpose(src + first, p.sn, p.lanes, block);
+        for (int i = 0; i < L; ++i) store(dst + (first + i) * p.channel_size, load(block + i * L));
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_lanes(const PackArgs<T>& p) {
+  constexpr int L = kLanes<T>;
+  for (int c = 0; c < p.channels; ++c) {
+    for (int row = p.row_begin; row < p.row_end; ++row) {
+      const int64_t row_place = p.row_place[row - p.row_begin];
+      if (row_place < 0) continue;
+      for (int col = 0; col < p.width; ++col) {
+        if (p.col_place[col] < 0) continue;
+        const T* src = p.src + c * p.sc + row * p.sh + col * p.sw;
+        T* dst = p.dst + c * p.channel_size + row_place + p.col_place[col];
+        if (p.sn == 1 && p.lanes == L) {
+          store(dst, load_unaligned(src));
+        } else {
+          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? src[l * p.sn] : T(0);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void pack(const PackArgs<T>& p) {
+  constexpr int L = kLanes<T>;
+  if (p.zero_first) std::memset(p.dst, 0, sizeof(T) * p.channel_size * p.channels);
+  if (p.sn != 1 && p.sw == 1 && p.sh == p.width && (p.row_end - p.row_begin) * p.width >= L) {
+    pack_pixel_runs(p);
+  } else if (p.sn != 1 && p.sc == 1 && p.channels >= L) {
+    pack_channel_runs(p);
+  } else {
+    pack_lanes(p);
+  }
+}
+
+}  // namespace GRASP_SPARSE_ISA
+}  // namespace grasp_sparse

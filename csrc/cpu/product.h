@@ -1,0 +1,66 @@
+// The product (fprop, and dgrad on the transposed list): a tile of R x C pixels of one output channel stays in registers
+// while the channel's weights pass by. Per weight: one value, one offset, R*C loads and multiply-adds.
+#pragma once
+
+#include <utility>
+
+#include "unpack.h"
+
+namespace grasp_sparse {
+namespace GRASP_SPARSE_ISA {
+
+template <class T, int R, int C>
+GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, int channel, T* tile) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[R * C];
+  const Vec<T> first = broadcast(p.bias ? p.bias[channel] : T(0));
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) acc[i] = first;
+  for (int32_t j = p.row_ptr[channel]; j < p.row_ptr[channel + 1]; ++j) {
+    const Vec<T> value = broadcast(p.values[j]);
+    const T* at = packed + p.offsets[j];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) multiply_add(acc[r * C + c], value, load(at + r * p.row_step + c * L));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) store(tile + i * L, acc[i]);
+}
+
+// All channels of one tile whose first pixel is (row, col).
+template <class T, int R, int C>
+void product_strip(const ProductArgs<T>& p, int row, int col) {
+  constexpr int L = kLanes<T>, kTile = R * C * L;
+  alignas(64) T tiles[L * kTile];
+  const T* packed = p.packed + row * p.row_step + col * L;
+  T* out = p.out + row * p.oh + col * p.ow;
+  if (p.oc == 1 && p.on != 1) {  // channels_last
+    for (int channel = p.channel_begin; channel < p.channel_end; channel += L) {
+      const int count = p.channel_end - channel < L ? p.channel_end - channel : L;
+      for (int i = 0; i < count; ++i) product_tile<T, R, C>(p, packed, channel + i, tiles + i * kTile);
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+          unpack_channel_run(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
+    }
+    return;
+  }
+  const bool runs = p.ow == 1 && p.on != 1;
+  const bool one_run = runs && (R == 1 || p.oh == C);
+  for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
+    product_tile<T, R, C>(p, packed, channel, tiles);
+    T* to = out + channel * p.oc;
+    if (one_run) {
+      unpack_pixel_run<T, R * C>(tiles, to, p.on, p.lanes);
+    } else if (runs) {
+      for (int r = 0; r < R; ++r) unpack_pixel_run<T, C>(tiles + r * C * L, to + r * p.oh, p.on, p.lanes);
+    } else {
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) unpack_lanes(tiles + (r * C + c) * L, to + r * p.oh + c * p.ow, p.on, p.lanes);
+    }
+  }
+}
+
+}  // namespace GRASP_SPARSE_ISA
+}  // namespace grasp_sparse

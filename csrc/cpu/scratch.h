@@ -1,0 +1,55 @@
+// Working memory that outlives a call: each thread keeps what it needed last, so a steady training step allocates
+// nothing here and page-faults nothing.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace grasp_sparse {
+
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  ~AlignedBuffer() { std::free(data_); }
+
+  // At least `count` elements of T, aligned to 64 bytes, contents undefined; the pointer holds until the next call.
+  template <class T>
+  T* reserve(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (data_ == nullptr) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Of a worker, while it runs one task.
+struct TaskScratch {
+  AlignedBuffer packed, packed_g;
+  static TaskScratch& mine() {
+    static thread_local TaskScratch scratch;
+    return scratch;
+  }
+};
+
+// Of the thread that called the operation, for as long as the operation runs.
+struct CallScratch {
+  AlignedBuffer offsets, values, row_ptr, sums;
+  static CallScratch& mine() {
+    static thread_local CallScratch scratch;
+    return scratch;
+  }
+};
+
+}  // namespace grasp_sparse

@@ -1,0 +1,94 @@
+// From torch tensors to the plain views the passes work on; every shape and type is checked here, once, at the edge.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "image.h"
+
+namespace grasp_sparse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// The five index tensors, held contiguous for as long as the view is in use.
+class Indices {
+ public:
+  Indices(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation)
+      : held_{index(crow, "crow_indices"), index(col, "col_indices"), index(ccol, "ccol_indices"),
+              index(row, "row_indices"), index(permutation, "permutation")} {
+    view_.rows = held_[0].numel() - 1, view_.cols = held_[2].numel() - 1, view_.nnz = held_[1].numel();
+    STD_TORCH_CHECK(view_.rows >= 0 && view_.cols >= 0, "Expected crow_indices and ccol_indices of at least one entry.");
+    STD_TORCH_CHECK(held_[3].numel() == view_.nnz && held_[4].numel() == view_.nnz, "Expected row_indices and permutation of ",
+                    view_.nnz, " entries like col_indices, got ", held_[3].numel(), " and ", held_[4].numel(), ".");
+    view_.crow = data(0), view_.col = data(1), view_.ccol = data(2), view_.row = data(3), view_.permutation = data(4);
+  }
+  const CsrView& view() const { return view_; }
+
+ private:
+  static Tensor index(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_cpu(), "Expected ", name,
+                    " to be a 1-D int32 tensor on the CPU.");
+    return t.is_contiguous() ? t : torch::stable::clone(t);
+  }
+  const int32_t* data(int i) const { return static_cast<const int32_t*>(held_[i].const_data_ptr()); }
+
+  Tensor held_[5];
+  CsrView view_{};
+};
+
+inline void check_type(const Tensor& t, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, "Expected ", name, " on the CPU in the dtype of the activations.");
+}
+
+inline void check_values(const Tensor& values, const CsrView& csr, ScalarType type) {
+  check_type(values, type, "values");
+  STD_TORCH_CHECK(values.numel() == csr.nnz, "Expected values [1, ", csr.nnz, "], got ", values.numel(), " entries.");
+}
+
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  return torch::stable::contiguous(t);
+}
+
+inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides) {
+  AtenTensorHandle handle;
+  int32_t type, device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
+                                                  like.get_device(), &handle));
+  return Tensor(handle);
+}
+
+// Calls f with a null pointer of the element type of t.
+template <class F>
+auto for_type(const Tensor& t, const char* op, F&& f) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
+                  ": Expected float32 or float64 activations; convert them, or call the layer, which does.");
+  return type == ScalarType::Float ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
+}
+
+template <class T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// [1, nnz] of zeros, of the type of `like`.
+Tensor zero_values(const Tensor& like, int64_t nnz);
+
+}  // namespace grasp_sparse

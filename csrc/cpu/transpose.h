@@ -1,0 +1,56 @@
+// Square transposes of L x L blocks, in registers: how a batch gets in and out of the lanes.
+#pragma once
+
+#include "vec.h"
+
+namespace grasp_sparse {
+namespace GRASP_SPARSE_ISA {
+
+template <class T, int Bit>
+struct Butterfly {
+  static GRASP_SPARSE_INLINE void run(Native<T>* row) {
+    constexpr int n = kNativeLanes<T>;
+    if constexpr (Bit < n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        if (i & Bit) continue;
+        const Native<T> a = row[i], b = row[i | Bit];
+        row[i] = take<T, Bit, false>(a, b);
+        row[i | Bit] = take<T, Bit, true>(a, b);
+      }
+      Butterfly<T, Bit * 2>::run(row);
+    }
+  }
+};
+
+template <class T>
+struct Butterfly<T, 64> {
+  static GRASP_SPARSE_INLINE void run(Native<T>*) {}
+};
+
+// dst[j][i] = src[i][j], i and j in [0, L). Source rows from `rows` on are not read and count as zero.
+// src rows are `step` elements apart and need no alignment; dst is dense and aligned.
+template <class T>
+inline void transpose(const T* src, int64_t step, int rows, T* dst) {
+  constexpr int n = kNativeLanes<T>, L = kLanes<T>;
+  for (int i0 = 0; i0 < L; i0 += n) {
+    for (int j0 = 0; j0 < L; j0 += n) {
+      Native<T> block[n];
+      if (i0 + n <= rows) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
+      } else {
+        for (int i = 0; i < n; ++i) {
+          block[i] = Native<T>{};
+          if (i0 + i < rows) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
+        }
+      }
+      Butterfly<T, 1>::run(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) std::memcpy(dst + (j0 + j) * L + i0, &block[j], sizeof block[j]);
+    }
+  }
+}
+
+}  // namespace GRASP_SPARSE_ISA
+}  // namespace grasp_sparse

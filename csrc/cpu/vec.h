@@ -1,0 +1,113 @@
+// One slice vector: L lanes, 64 bytes, held in as many native registers as the instruction set needs.
+// Compiled once per instruction set; everything lives in namespace GRASP_SPARSE_ISA so that the linker can never merge
+// a function compiled for AVX-512 with one that must run anywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+#if defined(__AVX512F__)
+#define GRASP_SPARSE_NATIVE_BYTES 64
+#define GRASP_SPARSE_MAX_TILE 16  // accumulators of one slice each: 16 of 32 registers, the sampled product holds 16 more
+#elif defined(__AVX2__)
+#define GRASP_SPARSE_NATIVE_BYTES 32
+#define GRASP_SPARSE_MAX_TILE 6
+#else
+#define GRASP_SPARSE_NATIVE_BYTES 16
+#define GRASP_SPARSE_MAX_TILE 3
+#endif
+
+#define GRASP_SPARSE_INLINE inline __attribute__((always_inline))
+
+namespace grasp_sparse {
+namespace GRASP_SPARSE_ISA {
+
+constexpr int kMaxTile = GRASP_SPARSE_MAX_TILE;
+
+template <class T>
+struct NativeOf;
+template <>
+struct NativeOf<float> {
+  typedef float type __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
+  typedef int32_t index __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
+};
+template <>
+struct NativeOf<double> {
+  typedef double type __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
+  typedef int64_t index __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
+};
+
+template <class T>
+using Native = typename NativeOf<T>::type;
+template <class T>
+constexpr int kNativeLanes = GRASP_SPARSE_NATIVE_BYTES / static_cast<int>(sizeof(T));
+constexpr int kNatives = kSliceBytes / GRASP_SPARSE_NATIVE_BYTES;
+
+template <class T>
+struct Vec {
+  Native<T> part[kNatives];
+};
+
+template <class T>
+GRASP_SPARSE_INLINE Vec<T> broadcast(T value) {
+  Vec<T> v;
+#pragma GCC unroll 4
+  for (int i = 0; i < kNatives; ++i) v.part[i] = Native<T>{} + value;
+  return v;
+}
+
+// p is aligned to 64 bytes: packed images are.
+template <class T>
+GRASP_SPARSE_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+#pragma GCC unroll 4
+  for (int i = 0; i < kNatives; ++i) v.part[i] = reinterpret_cast<const Native<T>*>(p)[i];
+  return v;
+}
+
+template <class T>
+GRASP_SPARSE_INLINE void store(T* p, const Vec<T>& v) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kNatives; ++i) reinterpret_cast<Native<T>*>(p)[i] = v.part[i];
+}
+
+template <class T>
+GRASP_SPARSE_INLINE Vec<T> load_unaligned(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+GRASP_SPARSE_INLINE void store_unaligned(T* p, const Vec<T>& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// acc += a * b. Contracts to one fused multiply-add where the instruction set has it.
+template <class T>
+GRASP_SPARSE_INLINE void multiply_add(Vec<T>& acc, const Vec<T>& a, const Vec<T>& b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kNatives; ++i) acc.part[i] += a.part[i] * b.part[i];
+}
+
+// From two native vectors, those lanes whose bit `Bit` of the lane number is clear (or set), interleaved: with the same
+// bit taken from both, lane l of the result is lane (l & ~Bit | Set) of a where l & Bit is clear, of b where it is set.
+template <class T, int Bit, bool Set>
+GRASP_SPARSE_INLINE Native<T> take(Native<T> a, Native<T> b) {
+  constexpr int n = kNativeLanes<T>;
+  typename NativeOf<T>::index mask;
+#pragma GCC unroll 16
+  for (int l = 0; l < n; ++l) mask[l] = ((l & ~Bit) | (Set ? Bit : 0)) + ((l & Bit) ? n : 0);
+#if defined(__clang__)
+  Native<T> out;
+  for (int l = 0; l < n; ++l) out[l] = mask[l] < n ? a[mask[l]] : b[mask[l] - n];
+  return out;
+#else
+  return __builtin_shuffle(a, b, mask);
+#endif
+}
+
+}  // namespace GRASP_SPARSE_ISA
+}  // namespace grasp_sparse

@@ -1,0 +1,61 @@
+"""Loads the compiled library once and remembers why when it cannot.
+
+The operators register themselves for the CPU when the library loads and take over from the pure-torch reference; nothing
+else in the package asks whether it is there.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """What was compiled and what runs.
+
+    Attributes:
+        loaded: whether compiled kernels are in use.
+        reason: why not, in one sentence with what to do; None when loaded.
+        isa: the instruction set in use: "avx512", "avx2", "scalar", or "reference" without the library.
+        runnable_isas: those that GRASP_SPARSE_ISA may name on this machine, best first.
+        built: what was compiled in, for people: {"cpu": "avx512 avx2 scalar", "compiler": …}.
+    """
+
+    loaded: bool
+    reason: str | None
+    isa: str
+    runnable_isas: tuple[str, ...]
+    built: dict[str, str]
+
+
+def status() -> ExtensionStatus:
+    """The outcome of the attempt made when grasp_sparse was imported."""
+    return _status
+
+
+def _load() -> ExtensionStatus:
+    if os.environ.get("GRASP_SPARSE_NO_EXT") == "1":
+        return _without("GRASP_SPARSE_NO_EXT=1 is set; unset it to use the compiled kernels.")
+    try:
+        library = import_module("grasp_sparse._C")
+    except ModuleNotFoundError:
+        return _without(
+            "the extension was not built; install a C++ compiler (on Debian: apt-get install g++) and run "
+            "pip install --no-build-isolation . again."
+        )
+    except ImportError as error:
+        return _without(f"the extension does not load ({error}); rebuild it against this torch: pip install --no-build-isolation .")
+    isa = library.active_isa()
+    built = {"cpu": " ".join(library.compiled_isas()), "compiler": library.compiler()}
+    return ExtensionStatus(True, None, isa, tuple(library.runnable_isas()), built)
+
+
+def _without(reason: str) -> ExtensionStatus:
+    warnings.warn(f"grasp_sparse runs on its slow pure-torch reference: {reason}", RuntimeWarning, stacklevel=2)
+    return ExtensionStatus(False, reason, "reference", (), {})
+
+
+_status = _load()

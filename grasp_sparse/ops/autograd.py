@@ -1,0 +1,120 @@
+"""Derivatives: each formula is written in members of the same family, so they can be differentiated again.
+
+With L a scalar, G = dL/dy and everything bilinear:
+
+* y = fprop(v, x) + b   dv = wgrad(G, x)    dx = dgrad(v, G)    db = ΣG
+* x = dgrad(v, g)       dv = wgrad(g, G)    dg = fprop(v, G)
+* v = wgrad(g, x)       dg = fprop(G, x)    dx = dgrad(G, g)
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ops = torch.ops.grasp_sparse
+_NO_INDEX_GRADS = (None,) * 5
+
+
+def _setup_spmm(ctx, inputs, output):
+    values, *indices, _, x = inputs
+    ctx.save_for_backward(values, *indices, x)
+
+
+def _spmm_backward(ctx, grad):
+    values, *indices, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        _ops.csr_sddmm(*indices, grad, x) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        grad.sum(0) if needs[6] else None,
+        _ops.csr_spmm_t(values, *indices, grad) if needs[7] else None,
+    )
+
+
+def _setup_spmm_t(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _spmm_t_backward(ctx, grad):
+    values, *indices, g = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        _ops.csr_sddmm(*indices, g, grad) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        _ops.csr_spmm(values, *indices, None, grad) if needs[6] else None,
+    )
+
+
+def _setup_sddmm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _sddmm_backward(ctx, grad):
+    *indices, g, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        *_NO_INDEX_GRADS,
+        _ops.csr_spmm(grad, *indices, None, x) if needs[5] else None,
+        _ops.csr_spmm_t(grad, *indices, g) if needs[6] else None,
+    )
+
+
+def _setup_fprop(ctx, inputs, output):
+    values, *indices, _, x = inputs[:8]
+    ctx.save_for_backward(values, *indices, x)
+    ctx.window = inputs[8:]
+
+
+def _fprop_backward(ctx, grad):
+    values, *indices, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        _ops.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        grad.sum((0, 2, 3)) if needs[6] else None,
+        _ops.csr_conv2d_dgrad(values, *indices, grad, x.shape[2:], *ctx.window) if needs[7] else None,
+        *(None,) * 4,
+    )
+
+
+def _setup_dgrad(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.window = inputs[8:]
+
+
+def _dgrad_backward(ctx, grad):
+    values, *indices, g = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        _ops.csr_conv2d_wgrad(*indices, g, grad, *ctx.window) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        _ops.csr_conv2d_fprop(values, *indices, None, grad, *ctx.window) if needs[6] else None,
+        *(None,) * 5,
+    )
+
+
+def _setup_wgrad(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.window = inputs[7:]
+
+
+def _wgrad_backward(ctx, grad):
+    *indices, g, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        *_NO_INDEX_GRADS,
+        _ops.csr_conv2d_fprop(grad, *indices, None, x, *ctx.window) if needs[5] else None,
+        _ops.csr_conv2d_dgrad(grad, *indices, g, x.shape[2:], *ctx.window) if needs[6] else None,
+        *(None,) * 4,
+    )
+
+
+for _name, _backward, _setup in (
+    ("csr_spmm", _spmm_backward, _setup_spmm),
+    ("csr_spmm_t", _spmm_t_backward, _setup_spmm_t),
+    ("csr_sddmm", _sddmm_backward, _setup_sddmm),
+    ("csr_conv2d_fprop", _fprop_backward, _setup_fprop),
+    ("csr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
+    ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
+):
+    torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)

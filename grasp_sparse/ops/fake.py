@@ -1,0 +1,51 @@
+"""Shapes, types and layouts of the results without computing them: what torch.compile and export trace with."""
+
+from __future__ import annotations
+
+import torch
+
+from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
+
+_register = torch.library.register_fake
+
+
+@_register("grasp_sparse::csr_spmm")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
+    torch._check(x.dim() == 2, lambda: f"csr_spmm: Expected x [N, K], got {x.dim()}-D")
+    return empty_rows(x, (x.shape[0], crow_indices.shape[0] - 1))
+
+
+@_register("grasp_sparse::csr_spmm_t")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g):
+    torch._check(g.dim() == 2, lambda: f"csr_spmm_t: Expected g [N, M], got {g.dim()}-D")
+    return empty_rows(g, (g.shape[0], ccol_indices.shape[0] - 1))
+
+
+@_register("grasp_sparse::csr_sddmm")
+def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"csr_sddmm: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return x.new_empty(1, col_indices.shape[0])
+
+
+@_register("grasp_sparse::csr_conv2d_fprop")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
+):
+    torch._check(x.dim() == 4, lambda: f"csr_conv2d_fprop: Expected x [N, C, H, W], got {x.dim()}-D")
+    height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return empty_images(x, (x.shape[0], crow_indices.shape[0] - 1, height, width))
+
+
+@_register("grasp_sparse::csr_conv2d_dgrad")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, input_size, kernel_size, stride, padding, dilation
+):
+    torch._check(g.dim() == 4, lambda: f"csr_conv2d_dgrad: Expected g [N, C, H, W], got {g.dim()}-D")
+    channels = (ccol_indices.shape[0] - 1) // (kernel_size[0] * kernel_size[1])
+    return empty_images(g, (g.shape[0], channels, *input_size))
+
+
+@_register("grasp_sparse::csr_conv2d_wgrad")
+def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_wgrad: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return x.new_empty(1, col_indices.shape[0])

@@ -1,0 +1,42 @@
+"""Layout in = layout out: the rule that fakes, reference and compiled kernels share.
+
+A tensor that is contiguous in several layouts at once (one image, one channel) counts as the first of: NCHW,
+channels_last, batch-innermost. Anything else (slices, expanded gradients) gives an NCHW result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHWN = (1, 2, 3, 0)  # NCHW dimensions in the order in which they lie in memory, batch innermost
+_CHWN_BACK = (3, 0, 1, 2)
+
+
+def empty_rows(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Empty ``[N, features]``, feature-major (batch innermost) if ``like [N, other]`` is."""
+    if not like.is_contiguous() and like.t().is_contiguous():
+        return like.new_empty(tuple(reversed(size))).t()
+    return like.new_empty(tuple(size))
+
+
+def empty_images(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Empty ``[N, C, H, W]`` in the memory layout of the 4-D ``like``."""
+    if like.is_contiguous():
+        return like.new_empty(tuple(size))
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if like.permute(_CHWN).is_contiguous():
+        return like.new_empty([size[d] for d in _CHWN]).permute(_CHWN_BACK)
+    return like.new_empty(tuple(size))
+
+
+def output_size(
+    input_size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width after a convolution; padding is (top, bottom, left, right)."""
+    height = (input_size[0] + padding[0] + padding[1] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    width = (input_size[1] + padding[2] + padding[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    return height, width

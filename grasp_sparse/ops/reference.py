@@ -1,0 +1,87 @@
+"""The definition of every operation in plain torch: the fallback on any device, and what kernels are tested against.
+
+Each one builds the dense weight, so it is right and simple, not fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
+from grasp_sparse.ops.layout import empty_images, empty_rows
+from grasp_sparse.ops.schema import SCHEMAS
+
+
+def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
+    weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
+    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(F.linear(x, weight, bias))
+
+
+def csr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g):
+    weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
+    return empty_rows(g, (g.shape[0], weight.shape[1])).copy_(g @ weight)
+
+
+def csr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+    return gather_values(g.t() @ x, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
+
+
+def csr_conv2d_fprop(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
+):
+    weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
+    y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation))
+    return empty_images(x, y.shape).copy_(y)
+
+
+def csr_conv2d_dgrad(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, input_size, kernel_size, stride, padding, dilation
+):
+    weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
+    top, bottom, left, right = padding
+    height, width = input_size
+    padded = g.new_zeros(g.shape[0], weight.shape[1], height + top + bottom, width + left + right)
+    dx, _ = _conv_backward(g, padded, weight, stride, dilation, (True, False))
+    dx = dx[:, :, top : top + height, left : left + width]
+    return empty_images(g, dx.shape).copy_(dx)
+
+
+def csr_conv2d_wgrad(
+    crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation
+):
+    indices = CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation)
+    weight = x.new_zeros(g.shape[1], x.shape[1], *kernel_size)
+    _, dw = _conv_backward(g, _pad(x, padding), weight, stride, dilation, (False, True))
+    return gather_values(dw, indices)
+
+
+def _matrix(values: Tensor, indices: CsrIndices) -> Tensor:
+    return scatter_values(values, indices, indices.shape)
+
+
+def _filters(values: Tensor, indices: CsrIndices, kernel_size) -> Tensor:
+    rows, cols = indices.shape
+    kh, kw = kernel_size
+    return scatter_values(values, indices, (rows, cols // (kh * kw), kh, kw))
+
+
+def _pad(x: Tensor, padding) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom))
+
+
+def _conv_backward(g, x, weight, stride, dilation, wanted: tuple[bool, bool]):
+    # A batch of zero: torch's own backward refuses it on some back-ends, and the answer is known.
+    if g.numel() == 0 or weight.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        g, x, weight, None, list(stride), [0, 0], list(dilation), False, [0, 0], 1, [*wanted, False]
+    )
+    return dx, dw
+
+
+_library = torch.library.Library("grasp_sparse", "IMPL")
+for _name in SCHEMAS:
+    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")

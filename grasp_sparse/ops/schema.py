@@ -1,0 +1,41 @@
+"""Schemas of the sparse operations; the one place where their names and arguments are written down.
+
+W is a weight matrix of which only ``values [1, nnz]`` are stored. ``crow_indices … permutation`` are the five tensors of
+:class:`grasp_sparse.formats.CsrIndices`. Two closed families: in each, the gradient of every member is another member, so
+derivatives of any order exist.
+
+===================  ==========================  =======================================================
+``csr_spmm``         y = x Wᵀ + b                x ``[N, K]``, y ``[N, M]``, W ``[M, K]``
+``csr_spmm_t``       x = g W                     g ``[N, M]``
+``csr_sddmm``        (gᵀ x) at the kept places   ``[1, nnz]``
+``csr_conv2d_fprop`` y = conv2d(x, W) + b        x ``[N, I, H, W]``, W ``[O, I, kh, kw]`` as ``[O, I*kh*kw]``
+``csr_conv2d_dgrad`` transposed convolution      g ``[N, O, H', W']``
+``csr_conv2d_wgrad`` weight gradient             ``[1, nnz]``
+===================  ==========================  =======================================================
+
+``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
+feature-major for linear; NCHW, channels_last or batch-innermost (CHWN) strides for conv.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_INDICES = "Tensor crow_indices, Tensor col_indices, Tensor ccol_indices, Tensor row_indices, Tensor permutation"
+_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+
+SCHEMAS = {
+    "csr_spmm": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x) -> Tensor",
+    "csr_spmm_t": f"(Tensor values, {_INDICES}, Tensor g) -> Tensor",
+    "csr_sddmm": f"({_INDICES}, Tensor g, Tensor x) -> Tensor",
+    "csr_conv2d_fprop": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, {_WINDOW}) -> Tensor",
+    "csr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt[] input_size, {_WINDOW}) -> Tensor",
+    "csr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> Tensor",
+}
+
+# The layout of the result follows the strides of the argument, so a compiler must not change them on the way in.
+_TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
+
+_library = torch.library.Library("grasp_sparse", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=_TAGS)
