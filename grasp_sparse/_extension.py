@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch  # noqa: F401  (its libraries must be in the process before ours asks for them)
+
 
 @dataclass(frozen=True)
 class ExtensionStatus:

@@ -11,7 +11,6 @@ namespace GRASP_SPARSE_ISA {
 template <class T>
 void pack_pixel_runs(const PackArgs<T>& p) {
   constexpr int L = kLanes<T>;
-  alignas(64) T block[L * L];
   const int pixels = (p.row_end - p.row_begin) * p.width;
   for (int c = 0; c < p.channels; ++c) {
     const T* src = p.src + c * p.sc + p.row_begin * p.sh;
@@ -19,22 +18,23 @@ void pack_pixel_runs(const PackArgs<T>& p) {
     for (int q = 0; q < pixels; q += L) {
       // The last run is shifted back: packing a pixel twice is harmless, reading past the image is not.
       const int first = q + L <= pixels ? q : pixels - L;
-      transpose(src + first, p.sn, p.lanes, block);
+      alignas(64) T unused[L];
+      T* places[L];
       int row = first / p.width, col = first % p.width;
       for (int i = 0; i < L; ++i) {
-        if (p.row_place[row] >= 0 && p.col_place[col] >= 0)
-          store(dst + p.row_place[row] + p.col_place[col], load(block + i * L));
+        const bool used = p.row_place[row] >= 0 && p.col_place[col] >= 0;
+        places[i] = used ? dst + p.row_place[row] + p.col_place[col] : unused;
         if (++col == p.width) col = 0, ++row;
       }
+      transpose(src + first, p.sn, p.lanes, [&](int i) { return places[i]; });
     }
   }
 }
 
-// Channels innermost: transpose L channels x L lanes of one pixel. `count` is called with each block's first channel.
+// Channels innermost: transpose L channels x L lanes of one pixel.
 template <class T>
 void pack_channel_runs(const PackArgs<T>& p) {
   constexpr int L = kLanes<T>;
-  alignas(64) T block[L * L];
   for (int row = p.row_begin; row < p.row_end; ++row) {
     const int64_t row_place = p.row_place[row - p.row_begin];
     if (row_place < 0) continue;
@@ -44,8 +44,8 @@ void pack_channel_runs(const PackArgs<T>& p) {
       T* dst = p.dst + row_place + p.col_place[col];
       for (int c = 0; c < p.channels; c += L) {
         const int first = c + L <= p.channels ? c : p.channels - L;
-        transpose(src + first, p.sn, p.lanes, block);
-        for (int i = 0; i < L; ++i) store(dst + (first + i) * p.channel_size, load(block + i * L));
+        T* to = dst + first * p.channel_size;
+        transpose(src + first, p.sn, p.lanes, [&](int i) { return to + i * p.channel_size; });
       }
     }
   }

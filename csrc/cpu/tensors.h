@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
 // The five index tensors, held contiguous for as long as the view is in use.
-class Indices {
+class __attribute__((visibility("hidden"))) Indices {  // as torch's own Tensor is
  public:
   Indices(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation)
       : held_{index(crow, "crow_indices"), index(col, "col_indices"), index(ccol, "ccol_indices"),

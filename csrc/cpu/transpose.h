@@ -28,18 +28,21 @@ struct Butterfly<T, 64> {
   static GRASP_SPARSE_INLINE void run(Native<T>*) {}
 };
 
-// dst[j][i] = src[i][j], i and j in [0, L). Source rows from `rows` on are not read and count as zero.
-// src rows are `step` elements apart and need no alignment; dst is dense and aligned.
-template <class T>
-inline void transpose(const T* src, int64_t step, int rows, T* dst) {
+// place(j)[i] = src[i][j], i and j in [0, L). Source rows from `rows` on are not read and count as zero.
+// Source rows are `step` elements apart; neither side needs alignment.
+template <class T, class Place>
+GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const Place& place) {
   constexpr int n = kNativeLanes<T>, L = kLanes<T>;
+#pragma GCC unroll 1
   for (int i0 = 0; i0 < L; i0 += n) {
+#pragma GCC unroll 1
     for (int j0 = 0; j0 < L; j0 += n) {
       Native<T> block[n];
       if (i0 + n <= rows) {
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
       } else {
+#pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
           block[i] = Native<T>{};
           if (i0 + i < rows) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
@@ -47,7 +50,7 @@ inline void transpose(const T* src, int64_t step, int rows, T* dst) {
       }
       Butterfly<T, 1>::run(block);
 #pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) std::memcpy(dst + (j0 + j) * L + i0, &block[j], sizeof block[j]);
+      for (int j = 0; j < n; ++j) std::memcpy(place(j0 + j) + i0, &block[j], sizeof block[j]);
     }
   }
 }

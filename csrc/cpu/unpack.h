@@ -6,22 +6,24 @@
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
-// P pixels that lie one after the other in the output (NCHW). P is known at compile time, so each lane's copy is a move
-// or two and no call.
+// P pixels that lie one after the other in the output (NCHW). P is known at compile time, so each lane's copy of a rest
+// is a move or two and no call.
 template <class T, int P>
 GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int lanes) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
   alignas(64) T block[L * L];
-#pragma GCC unroll 2
-  for (int q = 0; q < P; q += L) {
-    const int count = P - q < L ? P - q : L;
-    transpose(tile + q * L, L, count, block);
+  const auto to_block = [&](int l) { return block + l * L; };
+  for (int q = 0; q < kWhole; q += L) {
     if (lanes == L) {
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) std::memcpy(out + l * on + q, block + l * L, sizeof(T) * count);
+      transpose(tile + q * L, L, L, [&](int l) { return out + l * on + q; });
     } else {
-      for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on + q, block + l * L, sizeof(T) * count);
+      transpose(tile + q * L, L, L, to_block);
+      for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on + q, block + l * L, sizeof(T) * L);
     }
+  }
+  if constexpr (kRest > 0) {
+    transpose(tile + kWhole * L, L, kRest, to_block);
+    for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on + kWhole, block + l * L, sizeof(T) * kRest);
   }
 }
 
@@ -29,14 +31,14 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int
 template <class T>
 GRASP_SPARSE_INLINE void unpack_channel_run(const T* tile, int64_t tile_size, int channels, T* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>;
-  alignas(64) T block[L * L];
-  transpose(tile, tile_size, channels, block);
-  if (channels == L) {
-    for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on, block + l * L, sizeof(T) * L);
-  } else {
-    for (int l = 0; l < lanes; ++l)
-      for (int c = 0; c < channels; ++c) out[l * on + c] = block[l * L + c];
+  if (channels == L && lanes == L) {
+    transpose(tile, tile_size, L, [&](int l) { return out + l * on; });
+    return;
   }
+  alignas(64) T block[L * L];
+  transpose(tile, tile_size, channels, [&](int l) { return block + l * L; });
+  for (int l = 0; l < lanes; ++l)
+    for (int c = 0; c < channels; ++c) out[l * on + c] = block[l * L + c];
 }
 
 template <class T>

@@ -52,9 +52,10 @@ struct Vec {
 
 template <class T>
 GRASP_SPARSE_INLINE Vec<T> broadcast(T value) {
+  const Native<T> native = value - Native<T>{};  // minus zero is the identity and folds away; plus zero would not
   Vec<T> v;
 #pragma GCC unroll 4
-  for (int i = 0; i < kNatives; ++i) v.part[i] = Native<T>{} + value;
+  for (int i = 0; i < kNatives; ++i) v.part[i] = native;
   return v;
 }
 

@@ -1,0 +1,84 @@
+"""Forward and backward of single layers, sparse against every dense path, in turns in one process.
+
+    python -m benchmarks.layers --quick     two shapes, a minute
+    python -m benchmarks.layers             all shapes
+
+Prints ratios and writes benchmarks/results/layers.csv, one row an arm: where and with what it was measured, median and
+quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.arms import SPARSE, check, make_arms
+from benchmarks.shapes import FULL, QUICK
+from grasp_sparse.train.environment import describe_environment
+from grasp_sparse.train.timing import interleaved
+
+RESULTS = Path(__file__).parent / "results" / "layers.csv"
+SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+
+
+def measure(shape, sparsity: float, rounds: int, seed: int) -> list[dict]:
+    """Rows of one shape at one sparsity. Raises RuntimeError, and measures nothing, when the results differ."""
+    arms = make_arms(shape, 1 - sparsity, torch.Generator().manual_seed(seed))
+    check(arms)
+    times = interleaved(arms, rounds)
+    sparse = times[SPARSE].median
+    nnz = arms[SPARSE].layer.nnz
+    return [
+        {
+            "shape": str(shape),
+            "sparsity": sparsity,
+            "nnz": nnz,
+            "pass": "forward+backward",
+            "precision": "float32",
+            "arm": name,
+            "median_s": f"{time.median:.6f}",
+            "q1_s": f"{time.q1:.6f}",
+            "q3_s": f"{time.q3:.6f}",
+            "rounds": time.count,
+            "times_sparse": f"{time.median / sparse:.2f}",
+        }
+        for name, time in times.items()
+    ]
+
+
+def describe(rows: list[dict]) -> str:
+    ratios = ", ".join(f"{row['times_sparse']}x vs {row['arm']}" for row in rows if row["arm"] != SPARSE)
+    return f"{rows[0]['shape']:42} {rows[0]['sparsity']:.0%}  {ratios}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds; each runs every arm once (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    environment = describe_environment()
+    rows = []
+    cases = [(shape, sparsity) for shape in (QUICK if options.quick else FULL) for sparsity in SPARSITIES]
+    for shape, sparsity in tqdm(cases, disable=not sys.stderr.isatty(), leave=False):
+        measured = measure(shape, sparsity, options.rounds, options.seed)
+        tqdm.write(describe(measured))
+        rows += [{**row, **environment} for row in measured]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
