@@ -84,7 +84,8 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
         result = torch.get_autocast_dtype(device)
     elif x.dtype != values.dtype:
         raise ValueError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}; convert with .to() or use autocast.")

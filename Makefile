@@ -1,0 +1,64 @@
+# make demo    prune a network at initialization, train it sparse on Fashion-MNIST, compare it with the dense one
+# make test    the test-suite (PYTEST_ARGS="-k csr" to choose)
+# make clean   remove what was built; .venv, data and runs stay
+#
+# Both set up .venv first: the newest torch from PyPI, then this package with its compiled kernels.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+DATA_DIR ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+PACKAGE := $(VENV)/.package-installed
+TORCH := $(VENV)/.torch-installed
+BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+
+# glibc returns every tensor above 32 MB to the kernel and each step pays for it in page faults; this keeps them. It must
+# be set before the process starts, and it is for the dense and the sparse step alike: the report says that it was on.
+ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test clean data
+
+demo: $(PACKAGE) data
+	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
+		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(DEMO_ARGS)
+
+test: $(PACKAGE)
+	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+
+# Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
+data:
+	@if [ -z '$(DATA_DIR)' ] && [ ! -e $(DEBIAN_DATA) ] && [ ! -d data/FashionMNIST ] \
+			&& [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Fashion-MNIST (Debian package dataset-fashion-mnist)"; \
+		{ timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -y \
+			--no-install-recommends dataset-fashion-mnist; } >/dev/null 2>&1 \
+			|| echo "apt-get could not install it; trying torchvision's download"; \
+	fi
+
+$(TORCH):
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Expected $(PYTHON) to be Python >= 3.11 with venv, got $$($(PYTHON) --version 2>&1 | tail -1);" \
+			"install it (Debian: apt-get install python3 python3-venv python3-dev) or run make PYTHON=/path/to/python3" >&2; \
+		exit 2; }
+	@test -x $(VENV)/bin/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch and build tools into $(VENV) (a minute or two)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch>=2.11" torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@touch $@
+
+$(PACKAGE): $(TORCH) $(BUILT_FROM)
+	@echo "building grasp_sparse"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+	@touch $@
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache $(PACKAGE)
+	@find grasp_sparse tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find grasp_sparse \( -name '*.so' -o -name '*.o' \) -delete

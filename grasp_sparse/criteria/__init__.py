@@ -1,0 +1,154 @@
+"""Criteria: a score per weight, larger = kept. One file each; `score` is the way in.
+
+A criterion is a function `(model, weights, batches, loss_fn, **options) -> {name: scores}`. It gets a scratch copy of
+the model, which it may change at will, the copy's weights to score, by parameter name, and re-iterable micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.criteria.batches import Batch, StoredBatches, class_balanced, micro_batches
+from grasp_sparse.criteria.grasp import grasp_scores
+from grasp_sparse.criteria.loss import LossFn
+from grasp_sparse.criteria.magnitude import magnitude_scores
+from grasp_sparse.criteria.random import random_scores
+from grasp_sparse.criteria.snip import snip_scores
+from grasp_sparse.criteria.synflow import synflow_scores
+from grasp_sparse.scratch import scratch_copy
+from grasp_sparse.weights import Selector, WeightSelection, find_weights
+
+__all__ = ["CRITERIA", "Criterion", "class_balanced", "get_criterion", "score"]
+
+
+class Criterion(NamedTuple):
+    """A scoring function and what it needs."""
+
+    function: Callable[..., Mapping[str, Tensor]]
+    reads: int | None = None  # how many batches it looks at; None: all it is given
+    iterations: int = 1  # rounds of score-and-prune it was published with
+    dtype: torch.dtype | None = None  # scored in this dtype unless the caller asks for another
+
+
+CRITERIA: dict[str, Criterion] = {
+    "grasp": Criterion(grasp_scores),
+    "snip": Criterion(snip_scores),
+    "synflow": Criterion(synflow_scores, reads=1, iterations=100, dtype=torch.float64),
+    "magnitude": Criterion(magnitude_scores, reads=0),
+    "random": Criterion(random_scores, reads=0),
+}
+
+
+def get_criterion(criterion: str | Callable[..., Mapping[str, Tensor]]) -> Criterion:
+    """The criterion of that name, or a function of the caller's own; ValueError for an unknown name."""
+    if callable(criterion):
+        return Criterion(criterion)
+    if criterion not in CRITERIA:
+        raise ValueError(f"Expected criterion to be one of {', '.join(CRITERIA)} or a function, got {criterion!r}")
+    return CRITERIA[criterion]
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    criterion: str | Callable[..., Mapping[str, Tensor]] = "grasp",
+    loss_fn: LossFn | None = None,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    num_batches: int | None = None,
+    samples_per_class: int | None = None,
+    num_classes: int | None = None,
+    micro_batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Scores every prunable weight of `model`: parameter name -> tensor of the weight's shape, larger is kept.
+
+    batches: an iterable of (input, target), such as a DataLoader; `num_batches` takes only its first so many. With
+        `samples_per_class` and `num_classes`, `num_batches` (default 1) class-balanced batches are drawn from it
+        instead. It is read once and its samples kept on the CPU (see criteria/batches.py); magnitude and random need
+        none, synflow only a shape.
+    micro_batch_size: cuts batches further; memory is that of one micro-batch, and the score of a network without
+        BatchNorm stays the same.
+    loss_fn: (output, target) -> mean loss over the samples; cross-entropy by default.
+    include, exclude: which layers, see `find_weights`.
+    dtype: score in this dtype (torch.float64 for exactness). seed: seeds everything random in here.
+    options: the criterion's own, e.g. temperature, train, preset="paper" of grasp.
+
+    Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Two
+    calls from the same random state (or seed) give the same bits. Raises ValueError for bad arguments and for a layer
+    whose scores are not finite.
+    """
+    chosen = get_criterion(criterion)
+    if batches is None and chosen.reads != 0 and isinstance(criterion, str):
+        raise ValueError(f"Expected batches of (input, target) for criterion={criterion!r}, got None")
+    names = [weight.name for weight in _require(find_weights(model, include, exclude)).weights]
+    with scratch_copy(model, dtype=dtype or chosen.dtype, seed=seed) as scratch:
+        parameters = dict(scratch.named_parameters())
+        weights = {name: parameters[name].requires_grad_() for name in names}
+        stored: Iterable[Batch] = ()
+        if batches is not None and chosen.reads != 0:
+            stored = store_batches(
+                batches,
+                reads=chosen.reads,
+                num_batches=num_batches,
+                samples_per_class=samples_per_class,
+                num_classes=num_classes,
+                micro_batch_size=micro_batch_size,
+            )
+        scores = chosen.function(scratch, weights, stored, loss_fn, **options)
+        if missing := sorted(weights.keys() - scores.keys()):
+            raise ValueError(f"Expected the criterion to score every weight, got none for {', '.join(missing)}")
+        for name, weight in weights.items():
+            check_scores(name, scores[name], weight.shape)
+        return {name: scores[name].detach() for name in weights}
+
+
+def store_batches(
+    batches: Iterable[Any],
+    *,
+    reads: int | None = None,
+    num_batches: int | None = None,
+    samples_per_class: int | None = None,
+    num_classes: int | None = None,
+    micro_batch_size: int | None = None,
+) -> StoredBatches:
+    """The samples to score on, read once; arguments as in `score`, `reads` as in Criterion."""
+    if isinstance(batches, StoredBatches):
+        return batches
+    for name, value in (("num_batches", num_batches), ("micro_batch_size", micro_batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} of at least 1, got {value}")
+    if (samples_per_class is None) != (num_classes is None):
+        raise ValueError("Expected samples_per_class and num_classes together, got only one of them")
+    if reads is not None:
+        return StoredBatches(batches, count=reads)
+    if samples_per_class is not None:
+        batches, num_batches = class_balanced(batches, samples_per_class, num_classes, num_batches or 1), None
+    stored = StoredBatches(batches, count=num_batches)
+    return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size))
+
+
+def check_scores(name: str, scores: Tensor, shape: torch.Size | None = None) -> None:
+    """ValueError naming the layer unless its scores have the weight's shape and are finite."""
+    if shape is not None and scores.shape != shape:
+        raise ValueError(f"Expected scores of shape {list(shape)} for {name!r}, got {list(scores.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        kind = "NaN" if bool(torch.isnan(scores).any()) else "infinite values"
+        raise ValueError(
+            f"Expected finite scores, got {kind} in {name!r}: look for NaN in weights or inputs; "
+            "an overflow goes away with dtype=torch.float64"
+        )
+
+
+def _require(selection: WeightSelection) -> WeightSelection:
+    if not selection.weights:
+        left = "; ".join(f"{module}: {reason}" for module, reason in selection.skipped[:5]) or "it has no weights at all"
+        raise ValueError(f"Expected a model with at least one prunable Linear or Conv2d, got none ({left})")
+    return selection

@@ -1,0 +1,160 @@
+"""The samples a criterion looks at: drawn once, kept for a second pass, cut into micro-batches.
+
+GraSP reads its samples twice and both passes must see the same inputs, so a DataLoader that shuffles and augments is
+sampled once. Only inputs and targets are kept, on the CPU: up to `MEMORY_LIMIT` bytes in memory, the rest in an unnamed
+temporary file, so that hundreds of ImageNet batches need the memory of one.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.scratch import first_tensor, move
+
+MEMORY_LIMIT = 1 << 30
+
+
+class Batch(NamedTuple):
+    """One micro-batch: inputs (a tensor, tuple or dict) and targets."""
+
+    inputs: Any
+    targets: Any
+
+    @property
+    def samples(self) -> int:
+        return first_tensor(self.inputs).shape[0]
+
+
+def as_batch(item: Any) -> Batch:
+    """(input, target) as a Batch; ValueError for anything else."""
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        batch = Batch(*item)
+        if first_tensor(batch.inputs).ndim and batch.samples:
+            return batch
+        shape = list(first_tensor(batch.inputs).shape)
+        raise ValueError(f"Expected batches with at least one sample, got an input of shape {shape}")
+    size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+    kind = type(item).__name__
+    raise ValueError(f"Expected batches to be an iterable of (input, target), got one holding a {kind}{size}")
+
+
+class StoredBatches:
+    """Batches read once from any iterable, which can be iterated again and again and give the same bits every time."""
+
+    def __init__(self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
+        self._in_memory: list[Batch] = []
+        self._offsets: list[tuple[int, int]] = []
+        self._file: Any = None
+        held = 0
+        for item in islice(batches, count):
+            batch = Batch(*move(tuple(as_batch(item)), torch.device("cpu")))
+            size = _bytes(batch)
+            if held + size <= memory_limit and not self._offsets:
+                self._in_memory.append(batch)
+                held += size
+            else:
+                self._spill(batch)
+        if count is not None and len(self) < count:
+            raise ValueError(f"Expected at least num_batches={count} batches, got {len(self)}")
+        if not len(self):
+            raise ValueError("Expected at least one batch, got none (an iterator that is already used up?)")
+
+    def _spill(self, batch: Batch) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()
+        buffer = io.BytesIO()
+        torch.save(_own_storage(tuple(batch)), buffer)
+        self._offsets.append((self._file.seek(0, io.SEEK_END), buffer.tell()))
+        self._file.write(buffer.getbuffer())
+
+    def __len__(self) -> int:
+        return len(self._in_memory) + len(self._offsets)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._in_memory
+        for offset, size in self._offsets:
+            self._file.seek(offset)
+            yield Batch(*torch.load(io.BytesIO(self._file.read(size)), weights_only=True))
+
+
+def class_balanced(
+    batches: Iterable[Any], samples_per_class: int, num_classes: int, num_batches: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Draws `num_batches` batches with `samples_per_class` samples of each class, the first ones found, none twice.
+
+    Each batch is (inputs [C·k, …], targets [C·k]) concatenated class by class, as the authors of GraSP do. Raises
+    ValueError when `batches` ends before every class has enough, naming the classes, and for a target that is no class.
+    """
+    if samples_per_class < 1 or num_classes < 1 or num_batches < 1:
+        raise ValueError(
+            "Expected samples_per_class, num_classes and num_batches of at least 1, "
+            f"got {samples_per_class}, {num_classes} and {num_batches}"
+        )
+    needed = samples_per_class * num_batches
+    found: list[list[Tensor]] = [[] for _ in range(num_classes)]
+    for item in batches:
+        inputs, targets = as_batch(item)
+        tensors = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
+        if not tensors or targets.ndim != 1 or targets.is_floating_point():
+            raise ValueError("Expected tensors and one integer class per sample for class-balanced sampling")
+        for sample, label in zip(inputs, targets.tolist(), strict=True):
+            if not 0 <= label < num_classes:
+                raise ValueError(f"Expected targets in [0, num_classes={num_classes}), got {label}")
+            if len(found[label]) < needed:
+                found[label].append(sample.clone())  # a view would keep the whole loader batch alive
+        if all(len(samples) == needed for samples in found):
+            break
+    short = [str(label) for label, samples in enumerate(found) if len(samples) < needed]
+    if short:
+        raise ValueError(
+            f"Expected {needed} samples of each of {num_classes} classes, the data ended too early for "
+            f"class {', '.join(short[:10])}{' …' if len(short) > 10 else ''}"
+        )
+    drawn = []
+    for index in range(num_batches):
+        part = slice(index * samples_per_class, (index + 1) * samples_per_class)
+        inputs = torch.stack([sample for samples in found for sample in samples[part]])
+        drawn.append((inputs, torch.arange(num_classes, device=inputs.device).repeat_interleave(samples_per_class)))
+    return drawn
+
+
+def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+    """Cuts each batch into pieces of at most `size` samples (None: as they are).
+
+    Samples are dealt out like cards, so that the pieces of a batch sorted by class see every class.
+    """
+    for batch in batches:
+        pieces = 1 if size is None else -(-batch.samples // size)
+        for piece in range(pieces):
+            yield Batch(*(_every(part, piece, pieces) for part in batch)) if pieces > 1 else batch
+
+
+def _every(data: Any, first: int, step: int) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _every(value, first, step) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return tuple(_every(value, first, step) for value in data)
+    return data[first::step] if isinstance(data, Tensor) and data.ndim else data
+
+
+def _own_storage(data: Any) -> Any:
+    # torch.save writes the whole storage behind a view: a slice of a data set would carry the data set along.
+    if isinstance(data, Mapping):
+        return {key: _own_storage(value) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return tuple(_own_storage(value) for value in data)
+    return data.clone() if isinstance(data, Tensor) else data
+
+
+def _bytes(data: Any) -> int:
+    if isinstance(data, Tensor):
+        return data.numel() * data.element_size()
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
+    return sum(_bytes(value) for value in values)

@@ -1,0 +1,69 @@
+"""Loss of one micro-batch, and gradients of the mean loss over all samples however they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grasp_sparse.criteria.batches import Batch
+from grasp_sparse.scratch import call_model, move
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperature: float) -> Tensor:
+    """`loss_fn(model(inputs) / temperature, targets)`, a scalar; cross-entropy when no loss_fn is given.
+
+    Raises ValueError when the output cannot be divided by a temperature, or the loss is no scalar that depends on the
+    weights.
+    """
+    output = call_model(model, batch.inputs)
+    if temperature != 1.0 or loss_fn is None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"Expected the model to return a tensor of logits, got {type(output).__name__}: pass temperature=1 and a "
+                "loss_fn(output, target) that picks what it needs"
+            )
+        output = output / temperature
+    device = next(model.parameters()).device
+    floating = output.dtype if isinstance(output, Tensor) else next(model.parameters()).dtype
+    loss = (loss_fn or F.cross_entropy)(output, move(batch.targets, device, floating))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"Expected loss_fn to return one number (the mean over the samples), got {_describe(loss)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "Expected a loss that depends on the weights, got one without a gradient (detached, or no_grad in forward?)"
+        )
+    return loss.reshape(())
+
+
+def mean_gradient(
+    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Batch], loss_fn: LossFn | None, temperature: float
+) -> list[Tensor]:
+    """Gradient of the mean loss over all samples, with the memory of one micro-batch.
+
+    A micro-batch's own mean counts by its number of samples, so the result does not depend on the cut (without
+    BatchNorm).
+    """
+    total = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+    samples = 0
+    for batch in batches:
+        loss = batch_loss(model, batch, loss_fn, temperature)
+        add_gradient(total, torch.autograd.grad(loss, weights, allow_unused=True), batch.samples)
+        samples += batch.samples
+    return [gradient.div_(samples) for gradient in total]
+
+
+def add_gradient(total: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:
+    """Adds `factor` times the gradients, None counting as zero."""
+    for accumulated, gradient in zip(total, gradients, strict=True):
+        if gradient is not None:
+            accumulated.add_(gradient.detach(), alpha=factor)
+
+
+def _describe(loss: Any) -> str:
+    return f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

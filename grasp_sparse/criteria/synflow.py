@@ -1,0 +1,49 @@
+"""SynFlow: keep synaptic flow, without data (Tanaka, Kunin, Yamins, Ganguli, NeurIPS 2020, arXiv 2006.05467).
+
+R = 1ᵀ·f_|θ|(1): the sum of the outputs of the network with every parameter and buffer replaced by its magnitude, on an
+input of ones. The score |θ ⊙ ∂R/∂θ| is the sum of the paths through a weight, so every layer has the same total. Published
+as 100 scoring rounds with density^(k/100) kept after round k; `prune` does the rounds, this file is one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.criteria.batches import Batch
+from grasp_sparse.scratch import call_model, move
+
+
+def synflow_scores(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss_fn: Any = None
+) -> dict[str, Tensor]:
+    """|θ ⊙ ∂R/∂θ| for every weight; changes `model` (a scratch copy).
+
+    Takes only the input's shape, from the first batch, and no loss. Path weights grow exponentially with depth: `score`
+    runs this in float64 unless told another dtype.
+    """
+    model.eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.abs_()
+    ones = _one_sample_of_ones(next(iter(batches)).inputs)
+    output = call_model(model, ones)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"Expected the model to return a tensor for criterion='synflow', got {type(output).__name__}")
+    gradients = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(weight, requires_grad=False) if gradient is None else (weight.detach() * gradient).abs_()
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
+
+
+def _one_sample_of_ones(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: _one_sample_of_ones(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_one_sample_of_ones(value) for value in inputs)
+    return torch.ones_like(move(inputs, inputs.device)[:1]) if isinstance(inputs, Tensor) and inputs.ndim else inputs

@@ -1,0 +1,8 @@
+"""Layers that store only kept weights, and layers that keep a dense kernel on an exactly masked weight."""
+
+from grasp_sparse.nn.conv import SparseConv2d
+from grasp_sparse.nn.linear import SparseLinear
+from grasp_sparse.nn.masked import MaskedConv2d, MaskedLinear
+from grasp_sparse.nn.sparse import SparseLayer
+
+__all__ = ["MaskedConv2d", "MaskedLinear", "SparseConv2d", "SparseLayer", "SparseLinear"]

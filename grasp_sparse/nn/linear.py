@@ -1,0 +1,60 @@
+"""Linear layer that stores and multiplies only kept weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.formats import CsrIndices, csr_from_mask, gather_values
+from grasp_sparse.nn.sparse import SparseLayer
+from grasp_sparse.ops import csr_linear
+
+
+class SparseLinear(SparseLayer):
+    """y = x Wᵀ + b as ``nn.Linear``, x ``[..., in_features]``, with a W of which only ``values [1, nnz]`` exist.
+
+    Args:
+        in_features, out_features: as ``nn.Linear``.
+        values, indices, bias: as :class:`SparseLayer`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, values: Tensor, indices: CsrIndices, bias: Tensor | None = None
+    ) -> None:
+        super().__init__((out_features, in_features), values, indices, bias)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, mask: Tensor) -> SparseLinear:
+        """Keeps the entries of ``module.weight`` where the bool ``mask [out_features, in_features]`` is True.
+
+        The bias Parameter is taken over; ``module`` is not changed.
+        """
+        check_mask(module, mask)
+        indices = csr_from_mask(mask.to(module.weight.device))
+        layer = cls(module.in_features, module.out_features, gather_values(module.weight, indices), indices, module.bias)
+        layer.values.requires_grad_(module.weight.requires_grad)
+        return layer.train(module.training)
+
+    def to_dense(self) -> nn.Linear:
+        """An ``nn.Linear`` with exact zeros where pruned; it takes over the bias Parameter."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.to_dense_weight().detach(), requires_grad=self.values.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return csr_linear(x, self.values, self.indices, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"nnz={self.nnz}, density={self.density:.4g}"
+        )
+
+
+def check_mask(module: nn.Module, mask: Tensor) -> None:
+    """Raises ValueError unless ``mask`` is a bool tensor of the shape of ``module.weight``."""
+    if mask.dtype != torch.bool or mask.shape != module.weight.shape:
+        raise ValueError(f"Expected a bool mask of shape {list(module.weight.shape)}, got {mask.dtype} {list(mask.shape)}.")

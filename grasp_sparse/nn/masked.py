@@ -1,0 +1,108 @@
+"""Dense kernels on a weight whose pruned entries are exactly zero: for layers too dense for sparse kernels to pay.
+
+The mask is part of the forward, so the gradient of a pruned entry is zero; the entry itself is stored as zero. With both
+zero every torch optimizer leaves it there: momentum, moments and weight decay are all zero. ``torch.where`` rather than a
+product keeps that true for gradients that are infinite or NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grasp_sparse.nn.linear import check_mask
+
+
+class _Masked:
+    """The mask of a dense layer: a bool buffer of the weight's shape that a state_dict carries; all True until set."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
+
+    def _take(self, module: nn.Module, mask: Tensor) -> None:
+        check_mask(module, mask)
+        self.mask = mask.to(module.weight.device, copy=True)
+        self.weight = nn.Parameter(
+            torch.where(self.mask, module.weight.detach(), 0), requires_grad=module.weight.requires_grad
+        )
+        self.bias = module.bias
+        self.train(module.training)
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept weights."""
+        return int(self.mask.sum())
+
+    @property
+    def density(self) -> float:
+        """Kept weights as a share of all."""
+        return self.nnz / max(1, self.mask.numel())
+
+    def to_dense_weight(self) -> Tensor:
+        """The weight with exact zeros where pruned; differentiable."""
+        return torch.where(self.mask, self.weight, 0)
+
+    def _apply(self, fn, recurse: bool = True):
+        mask = self.mask
+        super()._apply(fn, recurse)
+        if self.mask.dtype != torch.bool:  # .type(dtype), unlike .to(dtype), converts bool as well
+            self.mask = mask.to(self.mask.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict or prefix + "mask" in state_dict:
+            with torch.no_grad():
+                self.weight.copy_(self.to_dense_weight())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nnz={self.nnz}, density={self.density:.4g}"
+
+
+class MaskedLinear(_Masked, nn.Linear):
+    """``nn.Linear`` whose weight is exactly zero, and stays so, where ``mask`` is False."""
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, mask: Tensor) -> MaskedLinear:
+        """Copies ``module`` with ``mask`` applied; the bias Parameter is taken over."""
+        layer = cls(module.in_features, module.out_features, bias=False, device="meta")
+        layer._take(module, mask)
+        return layer
+
+    def to_dense(self) -> nn.Linear:
+        """An ``nn.Linear`` with exact zeros where pruned; it takes over the bias Parameter."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.to_dense_weight().detach(), requires_grad=self.weight.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.to_dense_weight(), self.bias)
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """``nn.Conv2d``, any number of groups, whose weight is exactly zero, and stays so, where ``mask`` is False."""
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d, mask: Tensor) -> MaskedConv2d:
+        """Copies ``module`` with ``mask`` applied; the bias Parameter is taken over."""
+        layer = cls(**_conv_arguments(module), bias=False, device="meta")
+        layer._take(module, mask)
+        return layer
+
+    def to_dense(self) -> nn.Conv2d:
+        """An ``nn.Conv2d`` with exact zeros where pruned; it takes over the bias Parameter."""
+        dense = nn.Conv2d(**_conv_arguments(self), bias=False, device="meta")
+        dense.weight = nn.Parameter(self.to_dense_weight().detach(), requires_grad=self.weight.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.to_dense_weight(), self.bias)
+
+
+def _conv_arguments(module: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(module, name) for name in names}

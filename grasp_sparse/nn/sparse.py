@@ -1,0 +1,141 @@
+"""What every sparse layer has: the kept values, the indices that place them, and how both travel in a state_dict."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.formats import CsrIndices, csr_from_indices, mask_from_csr, scatter_values
+
+STORED = ("values", "crow_indices", "col_indices")  # the keys in a state_dict that together are the weight
+
+
+class SparseLayer(nn.Module):
+    """A layer whose weight is ``values [1, nnz]``, an ordinary Parameter, and int32 index buffers.
+
+    Gradient and optimizer state have the size of ``values``. A state_dict holds ``values``, ``crow_indices`` and
+    ``col_indices``; the transposed list that the backward pass walks is rebuilt when one is loaded.
+
+    Args:
+        weight_shape: shape of the dense weight; its first dimension is rows of the CSR matrix.
+        values: ``[1, nnz]`` in the order of ``indices``; a Parameter is taken over, not copied.
+        indices: from ``csr_from_mask`` or ``csr_from_indices``, which check them.
+        bias: ``[rows]`` or None; a Parameter is taken over, not copied.
+
+    Raises:
+        ValueError: ``values``, ``indices`` or ``bias`` do not fit each other or ``weight_shape``.
+    """
+
+    def __init__(self, weight_shape: tuple[int, ...], values: Tensor, indices: CsrIndices, bias: Tensor | None) -> None:
+        super().__init__()
+        matrix = (weight_shape[0], math.prod(weight_shape[1:]))
+        if indices.shape != matrix:
+            raise ValueError(f"Expected indices of a {list(matrix)} matrix, got {list(indices.shape)}.")
+        if values.shape != (1, indices.nnz):
+            raise ValueError(f"Expected values of shape [1, {indices.nnz}], got {list(values.shape)}.")
+        if bias is not None and bias.shape != weight_shape[:1]:
+            raise ValueError(f"Expected bias of shape [{weight_shape[0]}], got {list(bias.shape)}.")
+        self.weight_shape = torch.Size(weight_shape)
+        self.values = _parameter(values)
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+        for name, index in indices._asdict().items():
+            self.register_buffer(name, index, persistent=name in STORED)
+
+    @property
+    def indices(self) -> CsrIndices:
+        """The five index buffers, in the order that the operations take them."""
+        return CsrIndices(self.crow_indices, self.col_indices, self.ccol_indices, self.row_indices, self.permutation)
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept weights."""
+        return self.col_indices.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Kept weights as a share of all."""
+        return self.nnz / max(1, self.weight_shape.numel())
+
+    @property
+    def mask(self) -> Tensor:
+        """The kept places as a bool tensor of ``weight_shape``; a new tensor at each call."""
+        return mask_from_csr(self.indices, self.weight_shape)
+
+    def to_dense_weight(self) -> Tensor:
+        """A dense copy of the weight with exact zeros where pruned; differentiable with respect to ``values``."""
+        return scatter_values(self.values, self.indices, self.weight_shape)
+
+    def __getattr__(self, name: str):
+        # Code that reads .weight would go on with a copy and never see an update, so it is told instead.
+        if name == "weight":
+            raise AttributeError(
+                f"'{type(self).__name__}' stores only its kept weights: use .values (trainable), .to_dense_weight() (a copy), "
+                "or leave this layer dense."
+            )
+        return super().__getattr__(name)
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.indices
+        super()._apply(fn, recurse)
+        for name, index in before._asdict().items():  # .type(dtype), unlike .to(dtype), converts integers as well
+            now = self._buffers[name]
+            if now.dtype != torch.int32:
+                self._buffers[name] = index.to(now.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """Adopts the structure of the checkpoint, once it is known to be sound; otherwise this layer stays as it is."""
+        found = [prefix + name for name in STORED if prefix + name in state_dict]
+        if found:
+            try:
+                indices = stored_structure(state_dict, prefix, self.weight_shape)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._adopt(indices, keep_device=not assign)
+            state_dict[prefix + "crow_indices"] = indices.crow_indices
+            state_dict[prefix + "col_indices"] = indices.col_indices
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _adopt(self, indices: CsrIndices, keep_device: bool) -> None:
+        # Through .data the tensors stay the same objects, so that optimizers and layers that share them follow.
+        for name, index in indices._asdict().items():
+            buffer = self._buffers[name]
+            if keep_device:
+                index = index.to(buffer.device)
+            if index.device == buffer.device:
+                buffer.data = index
+            else:
+                self._buffers[name] = index
+        if self.values.shape[1] != indices.nnz:
+            self.values.data = self.values.data.new_empty(1, indices.nnz)
+            self.values.grad = None
+
+
+def stored_structure(state_dict: dict[str, Tensor], prefix: str, weight_shape: torch.Size) -> CsrIndices:
+    """The checked indices of the layer whose keys in ``state_dict`` start with ``prefix``; changes nothing.
+
+    Raises:
+        ValueError: naming the layer, if one of values, crow_indices, col_indices is missing or they are corrupt.
+    """
+    layer = prefix.removesuffix(".") or "this layer"
+    stored = [state_dict.get(prefix + name) for name in STORED]
+    missing = [name for name, tensor in zip(STORED, stored, strict=True) if not isinstance(tensor, Tensor)]
+    if missing:
+        raise ValueError(f"{layer}: Expected tensors {', '.join(STORED)} in the state_dict, got none for {', '.join(missing)}.")
+    values, crow_indices, col_indices = stored
+    if values.shape != (1, col_indices.numel()) or not values.is_floating_point():
+        raise ValueError(
+            f"{layer}: Expected floating-point values of shape [1, {col_indices.numel()}], got {values.dtype} {list(values.shape)}."
+        )
+    try:
+        return csr_from_indices(crow_indices, col_indices, weight_shape[0], math.prod(weight_shape[1:]))
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from None
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())

@@ -1,0 +1,286 @@
+"""From scores to masks: `make_masks`, and `prune` = score + make_masks, in one round or many."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.allocation import SCOPES, Layer, allocate
+from grasp_sparse.costs import weight_costs
+from grasp_sparse.criteria import check_scores, get_criterion, score, store_batches
+from grasp_sparse.criteria.loss import LossFn
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.patterns import Pattern, get_pattern, top_k_mask
+from grasp_sparse.scratch import preserved_rng, scratch_copy
+from grasp_sparse.weights import Selector, find_weights
+
+BUDGETS = ("weights", "flops")
+RULES = ("exact", "paper")
+_NEARLY_EMPTY = 1e-3
+_BATCH_OPTIONS = ("num_batches", "samples_per_class", "num_classes", "micro_batch_size")
+
+
+def make_masks(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    pattern: str | Pattern = "unstructured",
+    scope: str = "global",
+    budget: str = "weights",
+    *,
+    costs: Mapping[str, float] | None = None,
+    min_density: float = 0.0,
+    min_per_layer: int = 1,
+    rule: str = "exact",
+    within: Mapping[str, Tensor] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    skipped: Iterable[tuple[str, str]] = (),
+) -> MaskSet:
+    """Keeps the best-scored weights under a budget; among equal scores the first layer and index win.
+
+    sparsity: in [0, 1). The share removed of the weights (exactly round((1 - sparsity)·n) are kept), or, with
+        budget="flops", of the multiply-adds: never less is removed, and no further weight would fit. `costs` from
+        `weight_costs` is then required.
+    scope: "global" one ranking over all layers, "layer" the same density everywhere, "erk"; see allocation.py.
+    min_density, min_per_layer: every layer keeps at least this share (rounded up) and this many; others give way, the
+        budget is met all the same. `min_per_layer=0` lets layers become empty.
+    rule: "paper" keeps what the authors' code keeps: with k = int(n·sparsity), everything up to the k-th highest of
+        −score, so n − k + 1 weights and ties, and no guard against empty layers. Only for a plain global weight budget.
+    within: masks to stay inside, for pruning in rounds; densities still refer to all weights.
+    Raises ValueError for bad arguments, scores that are not finite (naming the layer) and a budget that the minima
+    exceed. Warns about layers kept below 0.1 %.
+    """
+    choice = _Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    choice.check()
+    for name, values in scores.items():
+        check_scores(name, values)
+    return _make(choice, scores, costs, within, recipe or {}, skipped)
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    sparsity: float = 0.95,
+    criterion: str | Callable[..., Mapping[str, Tensor]] = "grasp",
+    *,
+    pattern: str | Pattern = "unstructured",
+    scope: str = "global",
+    budget: str = "weights",
+    loss_fn: LossFn | None = None,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    iterations: int | None = None,
+    example_input: Any = None,
+    costs: Mapping[str, float] | None = None,
+    min_density: float = 0.0,
+    min_per_layer: int = 1,
+    rule: str | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> MaskSet:
+    """Scores `model` and chooses which weights to keep; the model itself is not changed (see `sparsify_`).
+
+    Arguments as in `score` and `make_masks`; `options` go to `score`. In addition:
+    iterations: rounds of scoring the network with the masks so far and keeping density^(k / iterations) after round k;
+        a pruned weight stays pruned. Default: as published, 100 for synflow, 1 for the others.
+    example_input, costs: for budget="flops", what one forward sees; the first batch of `batches` unless given.
+    rule: "exact", or the authors' threshold with preset="paper".
+    The masks' recipe says how they were made; `skipped` lists the modules left dense and why.
+    """
+    published = get_criterion(criterion)
+    rounds = published.iterations if iterations is None else iterations
+    if rounds < 1:
+        raise ValueError(f"Expected at least one iteration, got {rounds}")
+    if rule is None:
+        rule = "paper" if options.get("preset") == "paper" else "exact"
+    choice = _Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    choice.check(rounds)
+    selection = find_weights(model, include, exclude)
+    wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
+    recipe = _recipe(criterion, rounds, seed, include=include, exclude=exclude, loss_fn=loss_fn, **options)
+    drawing = {name: options.pop(name) for name in _BATCH_OPTIONS if name in options}
+
+    with preserved_rng(seed):
+        measure = budget == "flops" and costs is None
+        from_batches = measure and example_input is None
+        if from_batches and batches is None:
+            raise ValueError("Expected costs, example_input or batches with budget='flops', got none of them")
+        if batches is not None:
+            reads = 1 if from_batches and published.reads == 0 else published.reads
+            batches = store_batches(batches, reads=reads, **drawing) if reads != 0 else None
+        if measure:
+            example_input = next(iter(batches)).inputs if from_batches else example_input
+            costs = weight_costs(model, example_input, include=include, exclude=exclude)
+
+        within: dict[str, Tensor] | None = None
+        with scratch_copy(model) as network:
+            parameters = dict(network.named_parameters())
+            for finished in range(rounds):
+                if within is not None:
+                    for name, mask in within.items():
+                        parameters[name].mul_(mask)
+                scores = score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
+                if finished < rounds - 1:
+                    density = (1 - sparsity) ** ((finished + 1) / rounds)
+                    within = replace(choice, sparsity=1 - density).masks(scores, costs, within)
+    return _make(choice, scores, costs, within, recipe, selection.skipped)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How masks are chosen from scores."""
+
+    sparsity: float
+    pattern: Pattern
+    scope: str
+    budget: str
+    min_density: float
+    min_per_layer: int
+    rule: str
+
+    def check(self, rounds: int = 1) -> None:
+        """ValueError for anything that could not work, before time is spent on scores."""
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"Expected sparsity in [0, 1), got {self.sparsity}")
+        if not 0 <= self.min_density <= 1 or self.min_per_layer < 0:
+            raise ValueError(
+                "Expected min_density in [0, 1] and min_per_layer of at least 0, "
+                f"got {self.min_density} and {self.min_per_layer}"
+            )
+        for name, value, known in (
+            ("scope", self.scope, SCOPES),
+            ("budget", self.budget, BUDGETS),
+            ("rule", self.rule, RULES),
+        ):
+            if value not in known:
+                raise ValueError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}")
+        plain = (self.pattern.name, self.scope, self.budget, self.min_density) == ("unstructured", "global", "weights", 0)
+        if self.rule == "paper" and not (plain and rounds == 1):
+            raise ValueError(
+                "Expected pattern='unstructured', scope='global', budget='weights', min_density=0 and one round with "
+                f"rule='paper', got {self.pattern.name!r}, {self.scope!r}, {self.budget!r}, {self.min_density} and {rounds}: "
+                "pass rule='exact' to combine the paper's scores with them"
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity,
+            "pattern": self.pattern.name,
+            "scope": self.scope,
+            "budget": self.budget,
+            "min_density": self.min_density,
+            "min_per_layer": self.min_per_layer,
+            "rule": self.rule,
+            "version": _package_version(),
+            "torch": torch.__version__,
+        }
+
+    def masks(
+        self, scores: Mapping[str, Tensor], costs: Mapping[str, float] | None, within: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        if not scores:
+            raise ValueError("Expected the scores of at least one weight, got none")
+        if self.rule == "paper":
+            return _paper_masks(scores, self.sparsity)
+        if within is not None and any(name not in within or within[name].shape != scores[name].shape for name in scores):
+            raise ValueError("Expected within to hold a mask of the same shape for every weight that has scores")
+        prices = dict.fromkeys(scores, 1.0) if self.budget == "weights" else _checked_costs(costs, scores)
+        pooled, layers = [], []
+        for name, values in scores.items():
+            groups = self.pattern.pool(values)
+            if within is not None:
+                groups = groups.masked_fill(~_kept_groups(self.pattern, within[name], values), -math.inf)
+            candidates = groups if within is None else groups[groups != -math.inf]
+            size = self.pattern.group_size(values.shape)
+            minimum = max(self.min_per_layer, math.ceil(self.min_density * groups.numel() - 1e-9))
+            minimum = min(minimum, candidates.numel())
+            layers.append(Layer(name, candidates, groups.numel(), size * prices[name], minimum, tuple(values.shape)))
+            pooled.append(groups)
+        counts = allocate(layers, self._limit(layers), self.scope)
+        return {
+            name: self.pattern.expand(top_k_mask(groups, count), scores[name])
+            for name, groups, count in zip(scores, pooled, counts, strict=True)
+        }
+
+    def _limit(self, layers: list[Layer]) -> float:
+        groups, prices = sum(layer.groups for layer in layers), {layer.cost for layer in layers}
+        if self.budget == "weights" and len(prices) == 1:
+            return round((1 - self.sparsity) * groups) * prices.pop()
+        # Enough is removed when the removed share, as a floating-point number, is `sparsity`. A limit of
+        # (1 - 0.9) · 10 in floating point would be just below one weight.
+        enough = (Fraction(math.nextafter(self.sparsity, -1)) + Fraction(self.sparsity)) / 2
+        limit = (1 - enough) * sum(layer.groups * Fraction(layer.cost) for layer in layers)
+        return float(math.floor(limit) if all(cost == int(cost) for cost in prices) else limit)
+
+
+def _make(
+    choice: _Choice,
+    scores: Mapping[str, Tensor],
+    costs: Mapping[str, float] | None,
+    within: Mapping[str, Tensor] | None,
+    recipe: Mapping[str, Any],
+    skipped: Iterable[tuple[str, str]],
+) -> MaskSet:
+    masks = MaskSet(choice.masks(scores, costs, within), {**choice.recipe(), **recipe}, skipped)
+    densities = masks.layer_densities()
+    thin = [f"{name} ({density:.3%})" for name, density in densities.items() if density < _NEARLY_EMPTY]
+    if thin:
+        warnings.warn(
+            f"Layers kept below {_NEARLY_EMPTY:.1%}: {', '.join(thin)}. "
+            "A network this thin may not train: raise min_density.",
+            stacklevel=3,  # the caller of make_masks or prune
+        )
+    return masks
+
+
+def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
+    return pattern.pool(mask.to(scores.dtype)) > 0
+
+
+def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:
+    if costs is None:
+        raise ValueError("Expected costs with budget='flops', got None: pass costs=weight_costs(model, example_input)")
+    if missing := [name for name in scores if name not in costs]:
+        raise ValueError(f"Expected a cost for every weight, got none for {', '.join(missing[:5])}")
+    if bad := [name for name in scores if not (0 <= costs[name] < math.inf)]:
+        raise ValueError(f"Expected finite costs of at least 0, got {costs[bad[0]]} for {bad[0]!r}")
+    if not any(costs[name] for name in scores):
+        raise ValueError("Expected at least one weight that costs something, got only zeros")
+    return costs
+
+
+def _paper_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    every = torch.cat([values.flatten() for values in scores.values()])
+    density = 1 - sparsity  # two roundings instead of none: what the authors' code counts with
+    removed = int(every.numel() * (1 - density))
+    # The k-th highest of S = −score is the k-th lowest score.
+    threshold = every.kthvalue(removed).values if removed else every.min()
+    return {name: values >= threshold for name, values in scores.items()}
+
+
+def _recipe(criterion: Any, rounds: int, seed: int | None, **options: Any) -> dict[str, Any]:
+    """What `prune` was asked for, in terms json can hold; objects by their name."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, torch.dtype) else getattr(value, "__name__", type(value).__name__)
+
+    given = {name: plain(value) for name, value in options.items() if value is not None}
+    return {"criterion": plain(criterion), "iterations": rounds, "seed": seed, **given}
+
+
+def _package_version() -> str:
+    try:
+        return version("grasp_sparse")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

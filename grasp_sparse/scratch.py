@@ -1,0 +1,117 @@
+"""Working on a model without touching it: a scratch copy, and the random state put back afterwards.
+
+Scoring runs forwards (which move BatchNorm's running statistics), switches modes, turns gradients on, re-draws weights
+and consumes random numbers. All of that happens on a deep copy inside `scratch_copy`, so the caller's model, its
+buffers, gradients, modes, hooks and the global random state are the same bits afterwards, also when an exception or
+Ctrl-C leaves in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def capture_rng() -> Callable[[], None]:
+    """Remembers the global random state (torch CPU and CUDA, numpy, python) and returns the function that puts it back."""
+    cpu = torch.get_rng_state()
+    # Asking an uninitialised CUDA for its state would start it: slow, and a surprise before a fork.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+    return restore
+
+
+def _seed_all(seed: int) -> None:
+    # torch.manual_seed would also queue a seed for a CUDA that is not yet initialised, which no restore could undo.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def preserved_rng(seed: int | None = None) -> Iterator[None]:
+    """Runs the block, from `seed` if one is given, and leaves the global random state as it was."""
+    restore = capture_rng()
+    try:
+        if seed is not None:
+            _seed_all(seed)
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: int | None = None) -> Iterator[nn.Module]:
+    """Yields a deep copy of `model` to do anything with; gradients are enabled, no parameter of the copy asks for one.
+
+    `dtype` converts the copy; without it half-precision models are copied to float32, because second derivatives and
+    products of fifty layers mean nothing in 8 or 11 bits. Parameter hooks are not copied (they serve training), module
+    hooks are.
+    Raises ValueError for a model that cannot be deep-copied.
+    """
+    with preserved_rng(seed), torch.inference_mode(False), torch.enable_grad():
+        try:
+            scratch = copy.deepcopy(model)
+        except Exception as error:
+            raise ValueError(
+                f"Expected a model that copy.deepcopy can copy, got {type(model).__name__}: {error}. "
+                "Unwrap it (DistributedDataParallel: pass model.module) or remove tensors cached on modules."
+            ) from error
+        if dtype is None and any(p.dtype in _HALF_PRECISION for p in scratch.parameters()):
+            dtype = torch.float32
+        if dtype is not None:
+            scratch.to(dtype)
+        yield scratch.requires_grad_(False)
+
+
+def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Tensors in nested tuples, lists and dicts brought to `device`; floating ones to `dtype` too when it is given."""
+    if isinstance(data, torch.Tensor):
+        return data.detach().to(device, dtype if data.is_floating_point() else None)
+    if isinstance(data, Mapping):
+        return {key: move(value, device, dtype) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        moved = [move(value, device, dtype) for value in data]
+        return tuple(moved) if isinstance(data, tuple) else moved
+    return data
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """`model(tensor)`, `model(*tuple)` or `model(**dict)`, on the model's own device and in its own floating dtype."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    inputs = move(inputs, like.device, like.dtype)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def first_tensor(data: Any) -> torch.Tensor:
+    """The first tensor in nested tuples, lists and dicts: the one whose first dimension counts samples."""
+    if isinstance(data, torch.Tensor):
+        return data
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
+    for value in values:
+        try:
+            return first_tensor(value)
+        except ValueError:
+            continue
+    raise ValueError(f"Expected a tensor, or a tuple or dict holding one, got {type(data).__name__}")

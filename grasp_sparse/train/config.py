@@ -1,0 +1,182 @@
+"""Everything a run depends on, in one flat record: a key of a TOML recipe = a field here = a flag of the command line.
+
+Precedence: field default < recipe < flag. `TrainConfig.validate` raises before any data are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from grasp_sparse.train.errors import UserError
+
+
+def _option(default: Any, group: str, help: str, *, type: Any = str, **extra: Any) -> Any:
+    """A field that the command line can offer as a flag: its group in --help, its text, how to parse its value."""
+    metadata = {"group": group, "help": help, "type": type, **extra}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Recipe of a run. Field metadata carry help text, group and parser; see `grasp-sparse train --help`."""
+
+    name: str = _option("train", "run", "label of the run: default folder name and first word of the last line printed")
+
+    data: str = _option("fashion-mnist", "data", "data set", choices=("fashion-mnist", "imagefolder", "fake"))
+    data_dir: str | None = _option(None, "data", "folder that holds the data", metavar="DIR")
+    image_size: int | None = _option(
+        None, "data", "side in pixels; imagefolder (default 224) and fake (default 32) only", type=int, metavar="PIXELS"
+    )
+    augment: bool = _option(True, "data", "random shift and horizontal flip (imagefolder: crop and flip)", type=bool)
+    train_limit: int | None = _option(None, "data", "use only this many training images", type=int, metavar="N")
+    test_limit: int | None = _option(None, "data", "use only this many test images", type=int, metavar="N")
+    workers: int = _option(2, "data", "processes that decode images (imagefolder only)", type=int, metavar="N")
+
+    model: str = _option(
+        "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, or package.module:factory"
+    )
+    model_args: dict = _option(
+        {}, "model", "argument of the model's factory as KEY=VALUE, the value as TOML, e.g. 'widths=[128, 256]'",
+        type=dict, metavar="KEY=VALUE",
+    )
+
+    dense: bool = _option(False, "pruning", "train the ordinary dense model, for comparison", type=bool)
+    masks: str | None = _option(None, "pruning", "use this mask file instead of scoring", metavar="FILE")
+    criterion: str = _option("grasp", "pruning", "score per weight: grasp, snip, synflow, magnitude, random")
+    criterion_args: dict = _option(
+        {}, "pruning", "option of the criterion as KEY=VALUE, e.g. 'preset=\"paper\"' or temperature=200", type=dict,
+        metavar="KEY=VALUE",
+    )
+    sparsity: float = _option(0.95, "pruning", "share removed, 0 <= sparsity < 1", type=float, metavar="SHARE")
+    budget: str = _option(
+        "weights", "pruning", "what sparsity counts: weights, or flops = multiply-adds", choices=("weights", "flops")
+    )
+    scope: str = _option(
+        "global", "pruning", "one ranking over all layers, the same density per layer, or Erdos-Renyi densities",
+        choices=("global", "layer", "erk"),
+    )
+    pattern: str = _option("unstructured", "pruning", "which masks are allowed")
+    min_density: float = _option(0.0, "pruning", "density that no layer falls below", type=float, metavar="SHARE")
+    include: list = _option([], "pruning", "prune only layers whose name matches this pattern", type=list, metavar="GLOB")
+    exclude: list = _option([], "pruning", "keep layers whose name matches this pattern dense", type=list, metavar="GLOB")
+    samples_per_class: int = _option(10, "pruning", "training images per class to score on", type=int, metavar="N")
+    score_batch: int = _option(100, "pruning", "images per scoring micro-batch", type=int, metavar="N")
+    max_density: float | None = _option(
+        None, "pruning", "a layer denser than this keeps its dense kernel", type=float, metavar="SHARE"
+    )
+
+    epochs: int = _option(10, "training", "passes over the training images", type=int, metavar="N")
+    max_seconds: float | None = _option(
+        None, "training", "end training after this wall time; the schedule shrinks to fit (then not reproducible)",
+        type=float, metavar="S",
+    )
+    batch_size: int = _option(128, "training", "images per step", type=int, metavar="N")
+    lr: float = _option(0.1, "training", "peak learning rate", type=float)
+    momentum: float = _option(0.9, "training", "SGD momentum", type=float)
+    nesterov: bool = _option(True, "training", "Nesterov momentum", type=bool)
+    weight_decay: float = _option(5e-4, "training", "L2 penalty on kept weights", type=float)
+    schedule: str = _option(
+        "cosine", "training", "cosine to zero, or divided by 10 at each milestone", choices=("cosine", "step", "constant")
+    )
+    milestones: list = _option(
+        [0.5, 0.75], "training", "shares of training after which 'step' divides by 10", type=float, nargs="+",
+        metavar="SHARE",
+    )
+    warmup: float = _option(0.0, "training", "share of training over which the rate climbs from 0", type=float, metavar="SHARE")
+    label_smoothing: float = _option(0.0, "training", "cross-entropy label smoothing", type=float)
+    memory_format: str = _option(
+        "nchw", "training", "layout of input images and dense convolutions", choices=("nchw", "channels_last")
+    )
+
+    seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
+    device: str = _option("cpu", "run", "cpu, or cuda")
+    threads: int | None = _option(None, "run", "CPU threads (default: torch's choice)", type=int, metavar="N")
+    timing_rounds: int = _option(
+        15, "run", "measured steps per arm, dense and sparse in turns, after training; 0 skips", type=int, metavar="N"
+    )
+
+    def validate(self) -> TrainConfig:
+        """Raise UserError for a value out of range; return self."""
+        for name, ok, expected in (
+            ("sparsity", 0 <= self.sparsity < 1, "0 <= sparsity < 1 (0.98 keeps 2 %)"),
+            ("min_density", 0 <= self.min_density <= 1, "a share between 0 and 1"),
+            ("max_density", self.max_density is None or 0 < self.max_density <= 1, "a share above 0, at most 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("samples_per_class", self.samples_per_class >= 1, "at least 1"),
+            ("score_batch", self.score_batch >= 1, "at least 1"),
+            ("timing_rounds", self.timing_rounds != 1, "0, or at least 2 for quartiles"),
+            ("lr", self.lr > 0, "a rate above 0"),
+            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
+            ("nesterov", self.momentum > 0 or not self.nesterov, "false when momentum is 0 (--no-nesterov)"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
+            ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "shares of training between 0 and 1"),
+            ("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0 seconds"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1"),
+            ("timing_rounds", self.timing_rounds >= 0, "at least 0"),
+            ("workers", self.workers >= 0, "at least 0"),
+            ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),
+            ("test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1"),
+            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise UserError(f"Expected {name}: {expected}, got {getattr(self, name)!r}")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> TrainConfig:
+        """Build from plain values; `source` names them in errors (unknown key, wrong type)."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key, value in values.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(fields)}"
+                raise UserError(f"unknown key '{key}' in {source}; {hint}")
+            f = fields[key]
+            parse = f.metadata["type"]
+            wanted = list if "nargs" in f.metadata else parse
+            if wanted is float and type(value) is int:
+                values = {**values, key: float(value)}
+            elif value is not None and type(value) is not wanted:
+                raise UserError(f"Expected {key} in {source} to be {wanted.__name__}, got {value!r}")
+            if (choices := f.metadata.get("choices")) and value not in choices:
+                raise UserError(f"Expected {key} in {source} to be one of {', '.join(choices)}, got {value!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a checkpoint and result.json store them."""
+        return dataclasses.asdict(self)
+
+
+def packaged_recipes() -> dict[str, Any]:
+    """Name -> file of the recipes that come with the package."""
+    folder = resources.files("grasp_sparse.train") / "recipes"
+    return {entry.name.removesuffix(".toml"): entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Values of a packaged recipe (`demo`) or of a TOML file; `name` defaults to the recipe's own."""
+    packaged = packaged_recipes()
+    path = Path(name_or_path)
+    if name_or_path in packaged:
+        text = packaged[name_or_path].read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        names = ", ".join(sorted(packaged))
+        raise UserError(f"Expected --recipe to be a TOML file or one of: {names}; got {name_or_path!r}")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {name_or_path} is not valid TOML: {error}") from error
+    return {"name": path.stem, **values}

@@ -1,0 +1,63 @@
+"""What a run ran on: versions, processor, kernels, threads, allocator. Goes into every result and into `info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel tells it, or the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def allocator() -> str:
+    """The allocator settings of this process in words: they change dense and sparse steps alike."""
+    tuned = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    return " ".join(tuned) if tuned else "system default"
+
+
+def extension_status() -> dict[str, Any]:
+    """Whether the compiled kernels are there (`loaded`), why not (`reason`), which instruction set runs (`isa`), `built`."""
+    from grasp_sparse import _extension
+
+    status = _extension.status()
+    return dataclasses.asdict(status) if dataclasses.is_dataclass(status) else dict(status)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Plain values only, so that it can be stored as JSON and in a checkpoint."""
+    kernels = extension_status()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a TorchVersion otherwise, which a safe load refuses
+        "torchvision": version_of("torchvision"),
+        "grasp_sparse": version_of("grasp_sparse"),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "kernels": kernels["isa"] if kernels["loaded"] else "pure-torch reference",
+        "allocator": allocator(),
+    }

@@ -1,0 +1,11 @@
+"""Errors that a user can cause and mend: the command line prints their message as one line and exits with code 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input or a missing thing. The message says what was expected, what was got and what to do, in one line."""
+
+
+class DivergedError(UserError):
+    """The loss stopped being a finite number."""

@@ -1,0 +1,47 @@
+"""What a person and a program see of a run: a progress bar on a terminal, tables, one JSON line an epoch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_NAME = "log.jsonl"
+
+
+def say(text: str = "") -> None:
+    """A line on stdout, at once: a run that is piped into a file can be followed."""
+    print(text, flush=True)
+
+
+def progress_bar(total: int, done: int, label: str) -> tqdm:
+    """A bar on stderr when that is a terminal, otherwise silent."""
+    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Aligned text columns; those numbered in `right` are aligned to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = set(right)
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
+
+
+class EpochLog:
+    """RUN/log.jsonl. Rewritten from the checkpoint's history on resume: no epoch is there twice after a crash."""
+
+    def __init__(self, run_dir: Path, history: list[dict[str, Any]]) -> None:
+        self.path = run_dir / LOG_NAME
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,122 @@
+"""Before the first step: data and model that fit together, masks, sparse layers, and the table of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grasp_sparse.costs import weight_costs
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.pruning import prune
+from grasp_sparse.surgery import sparsify_
+
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data import Data, load_data
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.logging import say, table
+from grasp_sparse.train.models import build_model
+from grasp_sparse.train.step import memory_format
+
+
+def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
+    """The run's dense model with initial weights that depend on the seed alone, on the run's device."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, data.num_classes, data.shape[0], config.model_args)
+    return model.to(config.device, memory_format=memory_format(config.memory_format))
+
+
+def data_and_model(config: TrainConfig) -> tuple[Data, nn.Module]:
+    """Data and fresh model, checked against each other by one forward pass. Sets threads and seed first."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = load_data(config)
+    model = fresh_model(config, data)
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(example_input(config, data))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {config.model} cannot take {data.name} images of shape {data.shape}: {reason}") from error
+    model.train()
+    if not torch.is_tensor(logits) or logits.shape != (1, data.num_classes):
+        shape = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise UserError(f"Expected model {config.model} to give logits of shape (1, {data.num_classes}) for one image, got {shape}")
+    return data, model
+
+
+def example_input(config: TrainConfig, data: Data) -> torch.Tensor:
+    """One blank image [1, C, H, W] on the run's device."""
+    return torch.zeros(1, *data.shape, device=config.device)
+
+
+def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
+    """Read --masks, or score `model` on class-balanced training images and choose what to keep."""
+    if config.masks is not None:
+        masks = MaskSet.load(Path(config.masks))
+        masks.check(model)
+        return masks
+    batches = [
+        (x.to(config.device), y.to(config.device))
+        for x, y in data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
+    ]
+    say(f"scoring {config.model} with {config.criterion} on {sum(len(y) for _, y in batches)} training images")
+    return prune(
+        model, batches, sparsity=config.sparsity, criterion=config.criterion, pattern=config.pattern, scope=config.scope,
+        budget=config.budget, min_density=config.min_density, include=config.include or None, exclude=config.exclude or None,
+        seed=config.seed, **config.criterion_args,
+    )
+
+
+def pruning_summary(masks: MaskSet, costs: Mapping[str, float], runs: Mapping[str, str]) -> dict[str, Any]:
+    """What was kept, in plain values: shares removed, and a row per layer (`runs`: parameter name -> how it runs)."""
+    layers = []
+    for name, mask in masks.items():
+        kept, total = int(mask.sum()), mask.numel()
+        layers.append({
+            "name": name, "shape": list(mask.shape), "kept": kept, "total": total, "density": kept / total,
+            "flops_kept": round(kept * costs[name]), "flops_total": round(total * costs[name]), "runs": runs.get(name, ""),
+        })
+    return {
+        "weight_sparsity": float(masks.sparsity),
+        "flop_sparsity": float(masks.flop_sparsity(costs)),
+        "skipped": [[str(name), str(reason)] for name, reason in masks.skipped],
+        "layers": layers,
+    }
+
+
+def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet, data: Data) -> dict[str, Any]:
+    """Make the layers of `model` sparse in place, print the table, return its pruning summary."""
+    example = example_input(config, data)
+    costs = weight_costs(model, example, include=list(masks))
+    options = {} if config.max_density is None else {"max_density": config.max_density}
+    report = sparsify_(model, masks, example, **options)
+    runs = {f"{row.name}.weight": row.runs for row in report.rows}
+    summary = pruning_summary(masks, costs, runs)
+    say(density_table(summary))
+    return summary
+
+
+def density_table(summary: dict[str, Any]) -> str:
+    """The layers, one a line, then both totals and what was left out of pruning."""
+    rows = [
+        (layer["name"], "x".join(map(str, layer["shape"])), f"{layer['kept']:,}", f"{layer['density']:.3%}",
+         f"{layer['flops_kept']:,}", layer["runs"])
+        for layer in summary["layers"]
+    ]
+    kept, total = (sum(layer[key] for layer in summary["layers"]) for key in ("kept", "total"))
+    flops = sum(layer["flops_kept"] for layer in summary["layers"])
+    rows.append(("all", "", f"{kept:,}", f"{kept / total:.3%}", f"{flops:,}", ""))
+    lines = [table(("layer", "shape", "kept", "density", "multiply-adds", "runs"), rows, right=(2, 3, 4))]
+    lines.append(f"removed: {summary['weight_sparsity']:.3%} of weights, {summary['flop_sparsity']:.3%} of multiply-adds")
+    lines += [f"left dense: {name} ({reason})" for name, reason in summary["skipped"]]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""A whole run: prune, train, compare with the dense step; from the beginning or from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from grasp_sparse.costs import weight_costs
+from grasp_sparse.surgery import load_sparse
+
+from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_atomically
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.engine import Interrupted, Position, Trainer
+from grasp_sparse.train.environment import describe_environment
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.footprint import measure_footprint
+from grasp_sparse.train.logging import say
+from grasp_sparse.train.prepare import (
+    data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary, sparsify_for_training,
+)
+from grasp_sparse.train.timing import best_dense, measure_steps
+
+MASKS_NAME = "masks.safetensors"
+RESULT_NAME = "result.json"
+_TIMED_BATCHES = 4
+
+
+def prune_to_file(config: TrainConfig, path: Path) -> None:
+    """Score the model at initialization, print what is kept, save the masks."""
+    config = dataclasses.replace(config, masks=None)
+    data, model = data_and_model(config)
+    masks = masks_for(config, model, data)
+    costs = weight_costs(model, example_input(config, data), include=list(masks))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    masks.save(path)
+    say(density_table(pruning_summary(masks, costs, {})))
+    say(f"masks: {path}")
+
+
+def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Prune, train and compare from the beginning; returns what result.json holds."""
+    _claim_folder(run_dir, overwrite)
+    data, model = data_and_model(config)
+    say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
+    pruning = None
+    if not config.dense:
+        masks = masks_for(config, model, data)
+        masks.save(run_dir / MASKS_NAME)
+        pruning = sparsify_for_training(config, model, masks, data)
+    trainer = Trainer(config, model, data, run_dir, {"pruning": pruning, "environment": describe_environment()})
+    return _finish(trainer)
+
+
+def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Go on with the run in `run_dir`; `changes` replace recipe fields that do not alter what is computed."""
+    state = load_checkpoint(run_dir)
+    config = TrainConfig.from_dict({**state["config"], **changes}, str(run_dir / FILE_NAME)).validate()
+    data, model = data_and_model(config)
+    try:
+        if config.dense:
+            model.load_state_dict(state["model"])
+        else:
+            load_sparse(model, state["model"])
+        trainer = Trainer(config, model, data, run_dir, {key: state[key] for key in ("pruning", "environment")})
+        trainer.restore(state)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{run_dir / FILE_NAME} does not fit model {config.model}: {error}") from error
+    position = trainer.position
+    say(f"{run_dir}: " + ("training is complete" if position.finished else
+                          f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
+    return _finish(trainer)
+
+
+def _claim_folder(folder: Path, overwrite: bool) -> None:
+    """Create `folder`. A run that is already there is an error, or is deleted when `overwrite`."""
+    if (folder / FILE_NAME).exists():
+        if not overwrite:
+            raise UserError(
+                f"{folder} already holds a run; --resume {folder} continues it, --overwrite deletes it, --out names another"
+            )
+        for name in (FILE_NAME, MASKS_NAME, RESULT_NAME):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Train to the end, measure the step against the dense one, write result.json and return what it holds."""
+    config, data = trainer.config, trainer.data
+    resume = f"interrupted; saved, go on with: grasp-sparse train --resume {trainer.run_dir}"
+    try:
+        position = trainer.fit()
+        comparison = _compare_with_dense(trainer) if config.timing_rounds else {"timing": None, "memory": None}
+    except KeyboardInterrupt as error:
+        if not isinstance(error, Interrupted) and not trainer.position.finished:
+            raise  # a second, impatient Ctrl-C: the last checkpoint stands, but this moment was not saved
+        raise Interrupted(resume) from None
+    result = {
+        "config": config.to_dict(),
+        "environment": trainer.extra["environment"],
+        "data": {"name": data.name, "source": data.source, "train": len(data.train), "test": len(data.test)},
+        "pruning": trainer.extra["pruning"],
+        "training": _training_summary(position),
+        **comparison,
+    }
+    text = json.dumps(result, indent=1)
+    save_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode()))
+    return result
+
+
+def _training_summary(position: Position) -> dict[str, Any]:
+    best = max(position.history, key=lambda row: row["test_accuracy"])
+    return {
+        "epochs": len(position.history),
+        "seconds": position.seconds,
+        "last_accuracy": position.history[-1]["test_accuracy"],
+        "best_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+    }
+
+
+def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
+    """Step times and bytes of the trained model and of the same model with nothing pruned."""
+    config, data = trainer.config, trainer.data
+    say(f"timing {config.timing_rounds} steps of each kind, in turns")
+    order = data.train.shuffled(config.batch_size, config.seed, epoch=0, augment=config.augment)
+    batches = [(x.to(config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
+    dense = fresh_model(config, data)
+    sparse = None if config.dense else trainer.model
+    times = measure_steps(config, dense, sparse, batches)
+    models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
+    return {
+        "timing": {"arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": best_dense(times)},
+        "memory": {name: dataclasses.asdict(measure_footprint(config, model, batches[0])) for name, model in models.items()},
+    }

@@ -1,0 +1,38 @@
+"""One training step and what it needs; the trainer and the stop-watch run exactly the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.train.config import TrainConfig
+
+
+def loss_function(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD over all parameters of `model`, dense or sparse. Fused: one pass over each tensor, for both alike."""
+    return torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+        weight_decay=config.weight_decay, fused=True,
+    )
+
+
+def memory_format(name: str) -> torch.memory_format:
+    return torch.channels_last if name == "channels_last" else torch.contiguous_format
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Forward, loss, backward, update. Returns the loss (scalar) and the logits [N, classes], both detached."""
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(x)
+    loss = loss_fn(logits, y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()

@@ -1,0 +1,218 @@
+"""What every criterion shares: the caller's model untouched, determinism, errors; and the definitions of the simple ones."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from grasp_sparse.criteria import CRITERIA, class_balanced, get_criterion, score
+from small_models import data, norm_net, smooth_net
+
+
+def snapshot(model: nn.Module) -> list:
+    return [
+        copy.deepcopy(model.state_dict()),
+        {name: (p.requires_grad, None if p.grad is None else p.grad.clone(), id(p)) for name, p in model.named_parameters()},
+        [(module.training, dict(module._forward_hooks), dict(module._backward_hooks)) for module in model.modules()],
+    ]
+
+
+def assert_untouched(model: nn.Module, before: list) -> None:
+    state, parameters, modules = snapshot(model)
+    assert all(torch.equal(value, before[0][name]) for name, value in state.items())
+    for name, (requires_grad, grad, identity) in parameters.items():
+        old_requires_grad, old_grad, old_identity = before[1][name]
+        assert (requires_grad, identity) == (old_requires_grad, old_identity)
+        assert (grad is None) == (old_grad is None) and (grad is None or torch.equal(grad, old_grad))
+    assert modules == before[2]
+
+
+def busy_model() -> nn.Module:
+    """A model in the middle of something: gradients, mixed modes, a frozen layer, a hook."""
+    model = norm_net()
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    model[1].eval()
+    model[3].weight.requires_grad_(False)
+    model[0].register_forward_hook(lambda module, inputs, output: output * 1.0)
+    return model
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_callers_model_and_random_state_come_back_bit_identical(criterion):
+    model = busy_model()
+    before = snapshot(model)
+    loader = DataLoader(TensorDataset(*data(40)), batch_size=10, shuffle=True)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    scores = score(model, loader, criterion, seed=5)
+    assert_untouched(model, before)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1]) and states[2] == random.getstate()
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.ndim > 1}
+    assert {name: value.shape for name, value in scores.items()} == shapes
+    assert not any(value.requires_grad for value in scores.values())
+
+
+def test_an_exception_leaves_no_trace_either():
+    model = busy_model()
+    before, rng = snapshot(model), torch.get_rng_state()
+
+    def failing():
+        torch.rand(3)
+        yield data()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, failing())
+    assert_untouched(model, before)
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_same_random_state_gives_the_same_bits(criterion):
+    model, loader = norm_net(), DataLoader(TensorDataset(*data(40)), batch_size=10, shuffle=True)
+    first, second = score(model, loader, criterion), score(model, loader, criterion)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.rand(1)
+    seeded = [score(model, loader, criterion, seed=1), score(model, loader, criterion, seed=1)]
+    assert all(torch.equal(seeded[0][name], seeded[1][name]) for name in first)
+    if criterion in ("grasp", "snip", "random"):
+        other = score(model, loader, criterion, seed=2)
+        assert any(not torch.equal(seeded[0][name], other[name]) for name in first)
+
+
+def test_snip_is_weight_times_gradient():
+    model, (x, y) = smooth_net().double(), data()
+    F.cross_entropy(model(x.double()), y).backward()
+    for name, value in score(model, [(x, y)], "snip").items():
+        weight = model.get_parameter(name)
+        torch.testing.assert_close(value, (weight * weight.grad).abs().detach())
+
+
+def test_magnitude_needs_no_data():
+    model = smooth_net()
+    for name, value in score(model, criterion="magnitude").items():
+        assert torch.equal(value, model.get_parameter(name).abs())
+
+
+def test_random_is_uniform_and_independent_of_the_dtype_of_the_model():
+    scores = torch.cat([value.flatten() for value in score(nn.Linear(200, 200), criterion="random", seed=0).values()])
+    assert 0 <= scores.min() and scores.max() < 1 and abs(scores.mean() - 0.5) < 0.01
+    assert torch.equal(scores.view(200, 200), score(nn.Linear(200, 200).half(), criterion="random", seed=0)["weight"])
+
+
+def test_synflow_scores_the_paths_of_magnitudes_and_conserves_flow():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    scores = score(model, [(torch.randn(4, 3), torch.zeros(4))], "synflow")
+    a, b = (model[i].weight.detach().double().abs() for i in (0, 2))
+    torch.testing.assert_close(scores["0.weight"], a * b.sum(0)[:, None])
+    torch.testing.assert_close(scores["2.weight"], b * a.sum(1)[None, :])
+    assert scores["0.weight"].sum().item() == pytest.approx(scores["2.weight"].sum().item())
+
+
+def test_synflow_does_not_read_more_than_one_batch():
+    def endless():
+        yield data()
+        raise AssertionError("read a second batch")
+
+    score(smooth_net(), endless(), "synflow")
+
+
+def test_synflow_overflow_in_float32_names_the_layer_and_the_cure():
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e5)
+    batches = [(torch.randn(2, 64), torch.zeros(2))]
+    assert torch.isfinite(score(model, batches, "synflow")["0.weight"]).all()
+    with pytest.raises(ValueError, match=r"'0\.weight'.*float64"):
+        score(model, batches, "synflow", dtype=torch.float32)
+
+
+def test_nan_names_the_layer():
+    model = smooth_net()
+    with torch.no_grad():
+        model[5].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN in '5\.weight'"):
+        score(model, criterion="magnitude")
+
+
+def test_a_criterion_of_ones_own():
+    def by_row(model, weights, batches, loss_fn, *, sign=1):
+        return {name: sign * weight.detach().sum(1, keepdim=True).expand_as(weight) for name, weight in weights.items()}
+
+    model = nn.Linear(3, 2)
+    assert torch.equal(score(model, None, by_row, sign=-1)["weight"][:, 0], -model.weight.detach().sum(1))
+    with pytest.raises(ValueError, match="score every weight"):
+        score(model, None, lambda model, weights, batches, loss_fn: {})
+
+
+def test_include_exclude_and_tied_weights():
+    model = smooth_net()
+    assert list(score(model, [data()], include="5")) == ["5.weight"]
+    assert list(score(model, [data()], exclude=lambda name, module: module is model[0])) == ["2.weight", "5.weight"]
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(72, 72), nn.Tanh(), nn.Linear(72, 72))
+    tied[3].weight = tied[1].weight
+    scores = score(tied, [data()])
+    assert list(scores) == ["1.weight"]
+
+
+def test_inputs_may_be_tuples_and_dicts():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = smooth_net()
+
+        def forward(self, x, scale):
+            return self.body(x * scale[:, None, None, None])
+
+    model, (x, y) = Two(), data()
+    expected = score(model.body, [(x, y)], micro_batch_size=5)
+    for inputs in ((x, torch.ones(20)), {"x": x, "scale": torch.ones(20)}):
+        got = score(model, [(inputs, y)], micro_batch_size=5)
+        assert all(torch.equal(got["body." + name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "snip"])
+def test_class_balanced_sampling_scores_the_drawn_samples(criterion):
+    model, loader = smooth_net(), DataLoader(TensorDataset(*data(60)), batch_size=7)
+    drawn = class_balanced(loader, 2, 5, num_batches=3)
+    expected = score(model, drawn, criterion)
+    got = score(model, loader, criterion, samples_per_class=2, num_classes=5, num_batches=3)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_works_inside_no_grad_and_inference_mode():
+    model, batches = smooth_net(), [data()]
+    expected = score(model, batches)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(score(model, batches)["5.weight"], expected["5.weight"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: score(smooth_net(), [data()], "grasps"), "grasp, snip, synflow, magnitude, random"),
+        (lambda: score(smooth_net(), None), "batches"),
+        (lambda: score(smooth_net(), []), "at least one batch"),
+        (lambda: score(smooth_net(), [data()[0]]), r"\(input, target\)"),
+        (lambda: score(smooth_net(), [(*data(), 1)]), r"\(input, target\)"),
+        (lambda: score(smooth_net(), [data(0)]), "at least one sample"),
+        (lambda: score(smooth_net(), [data()], num_batches=2), "num_batches=2"),
+        (lambda: score(smooth_net(), [data()], num_batches=0), "num_batches"),
+        (lambda: score(smooth_net(), [data()], samples_per_class=2), "together"),
+        (lambda: score(nn.Sequential(nn.Conv1d(1, 1, 1)), None, "magnitude"), "two-dimensional"),
+        (lambda: get_criterion("none"), "none"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,150 @@
+"""Sparse and masked layers stand for a dense layer whose weight was multiplied by the mask."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from layer_cases import DENSE, pruned, random_mask, sparse_of
+from torch import nn
+
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+
+
+def masked_of(module: nn.Module, mask: torch.Tensor) -> nn.Module:
+    return (MaskedLinear if isinstance(module, nn.Linear) else MaskedConv2d).from_dense(module, mask)
+
+
+BOTH = pytest.mark.parametrize("make", [sparse_of, masked_of], ids=["sparse", "masked"])
+
+
+@BOTH
+@pytest.mark.parametrize("density", [0, 0.3, 1])
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_forward_and_gradients_equal_the_pruned_dense_layer(case, density, make):
+    dense, x = case()
+    dense, x = dense.double(), x.double()
+    mask = random_mask(dense, density)
+    layer = copy.deepcopy(make(dense, mask))
+    pruned(dense, mask)
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for module, given in zip((layer, dense), inputs, strict=True):
+        module(given).square().sum().backward()
+    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    if dense.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    if make is sparse_of:
+        torch.testing.assert_close(layer.values.grad[0], dense.weight.grad[mask])
+    else:
+        torch.testing.assert_close(layer.weight.grad, dense.weight.grad * mask)
+
+
+@BOTH
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_round_trip_is_exact(case, make):
+    dense, _ = case()
+    mask = random_mask(dense)
+    layer = make(dense, mask)
+    expected = pruned(copy.deepcopy(dense), mask)
+    back = layer.to_dense()
+    assert type(back) is type(dense)
+    assert repr(back) == repr(dense)
+    assert torch.equal(back.weight, expected.weight)
+    assert torch.equal(layer.to_dense_weight(), expected.weight)
+    assert torch.equal(layer.mask, mask)
+    assert back.bias is dense.bias
+    assert (layer.nnz, layer.density) == (int(mask.sum()), pytest.approx(float(mask.float().mean())))
+
+
+@BOTH
+def test_source_is_left_alone_and_flags_are_kept(make):
+    dense = nn.Linear(6, 4).eval()
+    dense.weight.requires_grad_(False)
+    before = dense.weight.clone()
+    layer = make(dense, random_mask(dense))
+    assert torch.equal(dense.weight, before)
+    weight = layer.values if make is sparse_of else layer.weight
+    assert not layer.training and not weight.requires_grad and layer.bias.requires_grad
+    assert not layer.to_dense().weight.requires_grad and not layer.to_dense().training
+
+
+@BOTH
+def test_wrong_mask_is_refused(make):
+    dense = nn.Linear(6, 4)
+    for mask in (torch.ones(4, 5).bool(), torch.ones(4, 6), torch.ones(24).bool()):
+        with pytest.raises(ValueError, match=r"Expected a bool mask of shape \[4, 6\]"):
+            make(dense, mask)
+
+
+def test_values_are_the_only_weight():
+    dense = nn.Conv2d(4, 6, 3)
+    layer = sparse_of(dense, random_mask(dense))
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {"values": (1, layer.nnz), "bias": (6,)}
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match="use .values"):
+        layer.weight
+
+
+def test_attributes_and_repr_are_those_of_torch():
+    dense = nn.Conv2d(4, 6, (3, 2), stride=2, padding="valid", dilation=2, bias=False)
+    layer = sparse_of(dense, random_mask(dense))
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias"):
+        assert getattr(layer, name) == getattr(dense, name)
+    assert f"nnz={layer.nnz}, density={layer.density:.4g}" in repr(layer)
+    linear = sparse_of(nn.Linear(6, 4), torch.ones(4, 6, dtype=torch.bool))
+    assert repr(linear) == "SparseLinear(in_features=6, out_features=4, bias=True, nnz=24, density=1)"
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16", "double", "float"])
+@BOTH
+def test_conversion_leaves_indices_and_masks_alone(make, convert):
+    dense = nn.Linear(6, 4)
+    layer = getattr(make(dense, random_mask(dense)), convert)()
+    dtype = next(layer.parameters()).dtype
+    x = torch.randn(3, 6, dtype=dtype)
+    assert layer(x).dtype == dtype
+    layer.type(torch.float32)  # converts integer buffers as well, if it is let
+    assert {buffer.dtype for buffer in layer.buffers()} == ({torch.int32} if make is sparse_of else {torch.bool})
+    layer(x.float())
+
+
+def test_construction_checks_its_parts():
+    dense = nn.Linear(6, 4)
+    layer = sparse_of(dense, random_mask(dense))
+    with pytest.raises(ValueError, match=r"indices of a \[4, 5\] matrix, got \[4, 6\]"):
+        SparseLinear(5, 4, layer.values, layer.indices)
+    with pytest.raises(ValueError, match="Expected values of shape"):
+        SparseLinear(6, 4, torch.randn(layer.nnz), layer.indices)
+    with pytest.raises(ValueError, match="Expected bias of shape"):
+        SparseConv2d(6, 4, (1, 1), layer.values, layer.indices, torch.randn(6))
+
+
+@BOTH
+def test_whole_layer_can_be_pickled_and_copied(make):
+    dense, x = DENSE["conv"]()
+    layer = make(dense, random_mask(dense))
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    for other in (torch.load(stream, weights_only=False), copy.deepcopy(layer)):
+        assert torch.equal(other(x), layer(x))
+        assert all(a is not b for a, b in zip(other.parameters(), layer.parameters(), strict=True))
+
+
+def test_masked_weight_stays_zero_under_infinite_gradients():
+    dense = nn.Linear(6, 4)
+    mask = random_mask(dense)
+    layer = masked_of(dense, mask)
+    layer(torch.full((1, 6), float("inf"))).sum().backward()
+    assert (layer.weight.grad[~mask] == 0).all()
+
+
+def test_masked_keeps_groups():
+    dense = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+    mask = random_mask(dense)
+    layer = masked_of(dense, mask)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(layer(x), pruned(dense, mask)(x))

@@ -1,0 +1,116 @@
+"""A state_dict carries the structure; a corrupt one changes nothing."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from layer_cases import random_mask, sparse_of
+from torch import nn
+
+from grasp_sparse.nn import MaskedLinear
+
+
+def _layer(density: float = 0.3) -> nn.Module:
+    dense = nn.Linear(20, 12)
+    return sparse_of(dense, random_mask(dense, density))
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    tensors = zip((a.values, a.bias, *a.indices), (b.values, b.bias, *b.indices), strict=True)
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in tensors)
+
+
+def test_keys():
+    assert list(_layer().state_dict()) == ["values", "bias", "crow_indices", "col_indices"]
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("density", [0, 0.3, 0.31, 1])
+def test_checkpoint_of_any_structure_can_be_loaded(density, assign):
+    source, target = _layer(density), _layer(0.3)
+    stream = io.BytesIO()
+    torch.save(source.state_dict(), stream)
+    stream.seek(0)
+    target.load_state_dict(torch.load(stream, weights_only=True), assign=assign)
+    assert _same(source, target)
+    assert source.values.data_ptr() != target.values.data_ptr() or source.nnz == 0
+    x = torch.randn(5, 20, requires_grad=True)
+    target(x).sum().backward()
+    assert target.values.grad.shape == (1, source.nnz)
+
+
+def test_state_dict_given_is_not_changed():
+    source = _layer()
+    state = {name: tensor.long() if "indices" in name else tensor for name, tensor in source.state_dict().items()}
+    target = _layer(0.5)
+    target.load_state_dict(state)
+    assert state["crow_indices"].dtype == torch.int64
+    assert _same(source, target)
+
+
+def test_optimizer_follows_a_new_structure():
+    """The Parameter stays the same object, so that an optimizer that holds it trains what was loaded."""
+    source, target = _layer(0.3), _layer(0.5)
+    values = target.values
+    target(torch.randn(5, 20)).sum().backward()
+    optimizer = torch.optim.SGD(target.parameters(), lr=0.1)
+    target.load_state_dict(source.state_dict())
+    assert target.values is values and values.grad is None
+    target(torch.randn(5, 20)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(target.values, source.values)
+
+
+def _broken(change) -> dict[str, torch.Tensor]:
+    state = {name: tensor.clone() for name, tensor in _layer(0.5).state_dict().items()}
+    change(state)
+    return state
+
+
+CORRUPT = {
+    "column out of bounds": lambda s: s["col_indices"].__setitem__(3, 20),
+    "negative column": lambda s: s["col_indices"].__setitem__(3, -1),
+    "rows fall": lambda s: s["crow_indices"].__setitem__(3, 10_000),
+    "crow too short": lambda s: s.update(crow_indices=s["crow_indices"][:-1]),
+    "cols too short": lambda s: s.update(col_indices=s["col_indices"][:-1]),
+    "values too short": lambda s: s.update(values=s["values"][:, :-1]),
+    "values 1-D": lambda s: s.update(values=s["values"][0]),
+    "values integer": lambda s: s.update(values=s["values"].int()),
+    "indices float": lambda s: s.update(col_indices=s["col_indices"].float()),
+    "indices missing": lambda s: s.pop("col_indices"),
+    "values missing": lambda s: s.pop("values"),
+    "not a tensor": lambda s: s.update(crow_indices=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+@pytest.mark.parametrize("change", CORRUPT.values(), ids=CORRUPT)
+def test_corrupt_checkpoint_names_the_layer_and_changes_nothing(change, strict):
+    model = nn.Sequential(nn.ReLU(), _layer(0.3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {f"1.{name}": tensor for name, tensor in _broken(change).items()}
+    with pytest.raises(RuntimeError, match="1: Expected"):
+        model.load_state_dict(state, strict=strict)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model(torch.randn(2, 20)).sum().backward()
+
+
+def test_missing_layer_is_reported_as_usual():
+    model = nn.Sequential(_layer())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+    assert model.load_state_dict({}, strict=False).missing_keys == ["0.values", "0.bias", "0.crow_indices", "0.col_indices"]
+
+
+def test_masked_layer_stores_its_mask_and_zeros_what_a_checkpoint_brings():
+    dense = nn.Linear(20, 12)
+    source = MaskedLinear.from_dense(dense, random_mask(dense))
+    target = MaskedLinear.from_dense(dense, random_mask(dense))
+    assert list(source.state_dict()) == ["weight", "bias", "mask"]
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.weight, source.weight) and torch.equal(target.mask, source.mask)
+    target.load_state_dict({"weight": torch.ones(12, 20)}, strict=False)
+    assert torch.equal(target.weight, source.mask.float())

@@ -1,0 +1,64 @@
+"""Run as a program by test_isa.py: compares the compiled kernels with the reference on shapes that reach every edge of their
+loops, and one thread with two, bit for bit. Prints the instruction set that ran; the first difference ends it with an error."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from op_cases import DTYPES, IMAGE_LAYOUTS, ROW_LAYOUTS, WINDOWS, close, sparse_matrix
+from torch import Tensor
+
+from grasp_sparse import _extension
+from grasp_sparse.ops import reference
+
+ops = torch.ops.grasp_sparse
+
+
+def check(name: str, case: str, dtype: torch.dtype, lay, weights: tuple, activations: tuple[Tensor, ...], rest: tuple = ()) -> None:
+    """One operation: in ``dtype``, activations in the layout, against the float64 reference; then with two threads."""
+    expected = getattr(reference, name)(*weights, *activations, *rest)
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in weights]
+    arguments = (*cast, *(lay(a.to(dtype)) for a in activations), *rest)
+    torch.set_num_threads(1)
+    one = getattr(ops, name)(*arguments)
+    torch.set_num_threads(2)
+    two = getattr(ops, name)(*arguments)
+    torch.set_num_threads(1)
+    close(one, expected, f"{name}, {case}")
+    if not torch.equal(one, two):
+        raise AssertionError(f"{name}, {case}: two threads give other bits than one.")
+
+
+def sweep_linear() -> None:
+    shapes, batches, layouts = ((7, 5), (33, 1), (67, 130)), (1, 9, 16, 33, 200), ("row-major", "feature-major", "sliced")
+    for dtype, shape, density, batch, layout in product(DTYPES, shapes, (0.2, 1.0), batches, layouts):
+        values, indices, _ = sparse_matrix(*shape, density)
+        x, g = torch.randn(batch, shape[1]).double(), torch.randn(batch, shape[0]).double()
+        bias = torch.randn(shape[0]).double()
+        common = f"{dtype} {shape} density {density} batch {batch} {layout}", DTYPES[dtype], ROW_LAYOUTS[layout][0]
+        check("csr_spmm", *common, (values, *indices, bias), (x,))
+        check("csr_spmm_t", *common, (values, *indices), (g,))
+        check("csr_sddmm", *common, indices, (g, x))
+
+
+def sweep_conv2d() -> None:
+    cases = list(product(WINDOWS, ((2, 3), (19, 20)), (1, 17, 40), ("NCHW", "channels_last", "CHWN")))
+    for dtype, (window, (channels, filters), batch, layout) in product(DTYPES, cases):
+        kernel, stride, padding, dilation, image = WINDOWS[window]
+        values, indices, _ = sparse_matrix(filters, channels * kernel[0] * kernel[1], 0.2)
+        bias, x = torch.randn(filters).double(), torch.randn(batch, channels, *image).double()
+        geometry = (kernel, stride, padding, dilation)
+        g = torch.randn_like(reference.csr_conv2d_fprop(values, *indices, bias, x, *geometry))
+        case = f"{dtype} {window} {channels}->{filters} batch {batch} {layout}"
+        common = case, DTYPES[dtype], IMAGE_LAYOUTS[layout][0]
+        check("csr_conv2d_fprop", *common, (values, *indices, bias), (x,), geometry)
+        check("csr_conv2d_dgrad", *common, (values, *indices), (g,), (image, *geometry))
+        check("csr_conv2d_wgrad", *common, indices, (g, x), geometry)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sweep_linear()
+    sweep_conv2d()
+    print(_extension.status().isa)

@@ -1,0 +1,127 @@
+"""Inputs for the tests of the operations: index packs, layouts, windows, and dense formulas that share no code with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_sparse.formats import CsrIndices, csr_from_mask
+
+COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::csr_spmm", "CPU")
+
+BATCHES = (0, 1, 3, 17, 33)
+DENSITIES = (0.0, 0.1, 1.0)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.float64: dict(rtol=1e-10, atol=1e-10)}
+
+WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, image
+    "1x1": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (7, 5)),
+    "1x1-stride2": ((1, 1), (2, 2), (0, 0, 0, 0), (1, 1), (7, 6)),
+    "3x3": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (8, 8)),
+    "3x3-valid": ((3, 3), (1, 1), (0, 0, 0, 0), (1, 1), (5, 9)),
+    "3x3-stride2": ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), (9, 8)),
+    "3x3-stride3-unseen-rest": ((3, 3), (3, 3), (0, 0, 0, 0), (1, 1), (8, 10)),
+    "3x3-dilation2": ((3, 3), (1, 1), (2, 2, 2, 2), (2, 2), (6, 7)),
+    "3x3-stride2-dilation2": ((3, 3), (2, 2), (1, 1, 1, 1), (2, 2), (7, 8)),
+    "2x3-stride21-same": ((2, 3), (2, 1), (0, 1, 1, 1), (1, 1), (6, 5)),
+    "4x4-same": ((4, 4), (1, 1), (1, 2, 1, 2), (1, 1), (5, 6)),
+    "5x1-dilation21": ((5, 1), (1, 1), (4, 4, 0, 0), (2, 1), (4, 3)),
+    "3x3-on-1x1": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (1, 1)),
+    "3x3-on-1x40": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (1, 40)),
+    "padding-beyond-kernel": ((2, 2), (1, 1), (3, 0, 0, 3), (1, 1), (2, 2)),
+}
+
+
+def sparse_matrix(rows: int, cols: int, density: float, dtype=torch.float64) -> tuple[Tensor, CsrIndices, Tensor]:
+    """values [1, nnz], indices and the bool mask; between the extremes one row and one column are empty."""
+    mask = torch.rand(rows, cols) < density
+    if 0 < density < 1:
+        mask[rows // 2] = False
+        mask[:, cols // 3] = False
+    return torch.randn(1, int(mask.sum()), dtype=dtype), csr_from_mask(mask), mask
+
+
+def dense_matrix(values: Tensor, mask: Tensor) -> Tensor:
+    """The weight by masked assignment: what values in mask order mean."""
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
+    """Convolution as a sum over the kernel's places of products of shifted images; differentiable, any batch."""
+    top, bottom, left, right = padding
+    x = F.pad(x, (left, right, top, bottom))
+    kh, kw = weight.shape[2:]
+    height = (x.shape[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    width = (x.shape[3] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    y = x.new_zeros(x.shape[0], weight.shape[0], height, width)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dilation[0], i * dilation[0] + (height - 1) * stride[0] + 1, stride[0])
+            cols = slice(j * dilation[1], j * dilation[1] + (width - 1) * stride[1] + 1, stride[1])
+            y = y + torch.einsum("oi,nihw->nohw", weight[:, :, i, j], x[:, :, rows, cols])
+    return y if bias is None else y + bias[:, None, None]
+
+
+def is_chwn(x: Tensor) -> bool:
+    return x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+# name -> (put a tensor into the layout, does a result have the promised layout)
+IMAGE_LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], bool]]] = {
+    "NCHW": (Tensor.contiguous, Tensor.is_contiguous),
+    "channels_last": (lambda x: x.contiguous(memory_format=torch.channels_last), is_channels_last),
+    "CHWN": (lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2), is_chwn),
+    "sliced": (lambda x: F.pad(x, (1, 2, 0, 1))[:, :, : x.shape[2], 1 : 1 + x.shape[3]], Tensor.is_contiguous),
+    "every-other": (lambda x: torch.stack((x, x + 1), -1).flatten(3)[..., ::2], Tensor.is_contiguous),
+    "transposed": (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), Tensor.is_contiguous),
+}
+ROW_LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], bool]]] = {
+    "row-major": (Tensor.contiguous, Tensor.is_contiguous),
+    "feature-major": (lambda x: x.t().contiguous().t(), lambda x: x.t().is_contiguous()),
+    "sliced": (lambda x: F.pad(x, (1, 2))[:, 1 : 1 + x.shape[1]], Tensor.is_contiguous),
+    "every-other-row": (lambda x: torch.stack((x, x + 1), 1).flatten(0, 1)[::2], Tensor.is_contiguous),
+    "every-other-feature": (lambda x: torch.stack((x, x + 1), 2).flatten(1)[:, ::2], Tensor.is_contiguous),
+}
+
+
+def same_layout_or_ambiguous(x: Tensor, y: Tensor, promised: Callable[[Tensor], bool]) -> bool:
+    """Whether y has the promised layout; an x that is plainly contiguous as well (size-1 dimensions) may give that."""
+    return promised(y) or (x.is_contiguous() and y.is_contiguous())
+
+
+def close(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal to a float64 expectation up to the rounding of the actual dtype."""
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), **tolerance, msg=lambda text: f"{what}: {text}")
+
+
+
+def examples(dtype=torch.float64) -> dict[str, tuple]:
+    """A small call of every operation, all arguments that can be differentiated asking for it."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    values, indices, _ = sparse_matrix(4, 5, 0.5, dtype)
+    filter_values, filter_indices, _ = sparse_matrix(3, 12, 0.5, dtype)
+    values.requires_grad_(), filter_values.requires_grad_()
+    window = ([3, 2], [2, 1], [1, 2, 0, 1], [1, 2])  # kernel, stride, padding, dilation; image 5x4 -> 3x3
+    images, grads = leaf(2, 2, 5, 4), leaf(2, 3, 3, 3)
+    return {
+        "csr_spmm": (values, *indices, leaf(4), leaf(3, 5)),
+        "csr_spmm_t": (values, *indices, leaf(3, 4)),
+        "csr_sddmm": (*indices, leaf(3, 4), leaf(3, 5)),
+        "csr_conv2d_fprop": (filter_values, *filter_indices, leaf(3), images, *window),
+        "csr_conv2d_dgrad": (filter_values, *filter_indices, grads, [5, 4], *window),
+        "csr_conv2d_wgrad": (*filter_indices, grads, images, *window),
+    }
+
+
+OPERATIONS = ("csr_spmm", "csr_spmm_t", "csr_sddmm", "csr_conv2d_fprop", "csr_conv2d_dgrad", "csr_conv2d_wgrad")

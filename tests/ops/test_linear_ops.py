@@ -1,0 +1,80 @@
+"""The linear family equals its reference and plain matrix products, for every layout, batch and density."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import BATCHES, DENSITIES, DTYPES, ROW_LAYOUTS, close, dense_matrix, same_layout_or_ambiguous, sparse_matrix
+
+from grasp_sparse.ops import reference
+
+ops = torch.ops.grasp_sparse
+SHAPES = {"7x5": (7, 5), "1x1": (1, 1), "1x19": (1, 19), "33x1": (33, 1), "40x67": (40, 67), "128x130": (128, 130)}
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_equals_reference_and_matrix_product(dtype, shape, layout):
+    lay, promised = ROW_LAYOUTS[layout]
+    rows, cols = shape
+    for density in DENSITIES:
+        values, indices, mask = sparse_matrix(rows, cols, density)
+        weight = dense_matrix(values, mask)
+        bias = torch.randn(rows, dtype=torch.float64)
+        for batch in (*BATCHES, 128):
+            x, g = torch.randn(batch, cols, dtype=torch.float64), torch.randn(batch, rows, dtype=torch.float64)
+            v, b, lx, lg = values.to(dtype), bias.to(dtype), lay(x.to(dtype)), lay(g.to(dtype))
+            case = f"density {density}, batch {batch}"
+
+            for given, wanted in ((b, bias), (None, torch.zeros(()))):
+                y = ops.csr_spmm(v, *indices, given, lx)
+                close(y, x @ weight.t() + wanted, f"csr_spmm, {case}")
+                assert same_layout_or_ambiguous(lx, y, promised), case
+            close(y, reference.csr_spmm(values, *indices, None, x), case)
+
+            dx = ops.csr_spmm_t(v, *indices, lg)
+            close(dx, g @ weight, f"csr_spmm_t, {case}")
+            close(dx, reference.csr_spmm_t(values, *indices, g), case)
+            assert same_layout_or_ambiguous(lg, dx, promised), case
+
+            dv = ops.csr_sddmm(*indices, lg, lx)
+            close(dv, (g.t() @ x)[mask].unsqueeze(0), f"csr_sddmm, {case}")
+            close(dv, reference.csr_sddmm(*indices, g, x), case)
+            assert dv.is_contiguous()
+
+
+def test_arguments_of_different_layouts_and_odd_strides():
+    values, indices, mask = sparse_matrix(12, 20, 0.3)
+    weight = dense_matrix(values, mask)
+    x, g = torch.randn(9, 20, dtype=torch.float64), torch.randn(9, 12, dtype=torch.float64)
+    wide = torch.stack((values, values + 1), -1).flatten(1)[:, ::2]
+    bias = torch.randn(24, dtype=torch.float64)[::2]
+    close(ops.csr_spmm(wide, *indices, bias, x), x @ weight.t() + bias)
+    close(ops.csr_sddmm(*indices, ROW_LAYOUTS["feature-major"][0](g), x), (g.t() @ x)[mask].unsqueeze(0))
+    close(ops.csr_sddmm(*indices, g, ROW_LAYOUTS["feature-major"][0](x)), (g.t() @ x)[mask].unsqueeze(0))
+
+
+def test_expanded_arguments():
+    """What y.sum().backward() hands on: one number with all strides zero."""
+    values, indices, mask = sparse_matrix(12, 20, 0.3)
+    one = torch.ones((), dtype=torch.float64)
+    x, g = one.expand(9, 20), one.expand(9, 12)
+    flat = one.expand(1, indices.nnz)
+    weight, places = dense_matrix(values, mask), mask.double()
+    close(ops.csr_spmm(values, *indices, None, x), x @ weight.t())
+    close(ops.csr_spmm_t(values, *indices, g), g @ weight)
+    close(ops.csr_sddmm(*indices, g, x), (g.t() @ x)[mask].unsqueeze(0))
+    close(ops.csr_spmm(flat, *indices, one.expand(12), x), x @ places.t() + 1)
+    close(ops.csr_spmm_t(flat, *indices, g), g @ places)
+
+
+def test_arguments_are_not_written_to():
+    values, indices, _ = sparse_matrix(12, 20, 0.3, torch.float32)
+    arguments = [values, *indices, torch.randn(12), torch.randn(9, 20), torch.randn(9, 12)]
+    before = [a.clone() for a in arguments]
+    bias, x, g = arguments[6:]
+    ops.csr_spmm(values, *indices, bias, x)
+    ops.csr_spmm_t(values, *indices, g)
+    ops.csr_sddmm(*indices, g, x)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))

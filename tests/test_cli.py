@@ -1,0 +1,161 @@
+"""The command line as a person meets it: exit codes, one line for a mistake, and a last line for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import grasp_sparse as gs
+from grasp_sparse import cli
+from grasp_sparse.masks import MaskSet
+
+_SMALL = [
+    "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--model-arg", "widths=[16]",
+    "--model-arg", "depth=1", "--samples-per-class", "2", "--sparsity", "0.8", "--batch-size", "16", "--epochs", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _exit_code(*arguments: str) -> int:
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def test_train_prints_results_and_ends_with_a_line_for_programs(capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code("train", *_SMALL, "--name", "demo", "--budget", "flops", "--timing-rounds", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    number = r"\d+(\.\d+)?"
+    keys = "accuracy weight_sparsity flop_sparsity dense_step_s sparse_step_s dense_bytes sparse_bytes".split()
+    assert re.fullmatch("demo: " + " ".join(f"{key}={number}" for key in keys), lines[-1])
+    values = dict(pair.split("=") for pair in lines[-1].removeprefix("demo: ").split())
+    assert float(values["flop_sparsity"]) >= 0.8 and int(values["sparse_bytes"]) < int(values["dense_bytes"])
+    for name in ("checkpoint.pt", "masks.safetensors", "log.jsonl", "result.json", "report.md", "training.png", "density.png", "step.png"):
+        assert Path("runs/demo", name).stat().st_size > 0
+    text = "\n".join(lines)
+    assert "runs/demo/report.md" in text and "runs/demo/checkpoint.pt" in text and "best dense" in text
+
+
+def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
+    Path("mine.toml").write_text('data = "fake"\nepochs = 7\nlr = 0.25\nexclude = ["classifier"]\n')
+    assert _exit_code("train", "--recipe", "mine.toml", *_SMALL, "--timing-rounds", "0", "--no-nesterov") == 0
+    config = json.loads(Path("runs/mine/result.json").read_text())["config"]
+    assert (config["epochs"], config["lr"], config["nesterov"], config["exclude"]) == (1, 0.25, False, ["classifier"])
+    assert (config["model_args"], config["name"]) == ({"widths": [16], "depth": 1}, "mine")
+
+
+def test_dense_training_prunes_nothing(capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code("train", *_SMALL, "--dense", "--timing-rounds", "2") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"train: accuracy=\S+ dense_step_s=\S+ dense_bytes=\d+", last)
+    assert not Path("runs/train/masks.safetensors").exists()
+
+
+def test_prune_saves_masks_that_train_accepts(capsys: pytest.CaptureFixture) -> None:
+    flags = _SMALL[: _SMALL.index("--batch-size")]
+    assert _exit_code("prune", *flags, "--criterion", "snip", "--out", "deep/masks.safetensors") == 0
+    assert "all" in capsys.readouterr().out
+    assert MaskSet.load("deep/masks.safetensors").sparsity == pytest.approx(0.8, abs=0.002)
+    assert _exit_code("train", *_SMALL, "--masks", "deep/masks.safetensors", "--timing-rounds", "0") == 0
+
+
+def test_info_says_what_runs(capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code("info") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("python", "torchvision", "grasp_sparse", "kernels", "compiled", "threads", torch.__version__))
+    assert _exit_code("info", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["info"]])
+def test_help_exists(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code(*command, "--help") == 0
+    assert "usage: grasp-sparse" in capsys.readouterr().out
+
+
+def _unwritable() -> list[str]:
+    Path("a-file").write_text("")
+    return ["train", *_SMALL, "--out", "a-file/run"]
+
+
+def _broken_checkpoint() -> list[str]:
+    Path("broken").mkdir()
+    Path("broken/checkpoint.pt").write_bytes(b"PK\x03\x04 torn")
+    return ["train", "--resume", "broken"]
+
+
+def _unknown_key() -> list[str]:
+    Path("bad.toml").write_text("sparsty = 0.9\n")
+    return ["train", "--recipe", "bad.toml"]
+
+
+def _foreign_masks() -> list[str]:
+    Path("foreign.safetensors").write_bytes(b"not masks")
+    return ["train", *_SMALL, "--masks", "foreign.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", *_SMALL, "--sparsity", "1"], "Expected sparsity: 0 <= sparsity < 1"),
+        (["prune", "--sparsity", "1.5"], "Expected sparsity"),
+        (["train", *_SMALL, "--model", "resnet181"], "unknown model 'resnet181'; did you mean resnet18"),
+        (["train", "--data-dir", "no/such/folder"], "Expected --data-dir to be a folder"),
+        (["train", "--data", "imagefolder", "--data-dir", "nowhere"], "Expected a folder nowhere"),
+        (["train", "--data", "mnist"], "invalid choice: 'mnist'"),
+        (["train", *_SMALL, "--lr", "1e30"], "the loss is (nan|inf) at step"),
+        (["train", *_SMALL, "--model-arg", "widths"], "Expected KEY=VALUE"),
+        (["train", "--recipe", "no-such"], "Expected --recipe to be a TOML file or one of: demo"),
+        (["train", "--resume", "nowhere"], "Expected nowhere to hold a run"),
+        (["train", "--resume", "x", "--lr", "1", "--overwrite"], "leave out --lr, --overwrite"),
+        (["train", *_SMALL, "--masks", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["train", "--epochs", "many"], "invalid int value: 'many'"),
+        (["bake"], "invalid choice: 'bake'"),
+        ([], "required"),
+        (_unwritable, "a-file"),
+        (_broken_checkpoint, "cannot read checkpoint broken/checkpoint.pt"),
+        (_unknown_key, "unknown key 'sparsty' in recipe bad.toml; did you mean sparsity"),
+        (_foreign_masks, "Expected a mask file"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+)
+def test_a_mistake_ends_in_one_line_and_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code(*(arguments() if callable(arguments) else arguments)) == 2
+    last = capsys.readouterr().err.strip()
+    assert re.fullmatch("grasp-sparse: error: .*" + message + ".*", last), last
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="Expected sparsity"):
+        cli.main(["--debug", "train", "--sparsity", "1"])
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grasp_sparse", "train", *_SMALL, "--epochs", "100000", "--out", "run", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(gs.__file__).parents[1])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not Path("run/checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == "grasp-sparse: interrupted; saved, go on with: grasp-sparse train --resume run"
+    assert Path("run/checkpoint.pt").stat().st_size > 0 and "Traceback" not in errors

@@ -1,0 +1,108 @@
+"""A MaskSet is a mapping of bool masks that survives a file bit by bit, and refuses files and models that do not fit."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from grasp_sparse.masks import MaskSet
+
+SHAPES = {"conv.weight": (3, 2, 3, 3), "fc.weight": (5, 7), "one.weight": (1, 1)}
+
+
+def some_masks() -> MaskSet:
+    generator = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(shape, generator=generator) < 0.3 for name, shape in SHAPES.items()}
+    return MaskSet(masks, {"criterion": "grasp", "sparsity": 0.7, "seed": None}, [("attention", "packed")])
+
+
+def model(conv_out: int = 3) -> nn.Module:
+    net = nn.Module()
+    net.conv, net.fc, net.one = nn.Conv2d(2, conv_out, 3), nn.Linear(7, 5), nn.Linear(1, 1)
+    return net
+
+
+def test_counts_and_densities():
+    masks = MaskSet({"a": torch.tensor([[True, False], [False, False]]), "b": torch.ones(6, dtype=torch.bool)})
+    assert (masks.kept, masks.numel, masks.density, masks.sparsity) == (7, 10, 0.7, 0.3)
+    assert masks.layer_densities() == {"a": 0.25, "b": 1.0}
+    assert masks.flop_sparsity({"a": 10.0, "b": 5.0}) == 30 / 70
+    assert list(masks) == ["a", "b"] and len(masks) == 2 and "density 0.7" in repr(masks)
+    with pytest.raises(ValueError, match="'b'"):
+        masks.flop_sparsity({"a": 1.0})
+
+
+def test_equality_is_of_names_and_masks():
+    masks = some_masks()
+    assert masks == MaskSet(dict(masks)) and masks != MaskSet({"fc.weight": masks["fc.weight"]})
+    assert masks != MaskSet({**masks, "one.weight": ~masks["one.weight"]})
+
+
+def test_only_bool_tensors_are_masks():
+    with pytest.raises(ValueError, match=r"'a'.*float32"):
+        MaskSet({"a": torch.ones(2)})
+
+
+def test_a_file_gives_back_masks_recipe_and_skipped(tmp_path):
+    masks, path = some_masks(), tmp_path / "masks.safetensors"
+    masks.save(path)
+    loaded = MaskSet.load(str(path))
+    assert loaded == masks and list(loaded) == list(masks)
+    assert loaded.recipe == masks.recipe and loaded.skipped == masks.skipped
+    assert os.listdir(tmp_path) == ["masks.safetensors"]
+
+
+def test_equal_masks_are_equal_files_of_one_bit_a_weight(tmp_path):
+    big = MaskSet({f"layer{i}.weight": torch.rand(100, 1000) < 0.5 for i in range(8)})
+    big.save(tmp_path / "a")
+    MaskSet(dict(big)).save(tmp_path / "b")
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
+    assert 100_000 <= len(data) < 103_000
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "masks"
+    masks = some_masks()
+    masks.save(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        MaskSet({}).save(path)
+    assert MaskSet.load(path) == masks and os.listdir(tmp_path) == ["masks"]
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "masks"
+    some_masks().save(path)
+    data = path.read_bytes()
+    broken = {"empty": b"", "text": b"hello, this is no mask file", "longer": data + b"x"}
+    broken |= {f"cut{n}": data[:n] for n in (4, 20, len(data) // 2, len(data) - 1)}
+    broken["other"] = safetensors.torch.save({"conv.weight": torch.zeros(3)})
+    broken["flipped"] = data[:-1] + bytes([data[-1] ^ 0x80])
+    broken["format"] = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')
+    broken["shape"] = data.replace(b'\\"shape\\": [5, 7]', b'\\"shape\\": [5, 9]')
+    broken["names"] = data.replace(b'\\"fc.weight\\"', b'\\"fx.weight\\"')
+    for name, content in broken.items():
+        assert content != data, name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="Expected a mask file written by MaskSet.save, got .*masks"):
+            MaskSet.load(path)
+    with pytest.raises(FileNotFoundError):
+        MaskSet.load(tmp_path / "missing")
+
+
+def test_check_names_what_does_not_fit():
+    masks = some_masks()
+    masks.check(model())
+    with pytest.raises(ValueError, match=r"'conv.weight' \[3, 2, 3, 3\] for a weight \[4, 2, 3, 3\]"):
+        masks.check(model(conv_out=4))
+    with pytest.raises(ValueError, match="'conv.weight'"):
+        masks.check(nn.Linear(7, 5))

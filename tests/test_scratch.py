@@ -1,0 +1,54 @@
+"""A scratch copy shares nothing with the model, and the global random state comes back."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grasp_sparse.scratch import call_model, first_tensor, move, preserved_rng, scratch_copy
+
+
+def draw() -> tuple:
+    return torch.rand(3).tolist(), np.random.rand(), random.random()
+
+
+def test_random_state_is_restored_and_a_seed_decides_what_is_drawn_inside():
+    draw()
+    with preserved_rng(3):
+        first = draw()
+    with preserved_rng():
+        following = draw()
+    with preserved_rng(3):
+        assert draw() == first
+    assert draw() == following
+
+
+def test_the_copy_keeps_ties_and_asks_for_no_gradients():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with torch.no_grad(), scratch_copy(model, dtype=torch.float64) as scratch:
+        assert torch.is_grad_enabled() and not any(p.requires_grad for p in scratch.parameters())
+        assert scratch[0].weight is scratch[1].weight and scratch[0].weight.dtype == torch.float64
+        scratch[0].weight.zero_()
+    assert model[0].weight.dtype == torch.float32 and model[0].weight.all() and model[0].weight.requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_explained():
+    model = nn.Linear(3, 3)
+    model.cached = model.weight * 2
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"), scratch_copy(model):
+        pass
+
+
+def test_nested_inputs_are_moved_and_measured():
+    data = {"a": [torch.zeros(2, dtype=torch.int64), (torch.zeros(3),)], "b": "text"}
+    moved = move(data, torch.device("cpu"), torch.float64)
+    assert moved["a"][0].dtype == torch.int64 and moved["a"][1][0].dtype == torch.float64 and moved["b"] == "text"
+    assert first_tensor({"n": 1, "x": (None, torch.zeros(7))}).shape == (7,)
+    with pytest.raises(ValueError, match="got str"):
+        first_tensor("nothing")
+    assert call_model(nn.Linear(2, 1).double(), torch.zeros(4, 2)).dtype == torch.float64

@@ -1,0 +1,158 @@
+"""Data: batches depend on their place in the run alone; augmentation moves pixels as told; files are found or explained."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from grasp_sparse.train import fashion_mnist
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data import load_data
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for, shift_and_flip
+
+
+def _split(count: int = 50, side: int = 8) -> MemoryImages:
+    images = torch.randint(0, 256, (count, 1, side, side), dtype=torch.uint8, generator=generator_for(1))
+    return MemoryImages(images, torch.arange(count) % 5, [0.5], [0.25])
+
+
+def _equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b))
+
+
+def test_an_epoch_can_be_entered_at_any_step() -> None:
+    split = _split()
+    whole = list(split.shuffled(8, seed=3, epoch=2))
+    torch.rand(10)  # the global stream has no say in it
+    assert len(whole) == 6
+    assert _equal(whole[4:], list(split.shuffled(8, seed=3, epoch=2, first_step=4)))
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    split = _split()
+    orders = [[y.tolist() for _, y in split.shuffled(8, seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_without_augmentation_an_epoch_shows_every_image_once_as_it_is() -> None:
+    split = _split(48)
+    seen = torch.cat([x for x, _ in split.shuffled(8, 0, 0, augment=False)])
+    stored = torch.cat([x for x, _ in split.in_order(7)])
+    assert torch.equal(seen.flatten(1).sum(1).sort().values, stored.flatten(1).sum(1).sort().values)
+
+
+def test_pixels_are_normalised() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    x, _ = next(MemoryImages(images, torch.zeros(2).long(), [0.5], [0.25]).in_order(2))
+    assert x.flatten().tolist() == pytest.approx([-2.0, 2.0], abs=1e-6)
+
+
+def test_every_augmented_image_is_a_shifted_maybe_flipped_original() -> None:
+    images = torch.randint(1, 256, (64, 2, 6, 6), dtype=torch.uint8, generator=generator_for(5))
+    augmented = shift_and_flip(images, 1, generator_for(7))
+    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    seen = set()
+    for image, result in zip(padded, augmented):
+        windows = {
+            (dy, dx, flip): (window.flip(-1) if flip else window)
+            for dy in range(3) for dx in range(3) for flip in (False, True)
+            for window in [image[:, dy : dy + 6, dx : dx + 6]]
+        }  # fmt: skip
+        matches = [key for key, window in windows.items() if torch.equal(window, result)]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) > 12  # of 18 possible ones, in 64 draws
+
+
+def test_scoring_samples_are_balanced_in_every_micro_batch() -> None:
+    labels = torch.arange(100) % 10
+    indices = class_balanced(labels, 4, seed=0)
+    assert len(set(indices.tolist())) == 40
+    for part in indices.split(10):
+        assert labels[part].sort().values.tolist() == list(range(10))
+
+
+def _write_idx(path: Path, data: Tensor) -> None:
+    header = bytes([0, 0, 8, data.dim()]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(header + data.numpy().tobytes())
+
+
+def _write_fashion_mnist(folder: Path, suffix: str = "", count: int = 20) -> Tensor:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+    for stem in ("train", "t10k"):
+        _write_idx(folder / f"{stem}-images-idx3-ubyte{suffix}", images)
+        _write_idx(folder / f"{stem}-labels-idx1-ubyte{suffix}", (torch.arange(count) % 10).to(torch.uint8))
+    return images
+
+
+@pytest.mark.parametrize(("below", "suffix"), [("", ".gz"), ("", ""), ("FashionMNIST/raw", "")])
+def test_fashion_mnist_is_read_gzipped_plain_and_from_torchvisions_layout(tmp_path: Path, below: str, suffix: str) -> None:
+    images = _write_fashion_mnist(tmp_path / below, suffix)
+    data = load_data(TrainConfig(data_dir=str(tmp_path), batch_size=4, train_limit=12))
+    assert torch.equal(data.train.images[:, 0], images[:12])
+    assert (len(data.train), len(data.test), data.shape, data.num_classes) == (12, 20, (1, 28, 28), 10)
+
+
+def test_missing_fashion_mnist_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(fashion_mnist, "_download", lambda folder: None)
+    with pytest.raises(UserError, match="--data-dir DIR; apt-get install dataset-fashion-mnist .*download") as error:
+        load_data(TrainConfig(data_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_dir_that_is_not_there_is_an_error_even_if_data_are_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Expected --data-dir to be a folder"):
+        load_data(TrainConfig(data_dir=str(tmp_path / "typo")))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not gzip", "wrong magic"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    _write_fashion_mnist(tmp_path, ".gz")
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:1000], "not gzip": b"hello", "wrong magic": gzip.compress(b"\1\2\3\4" * 99)}[damage])
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz"):
+        load_data(TrainConfig(data_dir=str(tmp_path), batch_size=4))
+
+
+def _write_folder(root: Path, splits: tuple[str, ...] = ("train", "val"), classes: tuple[str, ...] = ("a", "b")) -> None:
+    for split in splits:
+        for number, label in enumerate(classes):
+            (root / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (20, 16), (60 * i, 200 * number, 90)).save(root / split / label / f"{i}.png")
+
+
+def test_imagefolder_gives_the_same_batches_in_process_and_from_workers(tmp_path: Path) -> None:
+    _write_folder(tmp_path)
+    make = lambda workers: load_data(  # noqa: E731
+        TrainConfig(data="imagefolder", data_dir=str(tmp_path), image_size=16, workers=workers, batch_size=4)
+    )
+    state = torch.get_rng_state()
+    here, workers = (list(make(n).train.shuffled(4, seed=0, epoch=1)) for n in (0, 1))
+    assert _equal(here, workers) and here[0][0].shape == (4, 3, 16, 16)
+    assert _equal(here[1:], list(make(0).train.shuffled(4, seed=0, epoch=1, first_step=1)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("missing", ["data_dir", "root", "test", "classes"])
+def test_a_broken_imagefolder_is_explained(tmp_path: Path, missing: str) -> None:
+    if missing == "test":
+        _write_folder(tmp_path, splits=("train",))
+    if missing == "classes":
+        (tmp_path / "train").mkdir()
+        (tmp_path / "test").mkdir()
+    folder = {"data_dir": None, "root": str(tmp_path / "none")}.get(missing, str(tmp_path))
+    with pytest.raises(UserError, match="imagefolder|find any class"):
+        load_data(TrainConfig(data="imagefolder", data_dir=folder))

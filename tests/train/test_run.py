@@ -1,0 +1,196 @@
+"""Runs: resumed equals uninterrupted bit for bit, interrupts lose nothing, and a result says what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.train import engine
+from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.engine import Interrupted
+from grasp_sparse.train.errors import DivergedError, UserError
+from grasp_sparse.train.run import resume_run, start_run
+
+
+def dropout_net(num_classes: int, in_channels: int) -> nn.Module:
+    """Draws from the global random stream at every step, which a resume must continue."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )  # fmt: skip
+
+
+def _config(**changes: object) -> TrainConfig:
+    small = TrainConfig(
+        data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, model=f"{__name__}:dropout_net",
+        sparsity=0.7, samples_per_class=2, timing_rounds=0,
+    )  # fmt: skip
+    return dataclasses.replace(small, **changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _after_steps(count: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `action` at the end of the step number `count`."""
+    step, done = engine.training_step, []
+
+    def counted(*arguments):
+        result = step(*arguments)
+        done.append(None)
+        return action() or result if len(done) == count else result
+
+    monkeypatch.setattr(engine, "training_step", counted)
+
+
+def _ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def _history(state: dict) -> list[dict]:
+    """Rows without what a clock wrote."""
+    return [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("steps", [4, 6, 12], ids=["between epochs", "inside an epoch", "after the last step"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, dense: bool) -> None:
+    config = _config(dense=dense)
+    start_run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _after_steps(steps, _ctrl_c, patch)
+        with pytest.raises(Interrupted, match="--resume"):
+            start_run(config, tmp_path / "parts")
+    torch.manual_seed(999)
+    resume_run(tmp_path / "parts", {})
+    whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
+    for part in ("config", "model", "optimizer", "rng", "pruning"):
+        assert _same(whole[part], parts[part]), part
+    assert _history(whole) == _history(parts)
+    logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert logged == parts["position"]["history"] and len(logged) == 3
+
+
+def test_a_log_line_written_after_the_checkpoint_is_not_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_steps(6, _ctrl_c, monkeypatch)
+    with pytest.raises(Interrupted):
+        start_run(_config(), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"epoch": 2}\n{"half a li')
+    resume_run(tmp_path, {})
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_steps(6, lambda: (_ctrl_c(), _ctrl_c()), monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        start_run(_config(), tmp_path)
+    assert not isinstance(raised.value, Interrupted)
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 1  # the epoch that was complete
+
+
+def test_same_seed_same_run_another_seed_another(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        start_run(_config(seed=seed, epochs=1), tmp_path / name)
+    a, b, c = (load_checkpoint(tmp_path / name)["model"] for name in "abc")
+    assert _same(a, b) and not _same(a, c)
+
+
+def test_a_run_learns_and_tells_what_it_kept(tmp_path: Path) -> None:
+    config = _config(
+        model="vgg_small", model_args={"stem": 16, "widths": [32], "depth": 1}, exclude=["classifier"], train_limit=320, test_limit=100,
+        augment=False, epochs=6, lr=0.1, timing_rounds=2,
+    )  # fmt: skip
+    result = start_run(config, tmp_path)
+    assert result["training"]["best_accuracy"] > 0.5
+    assert result["training"]["best_accuracy"] >= result["training"]["last_accuracy"]
+    masks = MaskSet.load(tmp_path / "masks.safetensors")
+    layers = result["pruning"]["layers"]
+    assert {layer["name"]: layer["kept"] for layer in layers} == {name: int(mask.sum()) for name, mask in masks.items()}
+    assert result["pruning"]["weight_sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert {layer["runs"] for layer in layers} <= {"sparse", "masked", "dense"}
+    assert set(result["timing"]["arms"]) == {"dense nchw", "dense channels_last", "sparse"}
+    sparse = sum(result["memory"]["sparse"].values()) - result["memory"]["sparse"]["indices"]
+    assert sparse < sum(result["memory"]["dense"].values()) and result["memory"]["sparse"]["indices"] > 0
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_given_masks_are_used_and_scoring_is_skipped(tmp_path: Path) -> None:
+    start_run(_config(epochs=1), tmp_path / "first")
+    path = tmp_path / "first" / "masks.safetensors"
+    result = start_run(_config(epochs=1, masks=str(path), criterion="never looked at"), tmp_path / "second")
+    assert _same(load_checkpoint(tmp_path / "first")["model"], load_checkpoint(tmp_path / "second")["model"])
+    assert result["pruning"]["weight_sparsity"] == pytest.approx(0.7, abs=1e-3)
+    with pytest.raises(ValueError, match="Expected masks named like parameters"):
+        start_run(_config(masks=str(path), model="resnet32"), tmp_path / "third")
+
+
+def test_a_time_limit_ends_training_at_rate_zero(tmp_path: Path) -> None:
+    result = start_run(_config(epochs=10_000, max_seconds=0.5), tmp_path)
+    assert result["training"]["epochs"] < 10_000
+    assert 0.5 <= result["training"]["seconds"] < 2
+    assert load_checkpoint(tmp_path)["position"]["history"][-1]["lr"] < 0.01
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_steps(6, lambda: (torch.tensor(float("nan")), torch.zeros(16, 10)), monkeypatch)
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 2 of epoch 2 .*lower --lr"):
+        start_run(_config(), tmp_path)
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 1
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    with pytest.raises(UserError, match="--resume .*--overwrite"):
+        start_run(_config(epochs=1), tmp_path)
+    start_run(_config(epochs=1), tmp_path, overwrite=True)
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    state = load_checkpoint(tmp_path)
+    torch.save({**state, "config": {**state["config"], "model": "vgg_small"}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="does not fit model vgg_small"):
+        resume_run(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "vgg11", "data": "fake"}, "cannot take fake images of shape"),
+        ({"model": "torch.nn:Identity"}, r"Expected model torch.nn:Identity to give logits of shape \(1, 10\)"),
+        ({"batch_size": 65}, "at least one batch of 65 training images, got 64; lower --batch-size"),
+        ({"device": "no-such-device"}, "Expected --device to be one this machine has"),
+        ({"criterion": "grsp"}, "Expected criterion"),
+        ({"exclude": ["no_such_layer*"]}, "no_such_layer"),
+    ],
+)
+def test_a_choice_that_cannot_work_is_refused_before_training(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises((UserError, ValueError), match=message):
+        start_run(_config(**changes), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
