@@ -34,7 +34,7 @@ test: $(PACKAGE)
 
 # Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
 data:
-	@if [ -z '$(DATA_DIR)' ] && [ ! -e $(DEBIAN_DATA) ] && [ ! -d data/FashionMNIST ] \
+	@if [ -z '$(DATA_DIR)' ] && [ ! -e $(DEBIAN_DATA) ] && [ ! -e data/FashionMNIST/raw/train-images-idx3-ubyte ] \
 			&& [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Fashion-MNIST (Debian package dataset-fashion-mnist)"; \
 		{ timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -y \

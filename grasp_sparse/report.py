@@ -82,7 +82,7 @@ def plot_density(layers: list[dict[str, Any]], path: Path) -> None:
         axes.annotate(
             f"{layer['density']:.2%}  ·  {layer['kept']:,} of {layer['total']:,}", (share, row), xytext=(-5 if inside else 5, 0),
             textcoords="offset points", ha="right" if inside else "left", va="center", fontsize=8,
-            color="white" if inside else INK,
+            color="white" if inside and layer["runs"] == "sparse" else INK,
         )
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -112,7 +112,7 @@ def _bars_of_time(axes: Axes, timing: dict[str, Any]) -> None:
     for row, name in enumerate(names):
         note = f"{medians[row]:.3g} ms"
         if name == "sparse":
-            note += f"   {reference / arms[name]['median']:.1f}x faster" if arms[name]["median"] < reference else "   not faster"
+            note += f"   {reference / arms[name]['median']:.2f}x as fast"
         axes.text(medians[row] + whiskers[1][row], row, "  " + note, va="center", fontsize=8.5,
                   fontweight="bold" if name == "sparse" else None)
     axes.set(title="Time of a training step", xlabel="milliseconds (median, quartiles)", xlim=(0, max(medians) * 1.32))

@@ -40,6 +40,7 @@ class _Step(NamedTuple):
     mask: Tensor
     runs: str
     reason: str = ""
+    kept: int = 0
 
 
 def sparsify_(
@@ -68,7 +69,7 @@ def sparsify_(
     steps = _plan(model, masks, max_density)
     replacements = _build(steps)
     shapes = {} if example_input is None else input_shapes(model, example_input)
-    decided = {layer: (step.mask, step.runs, step.reason) for step in steps for layer in step.layers}
+    decided = {layer: (step.kept, step.runs, step.reason) for step in steps for layer in step.layers}
     report = report_layers(model, decided, dict(getattr(masks, "skipped", ())), shapes)
     _swap(replacements)
     return report
@@ -154,18 +155,18 @@ def _plan(model: nn.Module, masks: Mapping[str, Tensor], max_density: float) -> 
         reader = next((read_elsewhere[layer] for layer in layers if layer in read_elsewhere), None)
         groups = max(getattr(layer, "groups", 1) for layer in layers)
         mask = mask.to(weight.device)
-        density = float(mask.float().mean()) if mask.numel() else 1.0
-        if bool(mask.all()):
+        kept = int(mask.count_nonzero())
+        if kept == mask.numel():
             runs, reason = "dense", "nothing pruned"
         elif groups > 1:
             runs, reason = "masked", f"{groups} groups"
         elif reader:
             runs, reason = "masked", f"{reader} reads the weight"
-        elif density > max_density:
+        elif kept > max_density * mask.numel():
             runs, reason = "masked", f"density above {max_density:g}"
         else:
             runs, reason = "sparse", ""
-        steps[weight] = _Step(layers, mask, runs, reason)
+        steps[weight] = _Step(layers, mask, runs, reason, kept)
     return list(steps.values())
 
 

@@ -50,7 +50,7 @@ class SurgeryReport:
         lines = [("layer", "kind", "weight", "input", "kept", "density", "runs", "")]
         for row in self.rows:
             shape, seen = ("x".join(map(str, size or ())) or "-" for size in (row.shape, row.input_shape))
-            lines.append((row.name, row.kind, shape, seen, f"{row.kept:,}", f"{row.density:.2%}", row.runs, row.reason))
+            lines.append((row.name or "(the model)", row.kind, shape, seen, f"{row.kept:,}", f"{row.density:.2%}", row.runs, row.reason))
         runs = [row.runs for row in self.rows]
         counts = ", ".join(f"{runs.count(kind)} {kind}" for kind in ("sparse", "masked", "dense"))
         lines.append(("total", "", f"{self.weights:,}", "", f"{self.kept:,}", f"{self.density:.2%}", counts, ""))
@@ -62,14 +62,14 @@ class SurgeryReport:
 
 def report_layers(
     model: nn.Module,
-    decided: Mapping[nn.Module, tuple[Tensor, str, str]],
+    decided: Mapping[nn.Module, tuple[int, str, str]],
     skipped: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> SurgeryReport:
     """The report on a model that is still dense.
 
     Args:
-        decided: layer -> (mask, runs, reason).
+        decided: layer -> (kept weights, runs, reason).
         skipped: module name -> why it was left dense.
         shapes: module name -> input shape, from :func:`input_shapes`.
     """
@@ -82,8 +82,7 @@ def report_layers(
         weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
         shape = () if weight is None else tuple(weight.shape)
         size = 0 if weight is None else weight.numel()
-        mask, runs, reason = decided.get(module, (None, "dense", skipped.get(name, "no mask")))
-        keeps = size if mask is None else int(mask.sum())
+        keeps, runs, reason = decided.get(module, (size, "dense", skipped.get(name, "no mask")))
         if weight is not None and first_holder.setdefault(weight, name) != name:
             reason = f"shares the weight of {first_holder[weight]}"
         else:

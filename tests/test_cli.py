@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import grasp_sparse as gs
-from grasp_sparse import cli
+from grasp_sparse import _extension, cli
 from grasp_sparse.masks import MaskSet
 
 _SMALL = [
@@ -79,6 +79,14 @@ def test_info_says_what_runs(capsys: pytest.CaptureFixture) -> None:
     assert all(word in text for word in ("python", "torchvision", "grasp_sparse", "kernels", "compiled", "threads", torch.__version__))
     assert _exit_code("info", "--json") == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+def test_info_says_why_nothing_compiled_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    absent = _extension.ExtensionStatus(False, "no compiler; install one", "reference", (), {})
+    monkeypatch.setattr(_extension, "_status", absent)
+    assert _exit_code("info") == 0
+    text = capsys.readouterr().out
+    assert "pure-torch reference" in text and "no: no compiler; install one" in text
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["info"]])

@@ -64,8 +64,8 @@ def test_torchvision_network(network):
     assert sum(row.runs == "sparse" for row in report.rows) == layers
     assert {row.name for row in report.rows if row.runs == "dense"} == {name for name, _ in masks.skipped}
     assert all(row.reason for row in report.rows if row.runs == "dense")
-    for network_ in (model, dense):
-        network_(x).square().sum().backward()
+    for each in (model, dense):
+        each(x).square().sum().backward()
     torch.testing.assert_close(model(x), dense(x))
     gradients = dict(dense.named_parameters())
     for name, mask in masks.items():
@@ -132,8 +132,12 @@ def test_other_dtypes(small, dtype):
 
 
 def test_meta_device(small):
+    """Shapes without data, as for counting operations; a masked layer cannot count its weights there but prints."""
     model, _, x = small
+    model.avgpool = MaskedLinear(1, 1)
     model.to("meta")
+    assert "density" in repr(model.fc) and "MaskedLinear" in repr(model.avgpool)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
     assert model(x.to("meta")).shape == (4, 10)
 
 
@@ -163,8 +167,8 @@ def fresh_dynamo():
 def test_compile_is_one_graph(small, fresh_dynamo):
     model, dense, x = small
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for network_ in (compiled, dense):
-        network_(x).square().sum().backward()
+    for each in (compiled, dense):
+        each(x).square().sum().backward()
     torch.testing.assert_close(compiled(x), dense(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.fc.bias.grad, dense.fc.bias.grad, rtol=1e-3, atol=1e-2)
     assert all(module.values.grad is not None for module in model.modules() if isinstance(module, SparseLayer))
@@ -177,8 +181,8 @@ def test_compile_with_inductor(fresh_dynamo):
     dense = _pruned(model, masks)
     gs.sparsify_(model, masks)
     compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
-    for network_ in (compiled, dense):
-        network_(x).square().sum().backward()
+    for each in (compiled, dense):
+        each(x).square().sum().backward()
     torch.testing.assert_close(compiled(x), dense(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model[0].values.grad[0], dense[0].weight.grad[masks["0.weight"]], rtol=1e-3, atol=1e-3)
 
@@ -206,15 +210,16 @@ def test_checkpointed_activations(small):
 
 def test_hessian_vector_product_through_sparse_layers():
     """Double backward, as GraSP needs it, equals the pruned dense network's at the kept weights."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).double()
+    convolutions = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(36, 3)).double()
     masks = _random_masks(model, 0.3)
     dense, x = _pruned(model, masks), torch.randn(4, 2, 8, 8, dtype=torch.float64)
     gs.sparsify_(model, masks)
 
-    def product(network_):
-        weights = list(network_.parameters())
-        gradient = torch.autograd.grad(network_(x).logsumexp(1).sum(), weights, create_graph=True)
-        if network_ is dense:
+    def product(each):
+        weights = list(each.parameters())
+        gradient = torch.autograd.grad(each(x).logsumexp(1).sum(), weights, create_graph=True)
+        if each is dense:
             named = dict(zip((name for name, _ in dense.named_parameters()), gradient, strict=True))
             gradient = [g * masks[name] if name in masks else g for name, g in named.items()]
         return torch.autograd.grad(sum(g.square().sum() for g in gradient), weights)

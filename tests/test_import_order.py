@@ -46,6 +46,7 @@ def _imported_layers(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
+    assert "grasp_sparse" not in names, f"{path} imports the whole package; import the module that is needed"
     return {name.split(".")[1] for name in names if name.startswith("grasp_sparse.")}
 
 
@@ -56,5 +57,5 @@ def test_every_module_has_a_place():
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_up(path):
     own = ORDER.index(_layer(path))
-    below = {layer for layer in _imported_layers(path) - {"__version__"} if layer not in ORDER[: own + 1]}
+    below = _imported_layers(path) - set(ORDER[: own + 1])
     assert not below, f"{path} imports from {', '.join(sorted(below))}"

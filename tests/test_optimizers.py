@@ -27,9 +27,8 @@ STEPS = 20
 
 def _model() -> nn.Module:
     # No bias before the norm: its gradient is rounding noise around zero, which Adam would turn into full steps.
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 4, 3, stride=2), nn.Flatten(), nn.Linear(36, 5)
-    )
+    norm = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Tanh()
+    return nn.Sequential(*norm, nn.Conv2d(6, 4, 3, stride=2), nn.Flatten(), nn.Linear(36, 5))
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, masks=None) -> None:

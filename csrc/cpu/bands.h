@@ -20,7 +20,8 @@ constexpr int64_t kBandBytes = 512 << 10, kHaloBandBytes = 3 << 20;
 inline int64_t band_rows(int64_t rows, int64_t halo, int64_t row_bytes) {
   const int64_t budget = halo ? kHaloBandBytes : kBandBytes;
   const int64_t fitting = budget / std::max<int64_t>(1, row_bytes) - halo;
-  return std::clamp<int64_t>(fitting, std::min<int64_t>(rows, std::max<int64_t>(1, 2 * halo)), std::max<int64_t>(1, rows));
+  const int64_t most = std::clamp<int64_t>(fitting, std::min(rows, std::max<int64_t>(1, 2 * halo)), std::max<int64_t>(1, rows));
+  return ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, most)));  // equal bands: 16 rows by at most 5 are 4 x 4
 }
 
 // Places in a packed band are 32-bit.

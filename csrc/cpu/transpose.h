@@ -28,10 +28,10 @@ struct Butterfly<T, 64> {
   static GRASP_SPARSE_INLINE void run(Native<T>*) {}
 };
 
-// place(j)[i] = src[i][j], i and j in [0, L). Source rows from `rows` on are not read and count as zero.
-// Source rows are `step` elements apart; neither side needs alignment.
-template <class T, class Place>
-GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const Place& place) {
+// Source rows from `rows` on are not read and count as zero; they are `step` elements apart and need no alignment.
+// put(j, i, part) receives the native vector src[i … i + n][j] for every j in [0, L) and i = 0, n, 2n, … < L.
+template <class T, class Put>
+GRASP_SPARSE_INLINE void transpose_parts(const T* src, int64_t step, int rows, const Put& put) {
   constexpr int n = kNativeLanes<T>, L = kLanes<T>;
 #pragma GCC unroll 1
   for (int i0 = 0; i0 < L; i0 += n) {
@@ -50,9 +50,15 @@ GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const P
       }
       Butterfly<T, 1>::run(block);
 #pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) std::memcpy(place(j0 + j) + i0, &block[j], sizeof block[j]);
+      for (int j = 0; j < n; ++j) put(j0 + j, i0, block[j]);
     }
   }
+}
+
+// place(j)[i] = src[i][j], i and j in [0, L).
+template <class T, class Place>
+GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const Place& place) {
+  transpose_parts(src, step, rows, [&](int j, int i, Native<T> part) { std::memcpy(place(j) + i, &part, sizeof part); });
 }
 
 }  // namespace GRASP_SPARSE_ISA

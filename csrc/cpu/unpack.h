@@ -6,8 +6,8 @@
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
-// P pixels that lie one after the other in the output (NCHW). P is known at compile time, so each lane's copy of a rest
-// is a move or two and no call.
+// P pixels that lie one after the other in the output (NCHW). P is known at compile time, so a
+// rest is one masked store, or a move or two.
 template <class T, int P>
 GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
@@ -22,8 +22,16 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int
     }
   }
   if constexpr (kRest > 0) {
-    transpose(tile + kWhole * L, L, kRest, to_block);
-    for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on + kWhole, block + l * L, sizeof(T) * kRest);
+    constexpr int n = kNativeLanes<T>;
+    transpose_parts(tile + kWhole * L, L, kRest, [&](int l, int i, Native<T> part) {
+      if (l >= lanes) return;
+      T* to = out + l * on + kWhole + i;
+      if (i + n <= kRest) {
+        std::memcpy(to, &part, sizeof part);
+      } else if (i < kRest) {
+        store_first<T, kRest % n>(to, part);
+      }
+    });
   }
 }
 

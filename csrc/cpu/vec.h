@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "isa.h"
 
 #if defined(__AVX512F__)
@@ -84,6 +88,21 @@ GRASP_SPARSE_INLINE Vec<T> load_unaligned(const T* p) {
 template <class T>
 GRASP_SPARSE_INLINE void store_unaligned(T* p, const Vec<T>& v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// The first Count lanes of one native vector.
+template <class T, int Count>
+GRASP_SPARSE_INLINE void store_first(T* p, Native<T> v) {
+  static_assert(Count >= 0 && Count <= kNativeLanes<T>);
+#if defined(__AVX512F__)
+  constexpr auto mask = (1u << Count) - 1;
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+#else
+  std::memcpy(p, &v, sizeof(T) * Count);  // a constant: moves, no call
+#endif
 }
 
 // acc += a * b. Contracts to one fused multiply-add where the instruction set has it.

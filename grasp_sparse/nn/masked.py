@@ -23,7 +23,8 @@ class _Masked:
 
     def _take(self, module: nn.Module, mask: Tensor) -> None:
         check_mask(module, mask)
-        self.mask = mask.to(module.weight.device, copy=True)
+        # With the strides of the weight, channels_last too, or every forward would walk the two differently.
+        self.mask = torch.empty_like(module.weight, dtype=torch.bool).copy_(mask)
         self.weight = nn.Parameter(
             torch.where(self.mask, module.weight.detach(), 0), requires_grad=module.weight.requires_grad
         )
@@ -33,7 +34,7 @@ class _Masked:
     @property
     def nnz(self) -> int:
         """Number of kept weights."""
-        return int(self.mask.sum())
+        return int(self.mask.count_nonzero())
 
     @property
     def density(self) -> float:
@@ -58,6 +59,8 @@ class _Masked:
                 self.weight.copy_(self.to_dense_weight())
 
     def extra_repr(self) -> str:
+        if self.mask.is_meta:
+            return super().extra_repr()
         return f"{super().extra_repr()}, nnz={self.nnz}, density={self.density:.4g}"
 
 

@@ -86,7 +86,10 @@ class SparseLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Adopts the structure of the checkpoint, once it is known to be sound; otherwise this layer stays as it is."""
+        """Adopts the structure of the checkpoint, once it is known to be sound; otherwise this layer stays as it is.
+
+        An optimizer goes on with the same Parameter, but its moments have the old size: load its state as well.
+        """
         found = [prefix + name for name in STORED if prefix + name in state_dict]
         if found:
             try:

@@ -5,6 +5,9 @@ Each one builds the dense weight, so it is right and simple, not fast.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,6 +85,17 @@ def _conv_backward(g, x, weight, stride, dilation, wanted: tuple[bool, bool]):
     return dx, dw
 
 
+def _without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The caller has chosen the dtype; autocast must not choose another one inside."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch.autocast(args[1].device.type, enabled=False):
+            return function(*args)
+
+    return run
+
+
 _library = torch.library.Library("grasp_sparse", "IMPL")
 for _name in SCHEMAS:
-    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+    _library.impl(_name, _without_autocast(globals()[_name]), "CompositeExplicitAutograd")

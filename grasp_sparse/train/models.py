@@ -134,7 +134,7 @@ def build_model(name: str, num_classes: int, in_channels: int, args: dict[str, A
             shape_args["in_channels"] = in_channels
         shape_args = {k: v for k, v in shape_args.items() if takes_any or k in accepted}
         model = factory(**{**shape_args, **args})
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # the factory is anybody's code: whatever it raises, the choice of model is what has to change
         raise UserError(f"model {name} refused its arguments {args}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"Expected model {name} to return a torch.nn.Module, got {type(model).__name__}")

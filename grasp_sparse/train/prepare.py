@@ -44,8 +44,8 @@ def data_and_model(config: TrainConfig) -> tuple[Data, nn.Module]:
     try:
         with torch.no_grad():
             logits = model(example_input(config, data))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # anybody's model: some assert on the image size, some fail deep inside
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"model {config.model} cannot take {data.name} images of shape {data.shape}: {reason}") from error
     model.train()
     if not torch.is_tensor(logits) or logits.shape != (1, data.num_classes):

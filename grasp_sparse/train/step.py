@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.errors import UserError
 
 
 def loss_function(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
@@ -29,9 +30,16 @@ def memory_format(name: str) -> torch.memory_format:
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Forward, loss, backward, update. Returns the loss (scalar) and the logits [N, classes], both detached."""
+    """Forward, loss, backward, update. Returns the loss (scalar) and the logits [N, classes], both detached.
+
+    Raises UserError for a model that returns something else than logits in training (auxiliary outputs).
+    """
     optimizer.zero_grad(set_to_none=True)
     logits = model(x)
+    if not torch.is_tensor(logits):
+        raise UserError(
+            f"Expected the model to return logits in training, got {type(logits).__name__}; try --model-arg aux_logits=false"
+        )
     loss = loss_fn(logits, y)
     loss.backward()
     optimizer.step()

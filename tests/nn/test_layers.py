@@ -20,6 +20,7 @@ def masked_of(module: nn.Module, mask: torch.Tensor) -> nn.Module:
 BOTH = pytest.mark.parametrize("make", [sparse_of, masked_of], ids=["sparse", "masked"])
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @BOTH
 @pytest.mark.parametrize("density", [0, 0.3, 1])
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
@@ -140,6 +141,13 @@ def test_masked_weight_stays_zero_under_infinite_gradients():
     layer = masked_of(dense, mask)
     layer(torch.full((1, 6), float("inf"))).sum().backward()
     assert (layer.weight.grad[~mask] == 0).all()
+
+
+def test_masked_keeps_the_memory_format():
+    dense = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    layer = masked_of(dense, random_mask(dense))
+    for tensor in (layer.weight, layer.mask, layer.to_dense_weight()):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_masked_keeps_groups():

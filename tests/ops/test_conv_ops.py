@@ -101,7 +101,8 @@ def test_expanded_arguments():
     window = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
     values, indices, _ = sparse_matrix(5, 27, 0.3)
     one = torch.ones((), dtype=torch.float64)
-    grads = (one.expand(6, 5, 7, 8), torch.randn(1, 5, 7, 8).double().expand(6, 5, 7, 8), torch.randn(6, 5, 1, 1).double().expand(6, 5, 7, 8))
+    sources = one, torch.randn(1, 5, 7, 8).double(), torch.randn(6, 5, 1, 1).double()
+    grads = [source.expand(6, 5, 7, 8) for source in sources]
     x = torch.randn(6, 3, 1, 1, dtype=torch.float64).expand(6, 3, 7, 8)
     for g in grads:
         close(ops.csr_conv2d_dgrad(values, *indices, g, (7, 8), *window), reference.csr_conv2d_dgrad(values, *indices, g, (7, 8), *window))

@@ -30,6 +30,16 @@ def dropout_net(num_classes: int, in_channels: int) -> nn.Module:
     )  # fmt: skip
 
 
+class _WithAux(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> object:
+        return (super().forward(x), None) if self.training and torch.is_grad_enabled() else super().forward(x)
+
+
+def with_aux(num_classes: int, in_channels: int) -> nn.Module:
+    """Like torchvision's googlenet: more than logits, in training only."""
+    return _WithAux(*dropout_net(num_classes, in_channels))
+
+
 def _config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, model=f"{__name__}:dropout_net",
@@ -185,6 +195,8 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
         ({"model": "vgg11", "data": "fake"}, "cannot take fake images of shape"),
         ({"model": "torch.nn:Identity"}, r"Expected model torch.nn:Identity to give logits of shape \(1, 10\)"),
         ({"batch_size": 65}, "at least one batch of 65 training images, got 64; lower --batch-size"),
+        ({"model": f"{__name__}:with_aux", "dense": True}, "Expected the model to return logits in training, got tuple"),
+        ({"model": "vit_b_16"}, r"cannot take fake images of shape \(3, 8, 8\): Wrong image height"),
         ({"device": "no-such-device"}, "Expected --device to be one this machine has"),
         ({"criterion": "grsp"}, "Expected criterion"),
         ({"exclude": ["no_such_layer*"]}, "no_such_layer"),
