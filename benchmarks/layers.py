@@ -2,6 +2,10 @@
 
     python -m benchmarks.layers --quick     two shapes, a minute
     python -m benchmarks.layers             all shapes
+    python -m benchmarks.layers --cold      without the lead-in call, see below
+
+In its turn an arm makes one unmeasured call, then the measured one. In a network a layer's input and gradient have just been
+written by its neighbours; without the lead-in they would have been evicted by the arm before, with its own data. --cold measures that.
 
 Prints ratios and writes benchmarks/results/layers.csv, one row an arm: where and with what it was measured, median and
 quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios.
@@ -18,19 +22,19 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.arms import SPARSE, check, make_arms
-from benchmarks.shapes import FULL, QUICK
+from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
+from grasp_sparse.timing import interleaved
 from grasp_sparse.train.environment import describe_environment
-from grasp_sparse.train.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "layers.csv"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 
 
-def measure(shape, sparsity: float, rounds: int, seed: int) -> list[dict]:
+def measure(shape: ConvShape | LinearShape, sparsity: float, rounds: int, lead_in: int, seed: int) -> list[dict]:
     """Rows of one shape at one sparsity. Raises RuntimeError, and measures nothing, when the results differ."""
     arms = make_arms(shape, 1 - sparsity, torch.Generator().manual_seed(seed))
     check(arms)
-    times = interleaved(arms, rounds)
+    times = interleaved(arms, rounds, lead_in=lead_in)
     sparse = times[SPARSE].median
     nnz = arms[SPARSE].layer.nnz
     return [
@@ -40,6 +44,7 @@ def measure(shape, sparsity: float, rounds: int, seed: int) -> list[dict]:
             "nnz": nnz,
             "pass": "forward+backward",
             "precision": "float32",
+            "caches": "warm" if lead_in else "cold",
             "arm": name,
             "median_s": f"{time.median:.6f}",
             "q1_s": f"{time.q1:.6f}",
@@ -61,15 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds; each runs every arm once (default: %(default)s)")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
+    parser.add_argument("--cold", action="store_true", help="no unmeasured call before each measured one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     environment = describe_environment()
     rows = []
-    cases = [(shape, sparsity) for shape in (QUICK if options.quick else FULL) for sparsity in SPARSITIES]
+    cases = [(shape, sparsity) for shape in (QUICK if options.quick else FULL) for sparsity in options.sparsity]
     for shape, sparsity in tqdm(cases, disable=not sys.stderr.isatty(), leave=False):
-        measured = measure(shape, sparsity, options.rounds, options.seed)
+        measured = measure(shape, sparsity, options.rounds, 0 if options.cold else 1, options.seed)
         tqdm.write(describe(measured))
         rows += [{**row, **environment} for row in measured]
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,16 @@ inline int64_t band_rows(int64_t rows, int64_t halo, int64_t row_bytes) {
   return ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, most)));  // equal bands: 16 rows by at most 5 are 4 x 4
 }
 
+// An output larger than this has left L2 before anyone reads it; writing past the cache then saves reading every line
+// first. Linear 1024 -> 1024, batch 512 (2 MB), 98 %, forward + backward: 1.16 -> 0.83 ms; whole steps of four such
+// layers with ReLU 6.6 -> 6.0 ms, at batch 2048 29 -> 24 ms; a convolutional step did not change.
+constexpr int64_t kStreamBytes = 1 << 20;
+
+template <class T>
+bool streams(const Image<T>& out) {
+  return out.n * out.c * out.h * out.w * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+}
+
 // Places in a packed band are 32-bit.
 inline void check_band(int64_t elements) {
   if (elements >= INT32_MAX)

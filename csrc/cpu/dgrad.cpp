@@ -100,7 +100,7 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
         const int64_t x0 = left * window.w.stride + phase_w - window.w.pad_begin;
         args.out = dx.data + slice * L * dx.sn + y0 * dx.sh + x0 * dx.sw;
         args.on = dx.sn, args.oc = dx.sc, args.oh = window.h.stride * dx.sh, args.ow = window.w.stride * dx.sw;
-        args.lanes = static_cast<int>(std::min(L, dx.n - slice * L));
+        args.lanes = static_cast<int>(std::min(L, dx.n - slice * L)), args.stream = streams(dx);
         kernels<T>().product(args);
       }
     }

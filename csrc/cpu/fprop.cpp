@@ -33,7 +33,7 @@ void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
       args.out = y.data + slice * L * y.sn + row * y.sh;
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;
-      args.lanes = static_cast<int>(std::min(L, y.n - slice * L));
+      args.lanes = static_cast<int>(std::min(L, y.n - slice * L)), args.stream = streams(y);
       kernels<T>().product(args);
     }
   });

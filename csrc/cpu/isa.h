@@ -44,6 +44,7 @@ struct ProductArgs {
   T* out;         // at the first pixel
   int64_t on, oc, oh, ow;
   int lanes;
+  bool stream;  // the output is too large to stay in cache: write past it where whole lines are written
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel].

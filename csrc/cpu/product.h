@@ -29,37 +29,59 @@ GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, 
   for (int i = 0; i < R * C; ++i) store(tile + i * L, acc[i]);
 }
 
-// All channels of one tile whose first pixel is (row, col).
-template <class T, int R, int C>
-void product_strip(const ProductArgs<T>& p, int row, int col) {
+// Whether every whole vector this tile writes is one aligned line.
+template <class T>
+GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<T>& p, const T* out, bool channels_last, bool runs) {
+  const auto aligned = [](int64_t elements) { return elements % kLanes<T> == 0; };
+  if (!kCanStream || !p.stream || reinterpret_cast<uintptr_t>(out) % kSliceBytes != 0) return false;
+  if (channels_last) return aligned(p.on) && aligned(p.oh) && aligned(p.ow) && p.channel_begin % kLanes<T> == 0;
+  if (runs) return aligned(p.on) && aligned(p.oc) && aligned(p.oh);
+  return aligned(p.oc) && aligned(p.oh) && aligned(p.ow);
+}
+
+template <class T, bool Stream, int R, int C>
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* packed, T* out, bool channels_last, bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
   alignas(64) T tiles[L * kTile];
-  const T* packed = p.packed + row * p.row_step + col * L;
-  T* out = p.out + row * p.oh + col * p.ow;
-  if (p.oc == 1 && p.on != 1) {  // channels_last
+  if (channels_last) {
     for (int channel = p.channel_begin; channel < p.channel_end; channel += L) {
       const int count = p.channel_end - channel < L ? p.channel_end - channel : L;
       for (int i = 0; i < count; ++i) product_tile<T, R, C>(p, packed, channel + i, tiles + i * kTile);
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
-          unpack_channel_run(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
+          unpack_channel_run<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
     }
     return;
   }
-  const bool runs = p.ow == 1 && p.on != 1;
   const bool one_run = runs && (R == 1 || p.oh == C);
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
     product_tile<T, R, C>(p, packed, channel, tiles);
     T* to = out + channel * p.oc;
     if (one_run) {
-      unpack_pixel_run<T, R * C>(tiles, to, p.on, p.lanes);
+      unpack_pixel_run<T, Stream, R * C>(tiles, to, p.on, p.lanes);
     } else if (runs) {
-      for (int r = 0; r < R; ++r) unpack_pixel_run<T, C>(tiles + r * C * L, to + r * p.oh, p.on, p.lanes);
+      for (int r = 0; r < R; ++r) unpack_pixel_run<T, Stream, C>(tiles + r * C * L, to + r * p.oh, p.on, p.lanes);
     } else {
       for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) unpack_lanes(tiles + (r * C + c) * L, to + r * p.oh + c * p.ow, p.on, p.lanes);
+        for (int c = 0; c < C; ++c)
+          unpack_lanes<T, Stream>(tiles + (r * C + c) * L, to + r * p.oh + c * p.ow, p.on, p.lanes);
     }
   }
+}
+
+// All channels of one tile whose first pixel is (row, col).
+template <class T, int R, int C>
+void product_strip(const ProductArgs<T>& p, int row, int col) {
+  const T* packed = p.packed + row * p.row_step + col * kLanes<T>;
+  T* out = p.out + row * p.oh + col * p.ow;
+  const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
+  if constexpr (kCanStream) {
+    if (writes_lines(p, out, channels_last, runs)) {
+      product_channels<T, true, R, C>(p, packed, out, channels_last, runs);
+      return stream_fence();
+    }
+  }
+  product_channels<T, false, R, C>(p, packed, out, channels_last, runs);
 }
 
 }  // namespace GRASP_SPARSE_ISA

@@ -56,9 +56,9 @@ GRASP_SPARSE_INLINE void transpose_parts(const T* src, int64_t step, int rows, c
 }
 
 // place(j)[i] = src[i][j], i and j in [0, L).
-template <class T, class Place>
+template <class T, bool Stream = false, class Place>
 GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const Place& place) {
-  transpose_parts(src, step, rows, [&](int j, int i, Native<T> part) { std::memcpy(place(j) + i, &part, sizeof part); });
+  transpose_parts(src, step, rows, [&](int j, int i, Native<T> part) { put_native<T, Stream>(place(j) + i, part); });
 }
 
 }  // namespace GRASP_SPARSE_ISA

@@ -1,4 +1,5 @@
 // Unpacking: one computed tile of P = rows x cols pixels x L lanes, of one channel or of L channels, into the output.
+// With Stream, whole lines go past the cache; the caller has checked that they are aligned.
 #pragma once
 
 #include "transpose.h"
@@ -8,14 +9,14 @@ namespace GRASP_SPARSE_ISA {
 
 // P pixels that lie one after the other in the output (NCHW). P is known at compile time, so a
 // rest is one masked store, or a move or two.
-template <class T, int P>
+template <class T, bool Stream, int P>
 GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
   alignas(64) T block[L * L];
   const auto to_block = [&](int l) { return block + l * L; };
   for (int q = 0; q < kWhole; q += L) {
     if (lanes == L) {
-      transpose(tile + q * L, L, L, [&](int l) { return out + l * on + q; });
+      transpose<T, Stream>(tile + q * L, L, L, [&](int l) { return out + l * on + q; });
     } else {
       transpose(tile + q * L, L, L, to_block);
       for (int l = 0; l < lanes; ++l) std::memcpy(out + l * on + q, block + l * L, sizeof(T) * L);
@@ -36,11 +37,11 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int
 }
 
 // `channels` <= L neighbouring channels of one pixel (channels_last); tiles of two channels are tile_size elements apart.
-template <class T>
+template <class T, bool Stream>
 GRASP_SPARSE_INLINE void unpack_channel_run(const T* tile, int64_t tile_size, int channels, T* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>;
   if (channels == L && lanes == L) {
-    transpose(tile, tile_size, L, [&](int l) { return out + l * on; });
+    transpose<T, Stream>(tile, tile_size, L, [&](int l) { return out + l * on; });
     return;
   }
   alignas(64) T block[L * L];
@@ -49,11 +50,13 @@ GRASP_SPARSE_INLINE void unpack_channel_run(const T* tile, int64_t tile_size, in
     for (int c = 0; c < channels; ++c) out[l * on + c] = block[l * L + c];
 }
 
-template <class T>
+template <class T, bool Stream>
 GRASP_SPARSE_INLINE void unpack_lanes(const T* tile, T* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>;
   if (on == 1 && lanes == L) {
-    store_unaligned(out, load(tile));
+    const Vec<T> v = load(tile);
+#pragma GCC unroll 4
+    for (int i = 0; i < kNatives; ++i) put_native<T, Stream>(out + i * kNativeLanes<T>, v.part[i]);
   } else {
     for (int l = 0; l < lanes; ++l) out[l * on] = tile[l];
   }

@@ -90,6 +90,31 @@ GRASP_SPARSE_INLINE void store_unaligned(T* p, const Vec<T>& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Whether a store past the cache exists that fills one line at once: only then is it worth having.
+constexpr bool kCanStream = kNatives == 1 && GRASP_SPARSE_NATIVE_BYTES == 64;
+
+// Stores one native vector; with Stream (p aligned to 64 bytes) past the cache, without reading the line first.
+template <class T, bool Stream>
+GRASP_SPARSE_INLINE void put_native(T* p, Native<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (Stream) {
+    if constexpr (sizeof(T) == 4)
+      _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+    else
+      _mm512_stream_pd(p, reinterpret_cast<__m512d>(v));
+    return;
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Makes streamed stores visible to other threads.
+GRASP_SPARSE_INLINE void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The first Count lanes of one native vector.
 template <class T, int Count>
 GRASP_SPARSE_INLINE void store_first(T* p, Native<T> v) {

@@ -13,7 +13,6 @@ from grasp_sparse.costs import weight_costs
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
-
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data, load_data
 from grasp_sparse.train.errors import UserError

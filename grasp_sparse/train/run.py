@@ -9,7 +9,6 @@ from typing import Any
 
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.surgery import load_sparse
-
 from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_atomically
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.engine import Interrupted, Position, Trainer

@@ -8,48 +8,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.step import loss_function, make_optimizer, memory_format, training_step
 
 SPARSE = "sparse"
 DENSE_FORMATS = ("nchw", "channels_last")
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Median and quartiles of `count` measured steps, in seconds."""
-
-    median: float
-    q1: float
-    q3: float
-    count: int
-
-
-def interleaved(
-    arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 3, synchronize: Callable[[], None] = lambda: None
-) -> dict[str, StepTime]:
-    """Run the arms in turns (A B C A B C …), `warmup` unmeasured rounds first. Expects rounds >= 2."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(warmup + rounds):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            synchronize()
-            if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    times = {}
-    for name, taken in seconds.items():
-        q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        times[name] = StepTime(median, q1, q3, rounds)
-    return times
 
 
 def _step_arm(
@@ -68,7 +37,7 @@ def _step_arm(
 
 def measure_steps(
     config: TrainConfig, dense: nn.Module, sparse: nn.Module | None, batches: list[tuple[Tensor, Tensor]]
-) -> dict[str, StepTime]:
+) -> dict[str, Timing]:
     """Step times of `dense` in each memory format ("dense nchw", …) and of `sparse` ("sparse") as it was trained.
 
     Works on copies: neither model changes. `batches` are real ones, on the models' device.
@@ -80,6 +49,6 @@ def measure_steps(
     return interleaved(arms, config.timing_rounds, synchronize=synchronize)
 
 
-def best_dense(times: dict[str, StepTime]) -> str:
+def best_dense(times: dict[str, Timing]) -> str:
     """Name of the faster dense arm."""
     return min((name for name in times if name != SPARSE), key=lambda name: times[name].median)

@@ -57,8 +57,26 @@ def sweep_conv2d() -> None:
         check("csr_conv2d_wgrad", *common, indices, (g, x), geometry)
 
 
+def sweep_large() -> None:
+    """Results above 1 MB, which the kernels write past the cache where whole aligned lines allow it."""
+    for dtype, features, layout in product(DTYPES, (512, 515), ("row-major", "feature-major")):
+        values, indices, _ = sparse_matrix(features, features, 0.01)
+        x, g = torch.randn(530, features).double(), torch.randn(530, features).double()
+        common = f"{dtype} {features} features, batch 530, {layout}", DTYPES[dtype], ROW_LAYOUTS[layout][0]
+        check("csr_spmm", *common, (values, *indices, None), (x,))
+        check("csr_spmm_t", *common, (values, *indices), (g,))
+    geometry = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
+    for dtype, (batch, size), layout in product(DTYPES, ((33, 16), (32, 14), (36, 17)), ("NCHW", "channels_last", "CHWN")):
+        values, indices, _ = sparse_matrix(48, 16 * 9, 0.05)
+        x, g = torch.randn(batch, 16, size, size).double(), torch.randn(batch, 48, size, size).double()
+        common = f"{dtype} large, batch {batch}, {size} x {size}, {layout}", DTYPES[dtype], IMAGE_LAYOUTS[layout][0]
+        check("csr_conv2d_fprop", *common, (values, *indices, None), (x,), geometry)
+        check("csr_conv2d_dgrad", *common, (values, *indices), (g,), ([size, size], *geometry))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     sweep_linear()
     sweep_conv2d()
+    sweep_large()
     print(_extension.status().isa)

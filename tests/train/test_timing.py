@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
-from grasp_sparse.train.timing import best_dense, interleaved, measure_steps
+from grasp_sparse.train.timing import best_dense, measure_steps
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,19 +19,6 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-
-
-def test_arms_take_turns_and_warm_up_is_not_counted() -> None:
-    calls: list[str] = []
-    times = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=4, warmup=2)
-    assert "".join(calls) == "ab" * 6
-    assert times["a"].count == 4
-
-
-def test_median_and_quartiles_are_of_the_time_taken() -> None:
-    naps = iter([0.2, 0.01, 0.02, 0.03, 0.04, 0.05])
-    times = interleaved({"nap": lambda: time.sleep(next(naps))}, rounds=5, warmup=1)["nap"]
-    assert (times.q1, times.median, times.q3) == pytest.approx((0.02, 0.03, 0.04), abs=0.008)
 
 
 def test_measuring_changes_neither_model() -> None:

@@ -1,0 +1,54 @@
+"""Timing that can be trusted on a shared machine: everything that is compared runs in turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of `count` measured calls, in seconds."""
+
+    median: float
+    q1: float
+    q3: float
+    count: int
+
+
+def interleaved(
+    arms: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 3,
+    lead_in: int = 0,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Run the arms in turns (A B C A B C …) and time each call. Expects rounds >= 2.
+
+    Machines drift: only calls taken side by side can be compared.
+
+    Args:
+        warmup: unmeasured rounds at the beginning.
+        lead_in: unmeasured calls of an arm before each measured one, so that it is not charged for the caches the arm
+            before it has filled with its own data.
+        synchronize: called before the clock is read, for devices that work on after a call returns.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for round_number in range(warmup + rounds):
+        for name, run in arms.items():
+            for _ in range(lead_in):
+                run()
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if round_number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    timings = {}
+    for name, taken in seconds.items():
+        q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
+        timings[name] = Timing(median, q1, q3, rounds)
+    return timings
