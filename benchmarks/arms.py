@@ -1,8 +1,7 @@
 """What is measured against what: one layer, forward and backward, on every dense path torch has and on the sparse one.
 
 Dense baselines of a convolution: NCHW and channels_last (oneDNN). Of a linear layer: ``nn.Linear`` as users have it (MKL;
-on AMD it takes a slower path) and oneDNN's, reached as a 1 x 1 convolution over one channels_last image whose pixels are
-the batch, which is the same matrix product in the same memory.
+on AMD it takes a slower path), and oneDNN's own linear on activations that are in its layout already, which is the fastest.
 """
 
 from __future__ import annotations
@@ -66,20 +65,23 @@ def _linear_arms(shape: LinearShape, density: float, generator: torch.Generator)
     mask = _pruned(linear, density, generator)
     x = torch.randn(shape.batch, shape.in_features, generator=generator)
     grad = torch.randn(shape.batch, shape.out_features, generator=generator)
-    conv = nn.Conv2d(shape.in_features, shape.out_features, 1)
-    with torch.no_grad():
-        conv.weight.copy_(linear.weight.view_as(conv.weight))
-        conv.bias.copy_(linear.bias)
+    onednn = OneDnnLinear(copy.deepcopy(linear))
     return {
         SPARSE: Arm(SparseLinear.from_dense(copy.deepcopy(linear), mask), x, grad),
         "dense nn.Linear": Arm(linear, x, grad),
-        "dense oneDNN": Arm(conv.to(memory_format=torch.channels_last), _as_pixels(x), _as_pixels(grad)),
+        "dense oneDNN": Arm(onednn, x.to_mkldnn(), grad.to_mkldnn()),
     }
 
 
-def _as_pixels(matrix: Tensor) -> Tensor:
-    """[N, features] as one channels_last image [1, features, 1, N], without a copy."""
-    return matrix.view(1, 1, *matrix.shape).permute(0, 3, 1, 2)
+class OneDnnLinear(nn.Module):
+    """A linear layer on oneDNN (mkldnn) tensors; torch's autograd runs its backward there as well."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.mkldnn_linear(x, self.weight, self.bias)
 
 
 def check(arms: dict[str, Arm], tolerance: float = 1e-4) -> None:
@@ -89,7 +91,7 @@ def check(arms: dict[str, Arm], tolerance: float = 1e-4) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        results = {name: _results(name, arm) for name, arm in arms.items()}
+        results = {name: _results(arm) for name, arm in arms.items()}
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = filled
@@ -101,9 +103,7 @@ def check(arms: dict[str, Arm], tolerance: float = 1e-4) -> None:
                 raise RuntimeError(f"sparse {what} differs from {name} by {float(error):.2e} (allowed {tolerance:.0e}); nothing is measured")
 
 
-def _results(name: str, arm: Arm) -> dict[str, Tensor]:
+def _results(arm: Arm) -> dict[str, Tensor]:
     y = arm()
-    dx = arm.x.grad
-    if name == "dense oneDNN":
-        y, dx = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (y, dx))
-    return {"output": y.detach().contiguous(), "input gradient": dx.contiguous(), "bias gradient": arm.layer.bias.grad}
+    found = {"output": y.detach(), "input gradient": arm.x.grad, "bias gradient": arm.layer.bias.grad}
+    return {what: tensor.to_dense() if tensor.is_mkldnn else tensor.contiguous() for what, tensor in found.items()}

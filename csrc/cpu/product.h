@@ -42,14 +42,16 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<T>& p, const T* out, boo
 template <class T, bool Stream, int R, int C>
 GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* packed, T* out, bool channels_last, bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
-  alignas(64) T tiles[L * kTile];
+  // channels_last computes a group of channels before it writes; a group of large tiles is smaller, to stay in L1.
+  constexpr int kGroup = L * (R * C <= 8 ? kStagedBlocks : kStagedBlocks / 2);
+  alignas(64) T tiles[kGroup * kTile];
   if (channels_last) {
-    for (int channel = p.channel_begin; channel < p.channel_end; channel += L) {
-      const int count = p.channel_end - channel < L ? p.channel_end - channel : L;
+    for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
+      const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
       for (int i = 0; i < count; ++i) product_tile<T, R, C>(p, packed, channel + i, tiles + i * kTile);
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
-          unpack_channel_run<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
+          unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
     }
     return;
   }
