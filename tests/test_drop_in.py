@@ -212,7 +212,7 @@ def test_hessian_vector_product_through_sparse_layers():
     """Double backward, as GraSP needs it, equals the pruned dense network's at the kept weights."""
     convolutions = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()
     model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(36, 3)).double()
-    masks = _random_masks(model, 0.3)
+    masks = _random_masks(model, 0.2)
     dense, x = _pruned(model, masks), torch.randn(4, 2, 8, 8, dtype=torch.float64)
     gs.sparsify_(model, masks)
 
