@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import ConvShape, LinearShape
-from grasp_sparse.nn import SparseConv2d, SparseLinear
+from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.poison import poisoned_memory
 
 SPARSE = "sparse"
 
@@ -86,24 +87,20 @@ class OneDnnLinear(nn.Module):
 
 def check(arms: dict[str, Arm], tolerance: float = 1e-4) -> None:
     """Raises RuntimeError unless the sparse arm computes what the dense ones do, on memory poisoned with NaN."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        results = {name: _results(arm) for name, arm in arms.items()}
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+    with poisoned_memory():
+        results = {name: _results(arm, arms[SPARSE].layer.mask) for name, arm in arms.items()}
     for name, dense in results.items():
         for what, expected in dense.items():
             got = results[SPARSE][what]
             error = (got - expected).abs().max() / expected.abs().max()
             if not error <= tolerance:  # also when it is NaN
-                raise RuntimeError(f"sparse {what} differs from {name} by {float(error):.2e} (allowed {tolerance:.0e}); nothing is measured")
+                raise RuntimeError(
+                    f"sparse {what} differs from {name} by {float(error):.2e} (allowed {tolerance:.0e}); nothing is measured"
+                )
 
 
-def _results(arm: Arm) -> dict[str, Tensor]:
-    y = arm()
-    found = {"output": y.detach(), "input gradient": arm.x.grad, "bias gradient": arm.layer.bias.grad}
+def _results(arm: Arm, mask: Tensor) -> dict[str, Tensor]:
+    y, layer = arm(), arm.layer
+    kept = layer.values.grad.flatten() if isinstance(layer, SparseLayer) else layer.weight.grad[mask]
+    found = {"output": y.detach(), "input gradient": arm.x.grad, "weight gradient": kept, "bias gradient": layer.bias.grad}
     return {what: tensor.to_dense() if tensor.is_mkldnn else tensor.contiguous() for what, tensor in found.items()}

@@ -2,13 +2,15 @@
 
     python -m benchmarks.layers --quick     two shapes, a minute
     python -m benchmarks.layers             all shapes
-    python -m benchmarks.layers --cold      without the lead-in call, see below
+    python -m benchmarks.layers --cold      every call measured, see below
 
-In its turn an arm makes one unmeasured call, then the measured one. In a network a layer's input and gradient have just been
-written by its neighbours; without the lead-in they would have been evicted by the arm before, with its own data. --cold measures that.
+In its turn an arm makes three unmeasured calls before the measured one: in a network a layer's input and gradient have just
+been written by its neighbours. With --cold there are none, and each arm starts with its data evicted by the arm before: that
+is the other end, and the smaller an arm's work the more it pays.
 
 Prints ratios and writes benchmarks/results/layers.csv, one row an arm: where and with what it was measured, median and
-quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios.
+quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios. Nothing is
+measured unless the arms agree on the result, on memory poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from grasp_sparse.timing import interleaved
 from grasp_sparse.train.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results" / "layers.csv"
+LEAD_IN = 3
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 
 
@@ -58,7 +61,7 @@ def measure(shape: ConvShape | LinearShape, sparsity: float, rounds: int, lead_i
 
 def describe(rows: list[dict]) -> str:
     ratios = ", ".join(f"{row['times_sparse']}x vs {row['arm']}" for row in rows if row["arm"] != SPARSE)
-    return f"{rows[0]['shape']:42} {rows[0]['sparsity']:.0%}  {ratios}"
+    return f"{rows[0]['shape']:40} {rows[0]['caches']} {rows[0]['sparsity']:.0%}  {ratios}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds; each runs every arm once (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
-    parser.add_argument("--cold", action="store_true", help="no unmeasured call before each measured one")
+    parser.add_argument("--cold", action="store_true", help="no unmeasured calls in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     cases = [(shape, sparsity) for shape in (QUICK if options.quick else FULL) for sparsity in options.sparsity]
     for shape, sparsity in tqdm(cases, disable=not sys.stderr.isatty(), leave=False):
-        measured = measure(shape, sparsity, options.rounds, 0 if options.cold else 1, options.seed)
+        measured = measure(shape, sparsity, options.rounds, 0 if options.cold else LEAD_IN, options.seed)
         tqdm.write(describe(measured))
         rows += [{**row, **environment} for row in measured]
     options.out.parent.mkdir(parents=True, exist_ok=True)

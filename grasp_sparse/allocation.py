@@ -4,11 +4,11 @@ Every layer has groups (single weights, or blocks: a pattern's business) of one 
 multiply-adds, or seconds. Within a layer the kept groups are always its highest scores, so a count per layer is the
 whole answer.
 
-- `global`: keep the largest score − λ·cost, the Lagrangian of "most score for this budget". Kept is what has
-  score ≥ λ·cost, that is score / cost ≥ λ: solving for λ is finding the budget's cut in the order of score per cost.
-  Fill rule at the cut, which is exact and maximal: walk down that order and keep every group that still fits; one that
-  no longer fits is passed over. Equal ratios go by larger score, then first layer, then first index. With equal costs
-  this is the top of one global ranking (the paper), λ its threshold.
+- `global`: keep the largest score − λ·cost, the Lagrangian of "most score for this budget". Kept is what has score ≥ λ·cost,
+  that is score / cost ≥ λ: solving for λ is finding the budget's cut in the order of score per cost. The rule at the cut is
+  exact and maximal: walk down that order and keep every group that still fits; one that no longer fits is passed over. Equal
+  ratios go by larger score, then first layer, then first index. With equal costs this is the top of one global ranking (the
+  paper), λ its threshold.
 - `layer`: the same density everywhere.
 - `erk`: densities proportional to (out + in + kh + kw) / (out·in·kh·kw), layers that would pass 1 staying dense
   (Erdős–Rényi-Kernel: Evci et al., ICML 2020, arXiv 1911.11134).

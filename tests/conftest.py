@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import pytest
 import torch
 
-# c10's own debugging flag: fills every new CPU tensor, also those that compiled kernels allocate, with a pattern that is NaN
-# in float32 and 1.7e308 in float64. torch.utils.deterministic.fill_uninitialized_memory would reach torch.empty only.
-_C10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-_POISON = ctypes.c_bool.in_dll(_C10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+from grasp_sparse import poison
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    _POISON.value = True
-    yield
-    _POISON.value = False
+    with poison.poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

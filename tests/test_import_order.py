@@ -12,6 +12,7 @@ import grasp_sparse
 ORDER = [
     "_extension",
     "timing",
+    "poison",
     "weights",
     "scratch",
     "costs",
