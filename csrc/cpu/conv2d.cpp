@@ -78,10 +78,7 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   check_images(x, input_channels(csr, kernel_size), "x");
   check_values(values, csr, x.scalar_type());
   const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  if (bias) {
-    check_type(*bias, x.scalar_type(), "bias");
-    STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
-  }
+  check_bias(bias, csr, x.scalar_type());
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
   const Tensor y = empty_images(x, csr.rows, window.h.output, window.w.output);
   for_type(x, "csr_conv2d_fprop", [&](auto* type) {

@@ -62,21 +62,13 @@ void check_matrix(const Tensor& t, int64_t features, const char* name) {
 
 }  // namespace
 
-Tensor zero_values(const Tensor& like, int64_t nnz) {
-  Tensor values = empty_strided(like, {1, nnz}, {nnz, 1});
-  return torch::stable::zero_(values);
-}
-
 Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
                 const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrix(x, csr.cols, "x");
   check_values(values, csr, x.scalar_type());
-  if (bias) {
-    check_type(*bias, x.scalar_type(), "bias");
-    STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
-  }
+  check_bias(bias, csr, x.scalar_type());
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
   const Tensor y = empty_rows(x, csr.rows);
   for_type(x, "csr_spmm", [&](auto* type) {

@@ -55,6 +55,12 @@ inline void check_values(const Tensor& values, const CsrView& csr, ScalarType ty
   STD_TORCH_CHECK(values.numel() == csr.nnz, "Expected values [1, ", csr.nnz, "], got ", values.numel(), " entries.");
 }
 
+inline void check_bias(const std::optional<Tensor>& bias, const CsrView& csr, ScalarType type) {
+  if (!bias) return;
+  check_type(*bias, type, "bias");
+  STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
+}
+
 inline Tensor dense(const Tensor& t) {
   if (t.is_contiguous()) return t;
   return torch::stable::contiguous(t);
@@ -89,6 +95,9 @@ T* mutable_data(const Tensor& t) {
 }
 
 // [1, nnz] of zeros, of the type of `like`.
-Tensor zero_values(const Tensor& like, int64_t nnz);
+inline Tensor zero_values(const Tensor& like, int64_t nnz) {
+  Tensor values = empty_strided(like, {1, nnz}, {nnz, 1});
+  return torch::stable::zero_(values);
+}
 
 }  // namespace grasp_sparse
