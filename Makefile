@@ -55,7 +55,7 @@ $(TORCH):
 
 $(PACKAGE): $(TORCH) $(BUILT_FROM)
 	@echo "building grasp_sparse"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
 	@touch $@
 
 clean:

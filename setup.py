@@ -1,22 +1,26 @@
 """Builds grasp_sparse._C. Everything else about the package is in pyproject.toml.
 
 Environment:
-    GRASP_SPARSE_NO_EXT=1   build no extension: the package runs on its pure-torch reference
-    MAX_JOBS                compilers at once (default: the number of cores)
+    GRASP_SPARSE_NO_EXT=1       build no extension: the package runs on its pure-torch reference
+    GRASP_SPARSE_REQUIRE_EXT=1  an extension that does not build is an error (the Makefile sets it)
+    MAX_JOBS                    compilers at once (default: the number of cores)
 
-The extension is optional: without a working compiler the package still installs, and says at import why it is slow.
+Otherwise the extension is optional: without a working compiler the package still installs, and says at import why it is slow.
 """
 
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 CPU = Path("csrc/cpu")
 # One binary for torch >= 2.11: only the stable ABI of that version is used.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+REQUIRED = os.environ.get("GRASP_SPARSE_REQUIRE_EXT") == "1"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # csrc/cpu/kernels.cpp is compiled once for each; which one runs is chosen at run time. No -march=native anywhere.
 ISA_FLAGS = {"scalar": []}
@@ -34,20 +38,31 @@ def extension_arguments():
     class BuildKernels(BuildExtension):
         """Compiles kernels.cpp for every instruction set, then the rest as usual."""
 
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if REQUIRED:
+                    raise
+                # Whatever went wrong (no compiler, no headers, too little memory), the reference works without.
+                print(f"grasp_sparse: the extension was not built, the package will be slow: {error}")
+                self.extensions.clear()  # or an editable install would look for its file
+
         def build_extension(self, ext):
-            compiler = self.compiler
-
-            def compile_for(isa):
-                directory = Path(self.build_temp) / isa  # an object file is named after its source: one folder each
-                flags = ["-O3", "-fPIC", "-std=c++17", "-Wno-psabi", f"-DGRASP_SPARSE_ISA={isa}", *ISA_FLAGS[isa]]
-                directory.mkdir(parents=True, exist_ok=True)
-                target = directory / "kernels.o"
-                compiler.spawn([*compiler.compiler_cxx[:1], *flags, "-c", str(CPU / "kernels.cpp"), "-o", str(target)])
-                return str(target)
-
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                ext.extra_objects = list(pool.map(compile_for, ISA_FLAGS))
+                ext.extra_objects = list(pool.map(self.compile_kernels, ISA_FLAGS))
             super().build_extension(ext)
+
+        def compile_kernels(self, isa):
+            target = Path(self.build_temp) / isa / "kernels.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = ["-O3", "-fPIC", "-std=c++17", "-Wall", "-Wno-psabi", f"-DGRASP_SPARSE_ISA={isa}", *ISA_FLAGS[isa]]
+            command = [*self.compiler.compiler_cxx[:1], *flags, "-c", str(CPU / "kernels.cpp"), "-o", str(target)]
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise CompileError(str(error)) from error
+            return str(target)
 
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)] + ([("GRASP_SPARSE_X86", None)] if IS_X86 else [])
     sources = sorted(str(path) for path in CPU.glob("*.cpp") if path.name != "kernels.cpp")
@@ -57,10 +72,8 @@ def extension_arguments():
         include_dirs=[get_include()],
         define_macros=defines,
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")) + [str(CPU / "kernels.cpp")],
-        extra_compile_args=["-O3"],
-        py_limited_api=False,
+        extra_compile_args=["-O3", "-g0"],
     )
-    extension.optional = True
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 
 
