@@ -50,7 +50,7 @@ $(TORCH):
 	@test -x $(VENV)/bin/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch and build tools into $(VENV) (a minute or two)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		"torch>=2.11" torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+		"torch>=2.11" torchvision "setuptools>=77" wheel ninja
 	@touch $@
 
 $(PACKAGE): $(TORCH) $(BUILT_FROM)

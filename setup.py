@@ -32,7 +32,6 @@ if IS_X86:
 def extension_arguments():
     if os.environ.get("GRASP_SPARSE_NO_EXT") == "1":
         return {}
-    from pybind11 import get_include
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildKernels(BuildExtension):
@@ -57,7 +56,7 @@ def extension_arguments():
             target = Path(self.build_temp) / isa / "kernels.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             flags = ["-O3", "-fPIC", "-std=c++17", "-Wall", "-Wno-psabi", f"-DGRASP_SPARSE_ISA={isa}", *ISA_FLAGS[isa]]
-            command = [*self.compiler.compiler_cxx[:1], *flags, "-c", str(CPU / "kernels.cpp"), "-o", str(target)]
+            command = [*self.compiler.compiler_cxx, *flags, "-c", str(CPU / "kernels.cpp"), "-o", str(target)]
             try:
                 subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
@@ -69,10 +68,9 @@ def extension_arguments():
     extension = CppExtension(
         "grasp_sparse._C",
         [*sources, "csrc/info.cpp"],
-        include_dirs=[get_include()],
         define_macros=defines,
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")) + [str(CPU / "kernels.cpp")],
-        extra_compile_args=["-O3", "-g0"],
+        extra_compile_args=["-O3", "-g0", f"-ffile-prefix-map={Path.cwd()}/="],  # errors name csrc/…, not this machine
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 

@@ -1,5 +1,5 @@
 // Introspection for Python: what was built and which body runs. Importing this module loads the operators too.
-// Includes no torch header: torch's pybind11 headers refuse TORCH_TARGET_VERSION.
+// pybind11 comes with torch. No torch header here: torch's own pybind11 ones refuse TORCH_TARGET_VERSION.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -159,7 +159,11 @@ def _train(arguments: argparse.Namespace) -> int:
         config = _config(arguments)
         run_dir = Path(arguments.out) if arguments.out else Path("runs") / config.name
         result = start_run(config, run_dir, arguments.overwrite)
-    report = write_report(run_dir)
+    try:
+        report = write_report(run_dir)
+    except KeyboardInterrupt:
+        message = f"interrupted; training is saved, write the report with: grasp-sparse train --resume {run_dir}"
+        raise KeyboardInterrupt(message) from None
     print_result(result, run_dir, report)
     say(result_line(result))
     return OK
@@ -204,10 +208,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return command(arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"\ngrasp-sparse: {interrupt or 'interrupted; what no checkpoint holds is lost'}", file=sys.stderr)
+        print(f"\ngrasp-sparse: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
         return INTERRUPTED
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if arguments.debug:
             raise
         print(f"grasp-sparse: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except Exception as error:  # a bug, or something about the machine: a person still gets one line
+        if arguments.debug:
+            raise
+        line = f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
+        print(f"grasp-sparse: error: {line}", file=sys.stderr)
         return BAD_INPUT

@@ -80,8 +80,8 @@ class MaskSet(Mapping[str, Tensor]):
         return (self.numel - self.kept) / self.numel if self.numel else 0.0
 
     def layer_densities(self) -> dict[str, float]:
-        """Share kept of every weight."""
-        return {name: self._kept[name] / mask.numel() for name, mask in self.items()}
+        """Share kept of every weight; 1 for one without elements."""
+        return {name: self._kept[name] / mask.numel() if mask.numel() else 1.0 for name, mask in self.items()}
 
     def flop_sparsity(self, costs: Mapping[str, float]) -> float:
         """Share of the multiply-adds removed, of those in weights that have a mask; `costs` from `weight_costs`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.allocation import SCOPES, Layer, allocate
 from grasp_sparse.costs import weight_costs
-from grasp_sparse.criteria import check_scores, get_criterion, score, store_batches
+from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.loss import LossFn
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern, top_k_mask
@@ -53,9 +53,10 @@ def make_masks(
         budget is met all the same. `min_per_layer=0` lets layers become empty.
     rule: "paper" keeps what the authors' code keeps: with k = int(n·sparsity), everything up to the k-th highest of
         −score, so n − k + 1 weights and ties, and no guard against empty layers. Only for a plain global weight budget.
-    within: masks to stay inside, for pruning in rounds; densities still refer to all weights.
-    Raises ValueError for bad arguments, scores that are not finite (naming the layer) and a budget that the minima
-    exceed. Warns about layers kept below 0.1 %.
+    within: bool masks to stay inside, for pruning in rounds; densities still refer to all weights.
+    Raises ValueError for bad arguments, scores that are not floating-point, empty or not finite (naming the layer), a
+    budget that the minima exceed and a layer that `within` leaves with less than its minimum. Warns about layers kept
+    below 0.1 %.
     """
     choice = _Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
     choice.check()
@@ -94,6 +95,7 @@ def prune(
     rule: "exact", or the authors' threshold with preset="paper".
     The masks' recipe says how they were made; `skipped` lists the modules left dense and why.
     """
+    check_uncompiled(model)
     published = get_criterion(criterion)
     rounds = published.iterations if iterations is None else iterations
     if rounds < 1:
@@ -187,10 +189,10 @@ class _Choice:
     ) -> dict[str, Tensor]:
         if not scores:
             raise ValueError("Expected the scores of at least one weight, got none")
+        if within is not None:
+            _check_within(within, scores)
         if self.rule == "paper":
             return _paper_masks(scores, self.sparsity)
-        if within is not None and any(name not in within or within[name].shape != scores[name].shape for name in scores):
-            raise ValueError("Expected within to hold a mask of the same shape for every weight that has scores")
         prices = dict.fromkeys(scores, 1.0) if self.budget == "weights" else _checked_costs(costs, scores)
         pooled, layers = [], []
         for name, values in scores.items():
@@ -200,7 +202,12 @@ class _Choice:
             candidates = groups if within is None else groups[groups != -math.inf]
             size = self.pattern.group_size(values.shape)
             minimum = max(self.min_per_layer, math.ceil(self.min_density * groups.numel() - 1e-9))
-            minimum = min(minimum, candidates.numel())
+            minimum = min(minimum, groups.numel())
+            if candidates.numel() < minimum:
+                raise ValueError(
+                    f"Expected within to leave {name!r} the {minimum} groups that min_per_layer and min_density ask for, "
+                    f"got {candidates.numel()}"
+                )
             layers.append(Layer(name, candidates, groups.numel(), size * prices[name], minimum, tuple(values.shape)))
             pooled.append(groups)
         counts = allocate(layers, self._limit(layers), self.scope)
@@ -242,6 +249,17 @@ def _make(
 
 def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
     return pattern.pool(mask.to(scores.dtype)) > 0
+
+
+def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    for name, values in scores.items():
+        mask = within.get(name)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                "Expected within to hold a bool mask of the same shape for every weight that has scores, "
+                f"got {got} for {name!r} {list(values.shape)}"
+            )
 
 
 def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:

@@ -65,7 +65,8 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
 
     `dtype` converts the copy; without it half-precision models are copied to float32, because second derivatives and
     products of fifty layers mean nothing in 8 or 11 bits. Parameter hooks are not copied (they serve training), module
-    hooks are.
+    hooks are: the caller's forward hooks fire whenever the copy runs.
+
     Raises ValueError for a model that cannot be deep-copied.
     """
     with preserved_rng(seed), torch.inference_mode(False), torch.enable_grad():

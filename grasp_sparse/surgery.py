@@ -33,6 +33,9 @@ _READ_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What makes a module itself rather than a layer of some kind; it survives the change of kind.
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 
+# What sparse layers keep beside tensors and dense ones do not have.
+_SPARSE_ONLY = ("weight_shape", "border")
+
 
 class _Step(NamedTuple):
     """One weight, every layer that holds it, and what becomes of them."""
@@ -254,5 +257,8 @@ def _build(steps: Iterable[_Step]) -> dict[nn.Module, nn.Module]:
 
 def _swap(replacements: Mapping[nn.Module, nn.Module]) -> None:
     for module, new in replacements.items():
+        if isinstance(module, SparseLayer):
+            for name in _SPARSE_ONLY:
+                vars(module).pop(name, None)
         module.__class__ = type(new)
         vars(module).update({name: value for name, value in vars(new).items() if name not in _IDENTITY})

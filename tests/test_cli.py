@@ -23,6 +23,8 @@ _SMALL = [
     "--model-arg", "depth=1", "--samples-per-class", "2", "--sparsity", "0.8", "--batch-size", "16", "--epochs", "1",
 ]  # fmt: skip
 
+_SCORING = _SMALL[: _SMALL.index("--batch-size")]
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +118,46 @@ def _foreign_masks() -> list[str]:
     return ["train", *_SMALL, "--masks", "foreign.safetensors"]
 
 
+def _binary_recipe() -> list[str]:
+    Path("binary.toml").write_bytes(b"\x80\xff")
+    return ["train", "--recipe", "binary.toml"]
+
+
+def _a_list_as_temperature() -> list[str]:
+    Path("list.toml").write_text("criterion_args = {temperature = [1]}\n")
+    return ["prune", "--recipe", "list.toml", *_SCORING]
+
+
+def _checkpoint_without_a_config() -> list[str]:
+    assert _exit_code("train", *_SMALL, "--out", "run", "--timing-rounds", "0") == 0
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    torch.save({**state, "config": 3}, "run/checkpoint.pt")
+    return ["train", "--resume", "run"]
+
+
+def _criterion_arg(value: str) -> list[str]:
+    return ["prune", *_SCORING, "--criterion-arg", value]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (_criterion_arg("foo=1"), "Expected criterion_args to be options of grasp, got 'foo'; valid names: temperature"),
+        (_criterion_arg("seed=3"), "got 'seed'; use --seed"),
+        (_criterion_arg('temperature="x"'), "Expected temperature in criterion_args to be float, got 'x'"),
+        (_criterion_arg('dtype="x"'), "Expected dtype in criterion_args to be one of float32, float64"),
+        (_criterion_arg('micro_batch_size="x"'), "Expected micro_batch_size in criterion_args to be int"),
+        (_criterion_arg('iterations="x"'), "Expected iterations in criterion_args to be int"),
+        ([*_criterion_arg("generator=5"), "--criterion-arg", 'redraw="all"'], "got 'generator'; valid names"),
+        (_a_list_as_temperature, "Expected temperature in criterion_args to be float, got \\[1\\]"),
+        (["train", "--data", "fake", "--image-size", "100000"], "Expected image_size: 1 to"),
+        (["train", "--data", "fake", "--image-size", "10000"], "Expected fake images of at most .* lower --image-size"),
+        (["train", *_SMALL, "--seed", "123456789012345678901"], "Expected seed"),
+        (["train", *_SMALL, "--threads", "1000000"], "Expected threads: 1 to 4096"),
+        (["train", *_SMALL, "--masks", "."], "Expected --masks to be a mask file, got a folder"),
+        (["prune", *_SCORING, "--out", "."], "Expected --out to be a file for the masks, got the folder"),
+        (_binary_recipe, "Expected recipe binary.toml to be a TOML file"),
+        (_checkpoint_without_a_config, "Expected config in run/checkpoint.pt to be dict, got 3"),
         (["train", *_SMALL, "--sparsity", "1"], "Expected sparsity: 0 <= sparsity < 1"),
         (["prune", "--sparsity", "1.5"], "Expected sparsity"),
         (["train", *_SMALL, "--model", "resnet181"], "unknown model 'resnet181'; did you mean resnet18"),
@@ -145,6 +184,36 @@ def test_a_mistake_ends_in_one_line_and_code_2(arguments: list[str], message: st
     assert _exit_code(*(arguments() if callable(arguments) else arguments)) == 2
     last = capsys.readouterr().err.strip()
     assert re.fullmatch("grasp-sparse: error: .*" + message + ".*", last), last
+
+
+def _raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("grasp_sparse.train.run.start_run", refuse)
+
+
+def test_the_unexpected_ends_in_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    _raises(RuntimeError("out of\nluck"), monkeypatch)
+    assert _exit_code("train", *_SMALL) == 2
+    assert capsys.readouterr().err == "grasp-sparse: error: unexpected RuntimeError: out of luck (--debug shows where)\n"
+    with pytest.raises(RuntimeError, match="luck"):
+        cli.main(["--debug", "train", *_SMALL])
+
+
+def test_ctrl_c_before_training_says_that_nothing_was_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    _raises(KeyboardInterrupt(), monkeypatch)
+    assert _exit_code("train", *_SMALL) == 130
+    assert capsys.readouterr().err == "\ngrasp-sparse: interrupted; nothing was saved\n"
+
+
+def test_ctrl_c_during_the_report_says_how_to_write_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grasp_sparse.report.write_report", interrupt)
+    assert _exit_code("train", *_SMALL, "--out", "run", "--timing-rounds", "0") == 130
+    assert "training is saved, write the report with: grasp-sparse train --resume run" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback() -> None:

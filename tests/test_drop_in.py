@@ -12,21 +12,13 @@ from torch import nn
 
 import grasp_sparse as gs
 from grasp_sparse.nn import MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
+from pruned_models import pruned_copy
 
 DENSITY = 0.05
 
 
 def _random_masks(model: nn.Module, density: float = DENSITY) -> gs.MaskSet:
     return gs.prune(model, sparsity=1 - density, criterion="random", scope="layer", seed=0)
-
-
-def _pruned(model: nn.Module, masks) -> nn.Module:
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in masks:
-                parameter.mul_(masks[name])
-    return model
 
 
 NETWORKS = {
@@ -59,7 +51,7 @@ def test_torchvision_network(network):
     model, x, layers = network
     masks = _random_masks(model)
     assert len(masks) == layers
-    dense = _pruned(model, masks)
+    dense = pruned_copy(model, masks)
     report = gs.sparsify_(model, masks, x)
     assert sum(row.runs == "sparse" for row in report.rows) == layers
     assert {row.name for row in report.rows if row.runs == "dense"} == {name for name, _ in masks.skipped}
@@ -91,7 +83,7 @@ def test_torch_transformer_layers_read_weights_themselves():
     """In evaluation they hand their weights to a fused kernel, so these layers keep one: dense, exactly masked."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
     masks = _random_masks(model, 0.3)
-    dense, x = _pruned(model, masks), torch.randn(2, 5, 16)
+    dense, x = pruned_copy(model, masks), torch.randn(2, 5, 16)
     report = gs.sparsify_(model, masks)
     assert isinstance(model.layers[0].linear1, MaskedLinear)
     assert {row.reason for row in report.rows if row.runs == "masked"} == {"TransformerEncoderLayer reads the weight"}
@@ -106,7 +98,7 @@ def small():
     """A residual network small enough to compile, and its pruned dense twin."""
     model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
     masks = _random_masks(model)
-    dense = _pruned(model, masks)
+    dense = pruned_copy(model, masks)
     gs.sparsify_(model, masks)
     return model, dense, torch.randn(4, 3, 32, 32)
 
@@ -178,7 +170,7 @@ def test_compile_with_inductor(fresh_dynamo):
     """Sparse convolution, masked convolution and sparse linear in one graph; channels_last in, as compilers like to choose."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(288, 5))
     masks = {name: torch.rand_like(p) < 0.2 for name, p in model.named_parameters() if p.dim() > 1}
-    dense = _pruned(model, masks)
+    dense = pruned_copy(model, masks)
     gs.sparsify_(model, masks)
     compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     for each in (compiled, dense):
@@ -213,7 +205,7 @@ def test_hessian_vector_product_through_sparse_layers():
     convolutions = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()
     model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(36, 3)).double()
     masks = _random_masks(model, 0.2)
-    dense, x = _pruned(model, masks), torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    dense, x = pruned_copy(model, masks), torch.randn(4, 2, 8, 8, dtype=torch.float64)
     gs.sparsify_(model, masks)
 
     def product(each):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import grasp_sparse.masks
 from grasp_sparse.masks import MaskSet
 
 SHAPES = {"conv.weight": (3, 2, 3, 3), "fc.weight": (5, 7), "one.weight": (1, 1)}
@@ -34,6 +36,11 @@ def test_counts_and_densities():
     assert list(masks) == ["a", "b"] and len(masks) == 2 and "density 0.7" in repr(masks)
     with pytest.raises(ValueError, match="'b'"):
         masks.flop_sparsity({"a": 1.0})
+
+
+def test_a_weight_without_elements_is_dense():
+    masks = MaskSet({"empty": torch.ones(5, 0, dtype=torch.bool)})
+    assert masks.layer_densities() == {"empty": 1.0} and masks.density == 1.0
 
 
 def test_equality_is_of_names_and_masks():
@@ -65,18 +72,33 @@ def test_equal_masks_are_equal_files_of_one_bit_a_weight(tmp_path):
     assert 100_000 <= len(data) < 103_000
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+class _FullDisk(io.FileIO):
+    def write(self, data) -> int:
+        super().write(data[:10])
+        raise OSError("no space left")
+
+
+def _refuse(*_) -> None:
+    raise OSError("no space left")
+
+
+FAILURES = {
+    "write": lambda patch: patch.setattr(grasp_sparse.masks, "open", _FullDisk, raising=False),
+    "fsync": lambda patch: patch.setattr(os, "fsync", _refuse),
+    "replace": lambda patch: patch.setattr(os, "replace", _refuse),
+}
+
+
+@pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, fail):
     path = tmp_path / "masks"
     masks = some_masks()
     masks.save(path)
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        MaskSet({}).save(path)
-    assert MaskSet.load(path) == masks and os.listdir(tmp_path) == ["masks"]
+    before = path.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        fail(patch)
+        MaskSet({"other": torch.ones(3, dtype=torch.bool)}).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["masks"]
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path):

@@ -142,6 +142,16 @@ def test_thin_layers_are_named_in_a_warning():
         make_masks(scores, 0.9)
 
 
+@pytest.mark.parametrize(("kept", "warned"), [(20, False), (10, False), (9, True), (5, True)])
+def test_thin_is_below_a_thousandth(kept, warned):
+    scores = {"big": torch.rand(10000), "layer": torch.cat([torch.full((kept,), 2.0), torch.full((10000 - kept,), -1.0)])}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        masks = make_masks(scores, 0.75)
+    assert masks["layer"].sum() == kept
+    assert [str(w.message).partition(":")[0] for w in caught] == ["Layers kept below 0.1%"] * warned
+
+
 @pytest.mark.parametrize("kept_by", ["tie", "rank"])
 def test_paper_rule_keeps_everything_up_to_the_threshold(kept_by):
     values = torch.tensor([5.0, 4.0, 3.0, 2.0, 2.0 if kept_by == "tie" else 1.5, 1.0, 0.0, -1.0, -2.0, -3.0])
@@ -170,7 +180,9 @@ def test_paper_rule_keeps_everything_up_to_the_threshold(kept_by):
         ({"budget": "flops", "costs": {"first": 1}}, "second"),
         ({"budget": "flops", "costs": {**COSTS, "last": -1.0}}, "-1.0 for 'last'"),
         ({"budget": "flops", "costs": dict.fromkeys(COSTS, 0.0)}, "only zeros"),
-        ({"within": {"first": torch.ones(2, 2)}}, "same shape"),
+        ({"within": {"first": torch.ones(2, 2, dtype=torch.bool)}}, "same shape.* 'first'"),
+        ({"within": {name: torch.ones_like(value) for name, value in scores_of("signed").items()}}, "bool mask.*float32"),
+        ({"within": dict.fromkeys(scores_of("signed"), [True])}, "bool mask.*list"),
         ({"rule": "paper", "scope": "erk"}, "rule='exact'"),
         ({"rule": "paper", "budget": "flops", "costs": COSTS}, "rule='exact'"),
     ],
@@ -186,6 +198,54 @@ def test_scores_that_are_not_finite_name_the_layer(bad):
     scores["third"][0, 0, 0, 0] = bad
     with pytest.raises(ValueError, match="'third'"):
         make_masks(scores, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), "Expected floating-point scores.*'bad', got torch.bool"),
+        (torch.ones(2, 3, dtype=torch.int64), "Expected floating-point scores.*'bad', got torch.int64"),
+        ([[1.0, 2.0]], "Expected floating-point scores.*'bad', got list"),
+        (torch.ones(5, 0), r"at least one weight, got shape \[5, 0\] for 'bad'"),
+    ],
+)
+def test_scores_of_the_wrong_kind_name_the_layer(bad, message):
+    with pytest.raises(ValueError, match=message):
+        make_masks({"good": torch.rand(4, 4), "bad": bad}, 0.5)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("candidates", [0, 2])
+def test_within_must_leave_every_layer_its_minimum(scope, candidates):
+    scores = scores_of("signed")
+    within = {name: torch.ones_like(value, dtype=torch.bool) for name, value in scores.items()}
+    within["third"] = (torch.arange(scores["third"].numel()) < candidates).view_as(scores["third"])
+    with pytest.raises(ValueError, match=f"'third' the 3 groups.*got {candidates}"):
+        make_masks(scores, 0.9, scope=scope, within=within, min_per_layer=3)
+    masks = make_masks(scores, 0.9, scope=scope, within=within, min_per_layer=candidates)
+    assert masks["third"].sum() <= candidates
+
+
+def test_a_layer_smaller_than_min_per_layer_is_kept_whole():
+    masks = make_masks({"big": torch.rand(100) + 1, "small": torch.rand(3)}, 0.5, min_per_layer=5)
+    assert masks["small"].all()
+
+
+@pytest.mark.parametrize(("wrap", "path"), [(torch.compile, "model"), (lambda m: nn.Sequential(torch.compile(m)), "model.0")])
+@pytest.mark.parametrize("call", [score, prune])
+def test_a_compiled_model_is_refused_before_any_data_is_read(call, wrap, path):
+    def untouched():
+        raise AssertionError("data was read")
+        yield
+
+    with pytest.raises(ValueError, match=rf"use {path}\._orig_mod"):
+        call(wrap(net()), untouched())
+
+
+def test_a_model_compiled_in_place_scores_as_the_plain_one():
+    model, compiled = net(), net()
+    compiled.compile()
+    assert prune(compiled, batches(), 0.8) == prune(model, batches(), 0.8)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -37,6 +37,14 @@ def test_the_copy_keeps_ties_and_asks_for_no_gradients():
     assert model[0].weight.dtype == torch.float32 and model[0].weight.all() and model[0].weight.requires_grad
 
 
+def test_the_callers_forward_hooks_fire_on_the_copy():
+    model, seen = nn.Linear(3, 3), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    with scratch_copy(model) as scratch:
+        scratch(torch.zeros(1, 3))
+    assert seen == [scratch]
+
+
 def test_a_model_that_cannot_be_copied_is_explained():
     model = nn.Linear(3, 3)
     model.cached = model.weight * 2

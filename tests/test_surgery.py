@@ -10,6 +10,7 @@ from torch import nn
 
 import grasp_sparse as gs
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
+from pruned_models import pruned_copy
 
 
 class Net(nn.Module):
@@ -36,15 +37,6 @@ def masks_for(model: nn.Module, densities: dict[str, float]) -> dict[str, torch.
         name: (torch.randperm(parameters[name].numel()) < density * parameters[name].numel()).view(parameters[name].shape)
         for name, density in densities.items()
     }
-
-
-def pruned_copy(model: nn.Module, masks) -> nn.Module:
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in masks:
-                parameter.mul_(masks[name])
-    return model
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -86,6 +78,19 @@ def test_densify_is_the_exact_inverse(net, masks):
     assert torch.equal(net(x), expected(x))
     gs.sparsify_(net, masks)
     assert isinstance(net.head, SparseLinear)
+
+
+def test_densify_leaves_nothing_sparse_behind(net, masks):
+    net.head.note = "mine"
+    gs.sparsify_(net, masks, max_density=0.5)
+    fresh = Net()
+    fresh.head.note = "mine"
+    for dense, expected in zip(gs.densify_(net).modules(), fresh.modules(), strict=True):
+        got, wanted = vars(dense), vars(expected)
+        assert got.keys() == wanted.keys() and got["_parameters"].keys() == wanted["_parameters"].keys()
+        plain = wanted.keys() - {"_parameters", "_buffers", "_modules"}
+        assert {name: got[name] for name in plain} == {name: wanted[name] for name in plain}
+        assert got["_buffers"].keys() == wanted["_buffers"].keys()
 
 
 @pytest.mark.parametrize("max_density, kinds", [(0.0, MaskedLinear), (1.0, SparseLinear)])

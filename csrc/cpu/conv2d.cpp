@@ -8,7 +8,8 @@ namespace {
 
 void check_pair(const Sizes& sizes, size_t count, int64_t least, const char* name) {
   STD_TORCH_CHECK(sizes.size() == count, "Expected ", name, " of ", count, " numbers, got ", sizes.size(), ".");
-  for (int64_t size : sizes) STD_TORCH_CHECK(size >= least, "Expected ", name, " of at least ", least, ", got ", size, ".");
+  for (int64_t size : sizes)  // the upper bound keeps every product of two of them within 64 bits
+    STD_TORCH_CHECK(size >= least && size <= INT32_MAX, "Expected ", name, " between ", least, " and ", INT32_MAX, ", got ", size, ".");
 }
 
 Window window_of(int64_t height, int64_t width, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {

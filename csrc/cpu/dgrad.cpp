@@ -12,8 +12,9 @@ namespace {
 // One axis of g as the product reads it: places [first, end) of any phase, and the halo before them.
 struct GradAxis {
   explicit GradAxis(const Axis& a) : axis(a), first(INT64_MAX), end(INT64_MIN) {
-    for (int64_t phase = 0; phase < a.stride; ++phase) {
-      if (a.first_place(phase) >= a.end_place(phase)) continue;
+    for (int64_t i = 0; i < std::min(a.input, a.stride); ++i) {  // neighbouring pixels have neighbouring phases
+      const int64_t phase = (i + a.pad_begin) % a.stride;
+      phases.push_back(phase);
       first = std::min(first, a.first_place(phase));
       end = std::max(end, a.end_place(phase));
     }
@@ -26,22 +27,30 @@ struct GradAxis {
       if (i >= base && i < begin + count) out[i] = (i - base) * step;
   }
   Axis axis;
+  std::vector<int64_t> phases;  // those that some input pixel has
   int64_t first, end;
 };
 
-// Taps by phase pair: group q = phase_h * stride_w + phase_w.
+// The lists: one group of taps for every pair of phases that has any, and an empty one, the first, for all that have none.
 struct TapGroups {
-  explicit TapGroups(const Window& window) : count(window.h.stride * window.w.stride) {
-    for (int64_t q = 0; q < count; ++q) {
-      ptr.push_back(static_cast<int64_t>(taps.size()));
-      for (int64_t r = 0; r < window.h.kernel; ++r)
-        for (int64_t s = 0; s < window.w.kernel; ++s)
-          if (window.h.phase(r) * window.w.stride + window.w.phase(s) == q) taps.push_back(r * window.w.kernel + s);
+  struct Pair {
+    int64_t phase_h, phase_w, group;
+  };
+  TapGroups(const GradAxis& h, const GradAxis& w) {
+    for (int64_t phase_h : h.phases) {
+      for (int64_t phase_w : w.phases) {
+        const size_t before = taps.size();
+        for (int64_t r = 0; r < h.axis.kernel; ++r)
+          for (int64_t s = 0; s < w.axis.kernel; ++s)
+            if (h.axis.phase(r) == phase_h && w.axis.phase(s) == phase_w) taps.push_back(r * w.axis.kernel + s);
+        if (taps.size() > before) ptr.push_back(static_cast<int64_t>(taps.size()));
+        pairs.push_back({phase_h, phase_w, taps.size() > before ? count() - 1 : 0});
+      }
     }
-    ptr.push_back(static_cast<int64_t>(taps.size()));
   }
-  int64_t count;
-  std::vector<int64_t> ptr, taps;
+  int64_t count() const { return static_cast<int64_t>(ptr.size()) - 1; }
+  std::vector<Pair> pairs;
+  std::vector<int64_t> ptr{0, 0}, taps;
 };
 
 }  // namespace
@@ -58,7 +67,7 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
   const int64_t bands = ceil_div(places, rows), channel_size = (rows + window.h.halo()) * row_step;
   check_band(csr.rows * channel_size);
 
-  const TapGroups groups(window);
+  const TapGroups groups(h, w);
   std::vector<int32_t> row_place(csr.rows + 1), tap_place(window.taps());
   for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * channel_size);
   for (int64_t r = 0; r < window.h.kernel; ++r)
@@ -67,12 +76,12 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
                                                                 (window.w.halo() - window.w.shift(s)) * L);
   CallScratch& call = CallScratch::mine();
   const TransposedLists<T> lists{call.values.template reserve<T>(csr.nnz), call.offsets.template reserve<int32_t>(csr.nnz),
-                                 call.row_ptr.template reserve<int32_t>(groups.count * (dx.c + 1))};
-  build_transposed_lists(csr, values, window.taps(), groups.count, groups.ptr.data(), groups.taps.data(), row_place.data(),
+                                 call.row_ptr.template reserve<int32_t>(groups.count() * (dx.c + 1))};
+  build_transposed_lists(csr, values, window.taps(), groups.count(), groups.ptr.data(), groups.taps.data(), row_place.data(),
                          tap_place.data(), lists);
 
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, dx.c);
-  const std::vector<int> cut = balanced_rows(lists.row_ptr, dx.c, parts);
+  const std::vector<int> cut = balanced_rows(lists.row_ptr + (groups.count() > 1) * (dx.c + 1), dx.c, parts);
   parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(g.c * channel_size);
     std::vector<int64_t> row_places, col_places;
@@ -86,15 +95,14 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
         pack_slice(g, slice, row_places, col_places, true, channel_size, packed);
       }
       held = band;
-      for (int64_t q = 0; q < groups.count; ++q) {
-        const int64_t phase_h = q / window.w.stride, phase_w = q % window.w.stride;
+      for (const auto& [phase_h, phase_w, group] : groups.pairs) {
         const int64_t top = std::max(row, window.h.first_place(phase_h)), bottom = std::min(row_end, window.h.end_place(phase_h));
         const int64_t left = window.w.first_place(phase_w), right = window.w.end_place(phase_w);
         if (top >= bottom || left >= right) continue;
         ProductArgs<T> args{};
         args.packed = packed + (top - row) * row_step + (left - w.first) * L, args.row_step = row_step;
         args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
-        args.values = lists.values, args.offsets = lists.offsets, args.row_ptr = lists.row_ptr + q * (dx.c + 1);
+        args.values = lists.values, args.offsets = lists.offsets, args.row_ptr = lists.row_ptr + group * (dx.c + 1);
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
         const int64_t y0 = top * window.h.stride + phase_h - window.h.pad_begin;
         const int64_t x0 = left * window.w.stride + phase_w - window.w.pad_begin;

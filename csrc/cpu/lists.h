@@ -11,7 +11,7 @@ namespace grasp_sparse {
 void build_row_list(const CsrView& csr, const int32_t* column_place, int32_t* offsets);
 
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
-// Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); together they name each tap once.
+// Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.
 // row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap].
 template <class T>
 struct TransposedLists {

@@ -11,16 +11,16 @@ namespace GRASP_SPARSE_ISA {
 template <class T>
 void pack_pixel_runs(const PackArgs<T>& p) {
   constexpr int L = kLanes<T>;
-  const int pixels = (p.row_end - p.row_begin) * p.width;
+  const int64_t pixels = static_cast<int64_t>(p.row_end - p.row_begin) * p.width;
   for (int c = 0; c < p.channels; ++c) {
     const T* src = p.src + c * p.sc + p.row_begin * p.sh;
     T* dst = p.dst + c * p.channel_size;
-    for (int q = 0; q < pixels; q += L) {
+    for (int64_t q = 0; q < pixels; q += L) {
       // The last run is shifted back: packing a pixel twice is harmless, reading past the image is not.
-      const int first = q + L <= pixels ? q : pixels - L;
+      const int64_t first = q + L <= pixels ? q : pixels - L;
       alignas(64) T unused[L];
       T* places[L];
-      int row = first / p.width, col = first % p.width;
+      int row = static_cast<int>(first / p.width), col = static_cast<int>(first % p.width);
       for (int i = 0; i < L; ++i) {
         const bool used = p.row_place[row] >= 0 && p.col_place[col] >= 0;
         places[i] = used ? dst + p.row_place[row] + p.col_place[col] : unused;
@@ -76,7 +76,7 @@ template <class T>
 void pack(const PackArgs<T>& p) {
   constexpr int L = kLanes<T>;
   if (p.zero_first) std::memset(p.dst, 0, sizeof(T) * p.channel_size * p.channels);
-  if (p.sn != 1 && p.sw == 1 && p.sh == p.width && (p.row_end - p.row_begin) * p.width >= L) {
+  if (p.sn != 1 && p.sw == 1 && p.sh == p.width && static_cast<int64_t>(p.row_end - p.row_begin) * p.width >= L) {
     pack_pixel_runs(p);
   } else if (p.sn != 1 && p.sc == 1 && p.channels >= L) {
     pack_channel_runs(p);

@@ -1,4 +1,4 @@
-// Working memory that outlives a call: each thread keeps what it needed last, so a steady training step allocates
+// Working memory that outlives a call: each thread keeps the most it ever needed, so a steady training step allocates
 // nothing here and page-faults nothing.
 #pragma once
 

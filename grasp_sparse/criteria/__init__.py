@@ -81,10 +81,12 @@ def score(
     dtype: score in this dtype (torch.float64 for exactness). seed: seeds everything random in here.
     options: the criterion's own, e.g. temperature, train, preset="paper" of grasp.
 
-    Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Two
-    calls from the same random state (or seed) give the same bits. Raises ValueError for bad arguments and for a layer
-    whose scores are not finite.
+    Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Module
+    hooks are copied along and do fire on the copy, once per forward of the scoring: what they do outside the model
+    (counting, logging) happens. Two calls from the same random state (or seed) give the same bits. Raises ValueError
+    for bad arguments, a compiled model and a layer whose scores are not finite.
     """
+    check_uncompiled(model)
     chosen = get_criterion(criterion)
     if batches is None and chosen.reads != 0 and isinstance(criterion, str):
         raise ValueError(f"Expected batches of (input, target) for criterion={criterion!r}, got None")
@@ -135,10 +137,30 @@ def store_batches(
     return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size))
 
 
+def check_uncompiled(model: nn.Module) -> None:
+    """ValueError if `model`, or a module inside it, is what torch.compile returned.
+
+    Compiled backwards have no second derivative, and `_orig_mod.` in every name would fit no other copy of the model.
+    `model.compile()` is fine: it renames nothing and copies come out uncompiled.
+    """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            path = f"model.{name}" if name else "model"
+            raise ValueError(
+                f"Expected an uncompiled model, got {path} from torch.compile: "
+                f"use {path}._orig_mod in its place and compile after pruning"
+            )
+
+
 def check_scores(name: str, scores: Tensor, shape: torch.Size | None = None) -> None:
-    """ValueError naming the layer unless its scores have the weight's shape and are finite."""
+    """ValueError naming the layer unless its scores are floating-point, of the weight's shape, not empty and finite."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"Expected floating-point scores for {name!r}, got {got}")
     if shape is not None and scores.shape != shape:
         raise ValueError(f"Expected scores of shape {list(shape)} for {name!r}, got {list(scores.shape)}")
+    if not scores.numel():
+        raise ValueError(f"Expected scores of at least one weight, got shape {list(scores.shape)} for {name!r}: leave it out")
     if not bool(torch.isfinite(scores).all()):
         kind = "NaN" if bool(torch.isnan(scores).any()) else "infinite values"
         raise ValueError(

@@ -86,25 +86,30 @@ class SparseLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Adopts the structure of the checkpoint, once it is known to be sound; otherwise this layer stays as it is.
+        """Adopts the structure of the checkpoint, once it is known to be sound; otherwise the structure stays as it is.
 
-        An optimizer goes on with the same Parameter, but its moments have the old size: load its state as well.
+        A checkpoint with another number of weights is refused, like any other wrong size in torch: an optimizer may hold
+        moments of the old size, and fused ones would write past their end.
         """
-        found = [prefix + name for name in STORED if prefix + name in state_dict]
-        if found:
+        if any(prefix + name in state_dict for name in STORED):
             try:
                 indices = stored_structure(state_dict, prefix, self.weight_shape)
             except ValueError as error:
                 error_msgs.append(str(error))
                 return
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            self._adopt(indices, keep_device=not assign)
+            if indices.nnz != self.nnz:
+                error_msgs.append(
+                    f"{prefix.removesuffix('.') or 'this layer'}: Expected a checkpoint with nnz = {self.nnz} weights, got {indices.nnz}; "
+                    "load another structure into a freshly built dense model with grasp_sparse.load_sparse."
+                )
+                return
+            self._adopt(indices, keep_device=not local_metadata.get("assign_to_params_buffers", False))
             state_dict[prefix + "crow_indices"] = indices.crow_indices
             state_dict[prefix + "col_indices"] = indices.col_indices
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _adopt(self, indices: CsrIndices, keep_device: bool) -> None:
-        # Through .data the tensors stay the same objects, so that optimizers and layers that share them follow.
+        # Through .data the buffers stay the same objects, so that layers that share them follow.
         for name, index in indices._asdict().items():
             buffer = self._buffers[name]
             if keep_device:
@@ -113,9 +118,6 @@ class SparseLayer(nn.Module):
                 buffer.data = index
             else:
                 self._buffers[name] = index
-        if self.values.shape[1] != indices.nnz:
-            self.values.data = self.values.data.new_empty(1, indices.nnz)
-            self.values.grad = None
 
 
 def stored_structure(state_dict: dict[str, Tensor], prefix: str, weight_shape: torch.Size) -> CsrIndices:

@@ -87,8 +87,9 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         result = torch.get_autocast_dtype(device)
-    elif x.dtype != values.dtype:
-        raise ValueError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}; convert with .to() or use autocast.")
+    elif any(t is not None and t.dtype != x.dtype for t in (values, bias)):
+        got = ", ".join(str(t.dtype) for t in (x, values, bias) if t is not None)
+        raise ValueError(f"Expected x, values and bias of one dtype, got {got}; convert with .to() or use autocast.")
     else:
         result = x.dtype
     compute = x.dtype if x.dtype in _COMPUTE and x.dtype == values.dtype else torch.float32

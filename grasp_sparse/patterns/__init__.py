@@ -1,7 +1,7 @@
 """Patterns: which masks are allowed. One file each.
 
-A pattern divides a weight into groups that are kept or pruned together and says what a group's score is. Who keeps how many groups
-is decided by allocation.py, the same for every pattern.
+A pattern divides a weight into groups that are kept or pruned together and says what a group's score is. Who keeps how
+many groups is decided by allocation.py, the same for every pattern.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ from typing import Any
 from grasp_sparse.train.errors import UserError
 
 
+_MAX_THREADS = 4096
+_MAX_SIDE = 16384
+
+
 def _option(default: Any, group: str, help: str, *, type: Any = str, **extra: Any) -> Any:
     """A field that the command line can offer as a flag: its group in --help, its text, how to parse its value."""
     metadata = {"group": group, "help": help, "type": type, **extra}
@@ -122,12 +126,13 @@ class TrainConfig:
             ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "shares of training between 0 and 1"),
             ("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0 seconds"),
-            ("threads", self.threads is None or self.threads >= 1, "at least 1"),
+            ("threads", self.threads is None or 1 <= self.threads <= _MAX_THREADS, f"1 to {_MAX_THREADS}"),
+            ("seed", -(2**63) <= self.seed < 2**63, "an integer of at most 64 bits, -2**63 <= seed < 2**63"),
             ("timing_rounds", self.timing_rounds >= 0, "at least 0"),
             ("workers", self.workers >= 0, "at least 0"),
             ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),
             ("test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1"),
-            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
+            ("image_size", self.image_size is None or 1 <= self.image_size <= _MAX_SIDE, f"1 to {_MAX_SIDE}"),
         ):
             if not ok:
                 raise UserError(f"Expected {name}: {expected}, got {getattr(self, name)!r}")
@@ -142,20 +147,36 @@ class TrainConfig:
                 near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(fields)}"
                 raise UserError(f"unknown key '{key}' in {source}; {hint}")
-            f = fields[key]
-            parse = f.metadata["type"]
-            wanted = list if "nargs" in f.metadata else parse
-            if wanted is float and type(value) is int:
-                values = {**values, key: float(value)}
-            elif value is not None and type(value) is not wanted:
-                raise UserError(f"Expected {key} in {source} to be {wanted.__name__}, got {value!r}")
-            if (choices := f.metadata.get("choices")) and value not in choices:
-                raise UserError(f"Expected {key} in {source} to be one of {', '.join(choices)}, got {value!r}")
-        return cls(**values)
+        return cls(**{key: _typed(fields[key], value, source) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint and result.json store them."""
         return dataclasses.asdict(self)
+
+
+def _typed(f: dataclasses.Field, value: Any, source: str) -> Any:
+    """`value` as field `f` holds it; UserError, which names `source`, for one of another type or no choice of the field."""
+    parse = f.metadata["type"]
+    wanted = list if "nargs" in f.metadata else parse
+    where = f"{f.name} in {source}"
+    if value is None and f.default is None:
+        return None
+    value = _cast(wanted, value, where)
+    if wanted is list:
+        element = str if parse is list else parse
+        value = [_cast(element, item, f"every element of {where}") for item in value]
+    if (choices := f.metadata.get("choices")) and value not in choices:
+        raise UserError(f"Expected {where} to be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _cast(wanted: type, value: Any, where: str) -> Any:
+    """`value`, an int as a float where one is wanted; UserError for any other type than `wanted`."""
+    if wanted is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if type(value) is not wanted:
+        raise UserError(f"Expected {where} to be {wanted.__name__}, got {value!r}")
+    return value
 
 
 def packaged_recipes() -> dict[str, Any]:
@@ -171,7 +192,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     if name_or_path in packaged:
         text = packaged[name_or_path].read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     else:
         names = ", ".join(sorted(packaged))
         raise UserError(f"Expected --recipe to be a TOML file or one of: {names}; got {name_or_path!r}")
@@ -180,3 +201,10 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {name_or_path} is not valid TOML: {error}") from error
     return {"name": path.stem, **values}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"Expected recipe {path} to be a TOML file in UTF-8, got other bytes ({error})") from error

@@ -14,6 +14,8 @@ from grasp_sparse.train.fashion_mnist import load_fashion_mnist
 from grasp_sparse.train.folder import FolderImages
 from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for
 
+_MOST_FAKE_BYTES = 1 << 30
+
 
 @dataclass
 class Data:
@@ -67,7 +69,12 @@ def _imagefolder(config: TrainConfig) -> Data:
 
 def _fake(config: TrainConfig) -> Data:
     """Ten noisy prototypes in colour: learnable, made in a moment, the same for every seed."""
-    size = config.image_size or 32
+    size, counts = config.image_size or 32, (config.train_limit or 1024, config.test_limit or 256)
+    if (needed := sum(counts) * 3 * size * size) > _MOST_FAKE_BYTES:
+        raise UserError(
+            f"Expected fake images of at most {_MOST_FAKE_BYTES:,} bytes together, got {needed:,}; lower --image-size, "
+            "--train-limit or --test-limit"
+        )
     generator = generator_for(0)
     prototypes = torch.randint(0, 256, (10, 3, size, size), generator=generator)
 
@@ -76,5 +83,5 @@ def _fake(config: TrainConfig) -> Data:
         noise = torch.randint(0, 256, (count, 3, size, size), generator=generator)
         return MemoryImages(((prototypes[labels] + noise) // 2).to(torch.uint8), labels, [0.5] * 3, [0.25] * 3)
 
-    train, test = split(config.train_limit or 1024), split(config.test_limit or 256)
+    train, test = map(split, counts)
     return Data("fake", "generated", 10, (3, size, size), train, test)

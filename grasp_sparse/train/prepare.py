@@ -14,6 +14,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.criterion_args import criterion_options
 from grasp_sparse.train.data import Data, load_data
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import say, table
@@ -61,9 +62,14 @@ def example_input(config: TrainConfig, data: Data) -> torch.Tensor:
 def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
     """Read --masks, or score `model` on class-balanced training images and choose what to keep."""
     if config.masks is not None:
-        masks = MaskSet.load(Path(config.masks))
+        path = Path(config.masks)
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "nothing"
+            raise UserError(f"Expected --masks to be a mask file, got {found} at {path}; `grasp-sparse prune` writes one")
+        masks = MaskSet.load(path)
         masks.check(model)
         return masks
+    options = criterion_options(config)
     batches = [
         (x.to(config.device), y.to(config.device))
         for x, y in data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
@@ -72,7 +78,7 @@ def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
     return prune(
         model, batches, sparsity=config.sparsity, criterion=config.criterion, pattern=config.pattern, scope=config.scope,
         budget=config.budget, min_density=config.min_density, include=config.include or None, exclude=config.exclude or None,
-        seed=config.seed, **config.criterion_args,
+        seed=config.seed, **options,
     )
 
 

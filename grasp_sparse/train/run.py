@@ -9,13 +9,13 @@ from typing import Any
 
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.surgery import load_sparse
-from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_atomically
+from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require, save_atomically
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.engine import Interrupted, Position, Trainer
 from grasp_sparse.train.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.footprint import measure_footprint
-from grasp_sparse.train.logging import say
+from grasp_sparse.train.logging import LOG_NAME, say
 from grasp_sparse.train.prepare import (
     data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary, sparsify_for_training,
 )
@@ -24,31 +24,37 @@ from grasp_sparse.train.timing import best_dense, measure_steps
 MASKS_NAME = "masks.safetensors"
 RESULT_NAME = "result.json"
 _TIMED_BATCHES = 4
+_RUN_FILES = (FILE_NAME, MASKS_NAME, RESULT_NAME, LOG_NAME, "report.md", "training.png", "density.png", "step.png")
 
 
 def prune_to_file(config: TrainConfig, path: Path) -> None:
     """Score the model at initialization, print what is kept, save the masks."""
+    if path.is_dir():
+        raise UserError(f"Expected --out to be a file for the masks, got the folder {path}; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, masks=None)
     data, model = data_and_model(config)
     masks = masks_for(config, model, data)
     costs = weight_costs(model, example_input(config, data), include=list(masks))
-    path.parent.mkdir(parents=True, exist_ok=True)
     masks.save(path)
     say(density_table(pruning_summary(masks, costs, {})))
     say(f"masks: {path}")
 
 
 def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Prune, train and compare from the beginning; returns what result.json holds."""
+    """Prune, train and compare from the beginning; returns what result.json holds.
+
+    `overwrite` deletes the run that is there, but not before data, model and masks have proved good.
+    """
     _claim_folder(run_dir, overwrite)
     data, model = data_and_model(config)
     say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
-    pruning = None
-    if not config.dense:
-        masks = masks_for(config, model, data)
-        masks.save(run_dir / MASKS_NAME)
-        pruning = sparsify_for_training(config, model, masks, data)
+    masks = None if config.dense else masks_for(config, model, data)
+    pruning = None if masks is None else sparsify_for_training(config, model, masks, data)
     trainer = Trainer(config, model, data, run_dir, {"pruning": pruning, "environment": describe_environment()})
+    _delete_old_run(run_dir)
+    if masks is not None:
+        masks.save(run_dir / MASKS_NAME)
     return _finish(trainer)
 
 
@@ -56,6 +62,8 @@ def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`; `changes` replace recipe fields that do not alter what is computed."""
     state = load_checkpoint(run_dir)
     config = TrainConfig.from_dict({**state["config"], **changes}, str(run_dir / FILE_NAME)).validate()
+    kind = "nothing for a dense run" if config.dense else "a summary"
+    require(config.dense == (state["pruning"] is None), f"pruning in {run_dir / FILE_NAME}", kind, state["pruning"])
     data, model = data_and_model(config)
     try:
         if config.dense:
@@ -64,7 +72,7 @@ def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
             load_sparse(model, state["model"])
         trainer = Trainer(config, model, data, run_dir, {key: state[key] for key in ("pruning", "environment")})
         trainer.restore(state)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{run_dir / FILE_NAME} does not fit model {config.model}: {error}") from error
     position = trainer.position
     say(f"{run_dir}: " + ("training is complete" if position.finished else
@@ -73,28 +81,35 @@ def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim_folder(folder: Path, overwrite: bool) -> None:
-    """Create `folder`. A run that is already there is an error, or is deleted when `overwrite`."""
-    if (folder / FILE_NAME).exists():
-        if not overwrite:
-            raise UserError(
-                f"{folder} already holds a run; --resume {folder} continues it, --overwrite deletes it, --out names another"
-            )
-        for name in (FILE_NAME, MASKS_NAME, RESULT_NAME):
-            (folder / name).unlink(missing_ok=True)
+    """Create `folder`. A run that is already there is an error unless `overwrite`."""
+    if (folder / FILE_NAME).exists() and not overwrite:
+        raise UserError(
+            f"{folder} already holds a run; --resume {folder} continues it, --overwrite deletes it, --out names another"
+        )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _delete_old_run(folder: Path) -> None:
+    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one."""
+    if (folder / FILE_NAME).exists():
+        for name in _RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Train to the end, measure the step against the dense one, write result.json and return what it holds."""
     config, data = trainer.config, trainer.data
-    resume = f"interrupted; saved, go on with: grasp-sparse train --resume {trainer.run_dir}"
+    resume = f"go on with: grasp-sparse train --resume {trainer.run_dir}"
     try:
         position = trainer.fit()
         comparison = _compare_with_dense(trainer) if config.timing_rounds else {"timing": None, "memory": None}
     except KeyboardInterrupt as error:
         if not isinstance(error, Interrupted) and not trainer.position.finished:
-            raise  # a second, impatient Ctrl-C: the last checkpoint stands, but this moment was not saved
-        raise Interrupted(resume) from None
+            if not (trainer.run_dir / FILE_NAME).exists():
+                raise
+            # a second, impatient Ctrl-C: this moment was not saved
+            raise KeyboardInterrupt(f"interrupted; the last checkpoint stands, {resume}") from None
+        raise Interrupted(f"interrupted; saved, {resume}") from None
     result = {
         "config": config.to_dict(),
         "environment": trainer.extra["environment"],

@@ -117,3 +117,14 @@ def test_wrong_argument_is_refused(name, argument, change):
     arguments[place] = change(arguments[place])
     with pytest.raises(REFUSED):
         _call(name, arguments)
+
+
+@pytest.mark.skipif(not COMPILED, reason="torch's own checks guard the reference")
+@pytest.mark.parametrize("window", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("huge", [2**31, 2**62, 2**63 - 1])
+def test_window_that_overflows_is_refused(window, huge):
+    arguments = list(examples(torch.float32)["csr_conv2d_fprop"])
+    place = {"stride": -3, "padding": -2, "dilation": -1}[window]
+    arguments[place] = [huge, *arguments[place][1:]]
+    with pytest.raises(RuntimeError, match=f"{window} between"):
+        _call("csr_conv2d_fprop", arguments)

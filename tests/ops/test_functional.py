@@ -58,7 +58,7 @@ def test_errors_name_expected_and_got():
     filters, places, _ = sparse_matrix(5, 18, 0.5)
     with pytest.raises(ValueError, match=r"Expected x of shape \[..., 8\], got \(3, 7\)"):
         csr_linear(torch.randn(3, 7), values, indices)
-    with pytest.raises(ValueError, match="one dtype, got torch.float32 and torch.float64"):
+    with pytest.raises(ValueError, match="one dtype, got torch.float32, torch.float64"):
         csr_linear(torch.randn(3, 8), values, indices)
     with pytest.raises(ValueError, match=r"Expected x of shape \[N, 2, H, W\]"):
         csr_conv2d(torch.randn(1, 3, 6, 6).double(), filters, places, None, (3, 3))

@@ -12,7 +12,7 @@ from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_atomi
 from grasp_sparse.train.errors import UserError
 
 _STATE = {
-    "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "rng": {}, "position": {"epoch": 3},
+    "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "rng": {"torch": torch.get_rng_state(), "cuda": []}, "position": {"epoch": 3},
     "pruning": None, "environment": {},
 }  # fmt: skip
 
@@ -49,6 +49,19 @@ def test_damage_is_named_in_one_line(tmp_path: Path, damage: str) -> None:
     else:
         path.write_bytes({"empty": b"", "truncated": path.read_bytes()[:700], "text": b"not a checkpoint"}[damage])
     with pytest.raises(UserError, match="checkpoint") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("config", [1]), ("config", {1: 2}), ("model", None), ("model", {3: torch.zeros(1)}), ("optimizer", 1), ("rng", {}),
+     ("rng", {"torch": torch.zeros(3), "cuda": []}), ("rng", {"torch": torch.get_rng_state(), "cuda": 5}), ("position", []),
+     ("pruning", 3), ("pruning", {"layers": 3}), ("environment", None)],
+)  # fmt: skip
+def test_a_section_of_another_type_is_named(tmp_path: Path, section: str, value: object) -> None:
+    save_checkpoint(tmp_path, {**_STATE, section: value})
+    with pytest.raises(UserError, match=f"Expected .*{section}.*start a new run") as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 

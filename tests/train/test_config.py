@@ -41,6 +41,8 @@ def test_a_recipe_file_is_read_and_named_after_itself(tmp_path: Path) -> None:
         ("nesterov = 1", "Expected nesterov in .* to be bool"),
         ("budget = 'time'", "Expected budget in .* to be one of weights, flops"),
         ("epochs = ", "not valid TOML"),
+        ("milestones = ['a']", "Expected every element of milestones in .* to be float, got 'a'"),
+        ("include = [1]", "Expected every element of include in .* to be str, got 1"),
     ],
 )
 def test_a_wrong_recipe_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -48,6 +50,19 @@ def test_a_wrong_recipe_is_named(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         TrainConfig.from_dict(read_recipe(str(path)), "bad.toml")
+
+
+def test_a_field_without_a_value_is_refused_unless_that_is_its_default() -> None:
+    assert TrainConfig.from_dict({"threads": None}, "test").threads is None
+    with pytest.raises(UserError, match="Expected epochs in test to be int, got None"):
+        TrainConfig.from_dict({"epochs": None}, "test")
+
+
+def test_a_recipe_that_is_not_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\x80\xff")
+    with pytest.raises(UserError, match="Expected recipe .*binary.toml to be a TOML file"):
+        read_recipe(str(path))
 
 
 def test_an_unknown_recipe_names_the_packaged_ones() -> None:
@@ -59,7 +74,7 @@ def test_an_unknown_recipe_names_the_packaged_ones() -> None:
     ("field", "value"),
     [("sparsity", 1.0), ("sparsity", -0.1), ("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("momentum", 1.0), ("warmup", 1.0),
      ("label_smoothing", 1.0), ("max_seconds", 0.0), ("threads", 0), ("milestones", [1.5]), ("timing_rounds", 1),
-     ("min_density", 2.0), ("max_density", 0.0), ("momentum", 0.0), ("sparsity", float("nan"))],
+     ("min_density", 2.0), ("threads", 1_000_000), ("seed", 10**20), ("seed", -(2**63) - 1), ("image_size", 100_000), ("max_density", 0.0), ("momentum", 0.0), ("sparsity", float("nan"))],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(field: str, value: object) -> None:
     with pytest.raises(UserError, match="Expected (nesterov|" + field + ")"):

@@ -181,6 +181,104 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     start_run(_config(epochs=1), tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "no_such_model"}, {"train_limit": 10**9}, {"masks": "no-such-file"}, {"criterion_args": {"temperature": 0.0}},
+     {"batch_size": 65}, {"exclude": ["no_such_layer*"]}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_start(tmp_path: Path, changes: dict) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises((UserError, ValueError)):
+        start_run(_config(**changes), tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    for name in ("report.md", "training.png", "density.png", "step.png", "my-notes.txt"):
+        (tmp_path / name).write_text("old")
+    _after_steps(1, _ctrl_c, monkeypatch)
+    with pytest.raises(Interrupted):
+        start_run(_config(dense=True), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl", "my-notes.txt"}
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+_FIRST_SHAPE = (8, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "momentum",
+    [torch.zeros(1), torch.zeros(()), torch.zeros(8, 3, 3, 4), torch.zeros(1).expand(_FIRST_SHAPE), "none of it",
+     torch.zeros(_FIRST_SHAPE).to_sparse()],
+    ids=["short", "scalar", "long", "overlapping", "text", "sparse layout"],
+)  # fmt: skip
+def test_momentum_that_does_not_fit_its_parameter_is_refused(tmp_path: Path, momentum: object) -> None:
+    start_run(_config(epochs=1, dense=True), tmp_path)
+    state = load_checkpoint(tmp_path)
+    state["optimizer"]["state"][0]["momentum_buffer"] = momentum
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"Expected momentum_buffer .* parameter 0 to be a dense tensor of shape \[8, 3, 3, 3\]"):
+        resume_run(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"state": []}, {"param_groups": 3}, {"state": {99: {}}}, {"state": {0: {"exp_avg": torch.zeros(1)}}}, {"state": {0: 5}}],
+    ids=str,
+)
+def test_an_optimizer_of_another_kind_is_refused(tmp_path: Path, damage: dict) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    state = load_checkpoint(tmp_path)
+    torch.save({**state, "optimizer": {**state["optimizer"], **damage}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError):
+        resume_run(tmp_path, {})
+
+
+def test_settings_of_the_optimizer_come_from_the_recipe_not_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        _after_steps(6, _ctrl_c, patch)
+        with pytest.raises(Interrupted):
+            start_run(_config(), tmp_path)
+    state = load_checkpoint(tmp_path)
+    state["optimizer"]["param_groups"][0]["momentum"] = "much"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    resume_run(tmp_path, {})
+    assert load_checkpoint(tmp_path)["optimizer"]["param_groups"][0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epoch", "two"), ("epoch", 2.0), ("epoch", -1), ("epoch", 4), ("step", 5), ("step", -1), ("step", True), ("seconds", "long"),
+     ("seconds", float("nan")), ("finished", 1), ("history", []), ("history", [1, 2, 3]), ("sums", {}), ("sums", None), ("more", 1)],
+)  # fmt: skip
+def test_a_position_that_no_run_reaches_is_refused(field: str, value: object) -> None:
+    row = dict.fromkeys(engine._ROW_NUMBERS, 1.0)
+    reached = {**dataclasses.asdict(engine.Position(3, 0, 1.0, True)), "history": [row] * 3}
+    assert engine.position_from(reached, epochs=3, steps_per_epoch=4).epoch == 3
+    with pytest.raises(UserError, match="Expected .*position"):
+        engine.position_from({**reached, field: value}, epochs=3, steps_per_epoch=4)
+
+
+def test_a_second_ctrl_c_says_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _after_steps(6, lambda: (_ctrl_c(), _ctrl_c()), monkeypatch)
+    with pytest.raises(KeyboardInterrupt, match="the last checkpoint stands, go on with: .*--resume"):
+        start_run(_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({"temperature": 150}, {"temperature": 150.0}), ({"dtype": "float64"}, {"dtype": "torch.float64"}),
+     ({"micro_batch_size": 8, "train": False}, {"micro_batch_size": 8, "train": False}), ({"preset": "paper"}, {"preset": "paper"})],
+    ids=str,
+)  # fmt: skip
+def test_options_of_the_criterion_reach_it(tmp_path: Path, given: dict, kept: dict) -> None:
+    start_run(_config(epochs=1, criterion_args=given), tmp_path)
+    assert kept.items() <= MaskSet.load(tmp_path / "masks.safetensors").recipe.items()
+
+
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     start_run(_config(epochs=1), tmp_path)
     state = load_checkpoint(tmp_path)
