@@ -8,9 +8,9 @@ In its turn an arm makes three unmeasured calls before the measured one: in a ne
 been written by its neighbours. With --cold there are none, and each arm starts with its data evicted by the arm before: that
 is the other end, and the smaller an arm's work the more it pays.
 
-Prints ratios and writes benchmarks/results/layers.csv, one row an arm: where and with what it was measured, median and
-quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios. Nothing is
-measured unless the arms agree on the result, on memory poisoned with NaN.
+Prints ratios and writes benchmarks/results/layers.csv (layers-cold.csv), one row an arm: where and with what it was measured,
+median and quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios.
+Nothing is measured unless the arms agree on the results, on memory poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
 from grasp_sparse.timing import interleaved
 from grasp_sparse.train.environment import describe_environment
 
-RESULTS = Path(__file__).parent / "results" / "layers.csv"
+RESULTS = Path(__file__).parent / "results"
 LEAD_IN = 3
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 
@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
     parser.add_argument("--cold", action="store_true", help="no unmeasured calls in between")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="CSV to write (default: layers.csv or layers-cold.csv in benchmarks/results)")
     options = parser.parse_args(arguments)
+    out = options.out or RESULTS / ("layers-cold.csv" if options.cold else "layers.csv")
     torch.set_num_threads(options.threads)
     environment = describe_environment()
     rows = []
@@ -82,12 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         measured = measure(shape, sparsity, options.rounds, 0 if options.cold else LEAD_IN, options.seed)
         tqdm.write(describe(measured))
         rows += [{**row, **environment} for row in measured]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
