@@ -54,6 +54,10 @@ $(TORCH):
 	@touch $@
 
 $(PACKAGE): $(TORCH) $(BUILT_FROM)
+	@printf '#include <Python.h>\n#include <vector>\n' | $${CXX:-c++} -x c++ -fsyntax-only -I"$$($(VENV)/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null || { \
+		echo "error: Expected a C++ compiler and Python's headers; install them (Debian: apt-get install g++ python3-dev)" >&2; \
+		exit 2; }
 	@echo "building grasp_sparse"
 	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
 	@touch $@
