@@ -21,7 +21,8 @@ class ExtensionStatus:
     Attributes:
         loaded: whether compiled kernels are in use.
         reason: why not, in one sentence with what to do; None when loaded.
-        isa: the instruction set in use: "avx512", "avx2", "scalar", or "reference" without the library.
+        isa: the instruction set in use: "avx512", "avx2", "scalar", "reference" without the library, or "none" when
+            GRASP_SPARSE_ISA names one that cannot run: every kernel then raises RuntimeError with the reason.
         runnable_isas: those that GRASP_SPARSE_ISA may name on this machine, best first.
         built: what was compiled in, for people: {"cpu": "avx512 avx2 scalar", "compiler": …}.
     """
@@ -50,9 +51,13 @@ def _load() -> ExtensionStatus:
         )
     except ImportError as error:
         return _without(f"the extension does not load ({error}); rebuild it against this torch: pip install --no-build-isolation .")
-    isa = library.active_isa()
+    runnable = tuple(library.runnable_isas())
     built = {"cpu": " ".join(library.compiled_isas()), "compiler": library.compiler()}
-    return ExtensionStatus(True, None, isa, tuple(library.runnable_isas()), built)
+    try:
+        return ExtensionStatus(True, None, library.active_isa(), runnable, built)
+    except ValueError as error:  # GRASP_SPARSE_ISA; a warning here, so that a program can end in a line of its own
+        warnings.warn(f"grasp_sparse cannot run its kernels: {error}", RuntimeWarning, stacklevel=2)
+        return ExtensionStatus(False, str(error), "none", runnable, built)
 
 
 def _without(reason: str) -> ExtensionStatus:

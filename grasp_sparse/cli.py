@@ -195,6 +195,14 @@ def _one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
+def _check_kernels() -> None:
+    """UserError, before any work, when the environment asks for kernels that this machine cannot run."""
+    from grasp_sparse._extension import status
+
+    if status().isa == "none":
+        raise UserError(status().reason)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *where: object) -> None:
     print(f"grasp-sparse: warning: {message}", file=sys.stderr)
 
@@ -206,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            if command is not _info:
+                _check_kernels()
             return command(arguments)
     except KeyboardInterrupt as interrupt:
         print(f"\ngrasp-sparse: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)

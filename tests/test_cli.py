@@ -236,3 +236,15 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "grasp-sparse: interrupted; saved, go on with: grasp-sparse train --resume run"
     assert Path("run/checkpoint.pt").stat().st_size > 0 and "Traceback" not in errors
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    status = _extension.ExtensionStatus(False, "GRASP_SPARSE_ISA: Expected one of scalar, got 'mmx'", "none", ("scalar",), {})
+    monkeypatch.setattr(_extension, "_status", status)
+    assert _exit_code("train", *_SMALL, "--out", "run") == 2
+    assert capsys.readouterr().err == "grasp-sparse: error: GRASP_SPARSE_ISA: Expected one of scalar, got 'mmx'\n"
+    assert not Path("run").exists()
+    assert _exit_code("info") == 0
+    assert "got 'mmx'" in capsys.readouterr().out

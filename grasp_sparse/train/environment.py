@@ -58,6 +58,6 @@ def describe_environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "kernels": kernels["isa"] if kernels["loaded"] else "pure-torch reference",
+        "kernels": "pure-torch reference" if kernels["isa"] == "reference" else kernels["isa"],
         "allocator": allocator(),
     }
