@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from grasp_sparse.files import write_atomically
 
 _METADATA_KEY = "grasp_sparse.masks"  # one key: safetensors orders several at random, and equal masks should be equal files
 _FORMAT = 1
@@ -111,16 +112,7 @@ class MaskSet(Mapping[str, Tensor]):
             layers[name] = {"shape": list(mask.shape), "kept": self._kept[name]}
         header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers}
         data = safetensors.torch.save(packed, {_METADATA_KEY: json.dumps(header)})
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda file: file.write(data))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:

@@ -17,9 +17,9 @@ from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLaye
 from grasp_sparse.nn.sparse import STORED, stored_structure
 from grasp_sparse.surgery_report import SurgeryReport, input_shapes, report_layers
 
-# Above this share of kept weights a layer runs dense on an exactly masked weight instead. At 0.3 forward and backward of the
-# sparse kernels were 1.1 to 1.3 times as fast as the best dense ones on every shape of `python -m benchmarks.layers
-# --sparsity 0.6 0.7`, at 0.4 between 0.8 and 1.1 times.
+# Above this share of kept weights a layer runs dense on an exactly masked weight instead. At 0.3 the sparse kernels were 1.05
+# to 1.8 times as fast as the dense layer that would run in their place, at 0.4 between 0.75 and 1.3 times
+# (benchmarks/results/layers-crossover.csv). That dense linear is nn.Linear; where MKL is as fast as oneDNN, 0.2 is better.
 MAX_DENSITY = 0.3
 
 _KINDS = {

@@ -11,6 +11,7 @@ import grasp_sparse
 
 ORDER = [
     "_extension",
+    "files",
     "timing",
     "poison",
     "weights",

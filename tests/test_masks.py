@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import grasp_sparse.masks
+import grasp_sparse.files
 from grasp_sparse.masks import MaskSet
 
 SHAPES = {"conv.weight": (3, 2, 3, 3), "fc.weight": (5, 7), "one.weight": (1, 1)}
@@ -83,7 +83,7 @@ def _refuse(*_) -> None:
 
 
 FAILURES = {
-    "write": lambda patch: patch.setattr(grasp_sparse.masks, "open", _FullDisk, raising=False),
+    "write": lambda patch: patch.setattr(grasp_sparse.files, "open", _FullDisk, raising=False),
     "fsync": lambda patch: patch.setattr(os, "fsync", _refuse),
     "replace": lambda patch: patch.setattr(os, "replace", _refuse),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_sparse.files import write_atomically
 from grasp_sparse.train.errors import UserError
 
 FILE_NAME = "checkpoint.pt"
@@ -21,29 +21,10 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
 
 
-def save_atomically(path: Path, write: Any) -> None:
-    """Call `write(file)` on a temporary neighbour of `path`, flush it to the disk, then rename it over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
     """Write `state` (see _SECTIONS; the format number is added) as the run's checkpoint; the file's path."""
     path = run_dir / FILE_NAME
-    save_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     return path
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from grasp_sparse.costs import weight_costs
+from grasp_sparse.files import write_atomically
 from grasp_sparse.surgery import load_sparse
-from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require, save_atomically
+from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.engine import Interrupted, Position, Trainer
 from grasp_sparse.train.environment import describe_environment
@@ -119,7 +120,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         **comparison,
     }
     text = json.dumps(result, indent=1)
-    save_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode()))
+    write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode()))
     return result
 
 

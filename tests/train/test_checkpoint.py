@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_atomically, save_checkpoint
+from grasp_sparse.files import write_atomically
+from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from grasp_sparse.train.errors import UserError
 
 _STATE = {
@@ -32,7 +33,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        save_atomically(tmp_path / FILE_NAME, disk_full)
+        write_atomically(tmp_path / FILE_NAME, disk_full)
     assert load_checkpoint(tmp_path)["position"] == {"epoch": 3}
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
