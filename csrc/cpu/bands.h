@@ -34,6 +34,10 @@ bool streams(const Image<T>& out) {
   return out.n * out.c * out.h * out.w * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
 }
 
+// The distance of two packed channels: an odd number of lines. Channels a power of two apart would meet in the same few sets
+// of the first-level cache, when one pixel of many channels is packed (channels_last) as when a weight list walks them.
+inline int64_t spread(int64_t elements, int64_t lanes) { return elements + (elements / lanes % 2 == 0 ? lanes : 0); }
+
 // Places in a packed band are 32-bit.
 inline void check_band(int64_t elements) {
   if (elements >= INT32_MAX)

@@ -64,7 +64,7 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
   const int64_t slices = ceil_div(dx.n, L), places = h.end - h.first;
   int64_t rows = band_rows(places, window.h.halo(), g.c * width * kSliceBytes);
   rows = std::min(rows, std::max<int64_t>(window.h.halo() ? 4 : 1, ceil_div(places, ceil_div(num_threads(), slices))));
-  const int64_t bands = ceil_div(places, rows), channel_size = (rows + window.h.halo()) * row_step;
+  const int64_t bands = ceil_div(places, rows), channel_size = spread((rows + window.h.halo()) * row_step, L);
   check_band(csr.rows * channel_size);
 
   const TapGroups groups(h, w);

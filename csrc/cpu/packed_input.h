@@ -59,7 +59,7 @@ class PackedInput {
     rows_ = rows;
     height_ = rows + window_.h.halo();
     phase_size_ = height_ * row_step();
-    channel_size_ = static_cast<int64_t>(row_phases_.size()) * phases_w() * phase_size_;
+    channel_size_ = spread(static_cast<int64_t>(row_phases_.size()) * phases_w() * phase_size_, L);
     check_band(size());
   }
   static int64_t index_of(const std::vector<int64_t>& phases, int64_t phase) {

@@ -26,7 +26,7 @@ void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const 
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
   const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
   T* partial = call.sums.template reserve<T>(groups * csr.nnz);
-  const int64_t g_channel = rows * g.w * L;
+  const int64_t g_channel = spread(rows * g.w * L, L);
   parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     TaskScratch& scratch = TaskScratch::mine();
     T* packed = scratch.packed.template reserve<T>(input.size());
