@@ -1,4 +1,4 @@
-// csr_conv2d_fprop, csr_conv2d_dgrad, csr_conv2d_wgrad: checks, layouts, and the call of the pass.
+// csr_conv2d_fprop, _dgrad, _wgrad, _backward: checks, layouts, and the call of the pass.
 #include "isa.h"
 #include "tensors.h"
 
@@ -109,22 +109,50 @@ Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& 
   return dx;
 }
 
-Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
+namespace {
+
+Window check_pair_of_images(const CsrView& csr, const Tensor& g, const Tensor& x, const Sizes& kernel_size, const Sizes& stride,
+                            const Sizes& padding, const Sizes& dilation) {
   check_images(g, csr.rows, "g");
   check_images(x, input_channels(csr, kernel_size), "x");
   check_type(g, x.scalar_type(), "g");
   STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
   const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
   check_output(g, window);
-  const Tensor sums = zero_values(x, csr.nnz);
+  return window;
+}
+
+}  // namespace
+
+Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
+  const Tensor sums = zeros(x, {1, csr.nnz});
   for_type(x, "csr_conv2d_wgrad", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    image_wgrad<T>(csr, image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window, mutable_data<T>(sums));
+    image_wgrad<T>(csr, image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window, mutable_data<T>(sums), nullptr);
   });
   return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
+                                                       const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                                                       const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride,
+                                                       Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
+  check_values(values, csr, x.scalar_type());
+  const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));
+  const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
+  for_type(x, "csr_conv2d_backward", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window,
+                      image_of(mutable_data<T>(dx), dx), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+  });
+  return {dx, sums, bias_sums};
 }
 
 }  // namespace grasp_sparse
@@ -133,4 +161,5 @@ STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("csr_conv2d_fprop", TORCH_BOX(&grasp_sparse::csr_conv2d_fprop));
   m.impl("csr_conv2d_dgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_dgrad));
   m.impl("csr_conv2d_wgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_wgrad));
+  m.impl("csr_conv2d_backward", TORCH_BOX(&grasp_sparse::csr_conv2d_backward));
 }

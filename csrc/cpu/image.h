@@ -25,8 +25,12 @@ template <class T>
 void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
 template <class T>
 void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, const Window& window, const Image<T>& dx);
-// sums [nnz] += the sampled product.
+// sums [nnz] += the sampled product; bias_sums [rows] += the sums of g, unless null.
 template <class T>
-void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums);
+void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums, T* bias_sums);
+// All three gradients in one walk over g and x, where their bands agree.
+template <class T>
+void image_backward(const CsrView& csr, const T* values, const Image<const T>& g, const Image<const T>& x, const Window& window,
+                    const Image<T>& dx, T* sums, T* bias_sums);
 
 }  // namespace grasp_sparse

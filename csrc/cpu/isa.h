@@ -47,18 +47,20 @@ struct ProductArgs {
   bool stream;  // the output is too large to stay in cache: write past it where whole lines are written
 };
 
-// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel].
+// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel], and, if wanted,
+// channel_sums[channel][lane] += sum over pixels of g[channel][pixel].
 template <class T>
 struct SampledArgs {
   const T* packed;
   int64_t row_step;
-  const T* g;  // packed [channel][rows][cols][L]
-  int64_t g_channel_size;
+  const T* g;  // packed, at the first pixel
+  int64_t g_channel_size, g_row_step;
   int rows, cols;
   const int32_t* offsets;
   const int32_t* row_ptr;
   int channel_begin, channel_end;
   T* sums;
+  T* channel_sums;  // [channels][L] or null
 };
 
 template <class T>

@@ -1,4 +1,4 @@
-// csr_spmm, csr_spmm_t, csr_sddmm. A matrix [N, features] is an image: L rows are the lanes, T groups of L rows lie side
+// csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward. A matrix [N, features] is an image: L rows are the lanes, T groups of L rows lie side
 // by side as columns (one panel), panels lie below one another. So the three passes over images are the only loops.
 #include <algorithm>
 
@@ -98,22 +98,50 @@ Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, c
   return dx;
 }
 
-Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                 const Tensor& g, const Tensor& x) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
+namespace {
+
+void check_matrices(const CsrView& csr, const Tensor& g, const Tensor& x) {
   check_matrix(x, csr.cols, "x");
   check_matrix(g, csr.rows, "g");
   check_type(g, x.scalar_type(), "g");
   STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
-  const Tensor sums = zero_values(x, csr.nnz);
+}
+
+}  // namespace
+
+Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                 const Tensor& g, const Tensor& x) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrices(csr, g, x);
+  const Tensor sums = zeros(x, {1, csr.nnz});
   for_type(x, "csr_sddmm", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x);
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
-      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums));
+      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums),
+                     nullptr);
   });
   return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
+                                                     const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                                                     const Tensor& g, const Tensor& x) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrices(csr, g, x);
+  check_values(values, csr, x.scalar_type());
+  const Tensor v = dense(values), dx = empty_rows(g, csr.cols);
+  const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
+  for_type(x, "csr_spmm_backward", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Matrix mg = matrix_of(g), mx = matrix_of(x), md = matrix_of(dx);
+    for (const Piece& p : pieces(mx.rows, panel_columns(std::max(mx.features, mg.features)), kLanes<T>))
+      image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p),
+                        image_of(mutable_data<T>(dx), md, p), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+  });
+  return {dx, sums, bias_sums};
 }
 
 }  // namespace grasp_sparse
@@ -122,4 +150,5 @@ STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("csr_spmm", TORCH_BOX(&grasp_sparse::csr_spmm));
   m.impl("csr_spmm_t", TORCH_BOX(&grasp_sparse::csr_spmm_t));
   m.impl("csr_sddmm", TORCH_BOX(&grasp_sparse::csr_sddmm));
+  m.impl("csr_spmm_backward", TORCH_BOX(&grasp_sparse::csr_spmm_backward));
 }

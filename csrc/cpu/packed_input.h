@@ -23,6 +23,9 @@ class PackedInput {
     return rows_;
   }
 
+  // Bands of at most this many rows of output, where something else than x bounds them.
+  void limit_band(int64_t rows) { set_rows(std::min(rows_, rows)); }
+
   int64_t rows() const { return rows_; }
   int64_t row_step() const { return width_ * L; }
   int64_t size() const { return channels_ * channel_size_; }

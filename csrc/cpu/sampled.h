@@ -49,13 +49,20 @@ void sampled_strip(const SampledArgs<T>& p, int row, int col) {
   const T* packed = p.packed + row * p.row_step + col * L;
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
     const int32_t begin = p.row_ptr[channel], end = p.row_ptr[channel + 1];
-    if (begin == end) continue;
-    const T* from = p.g + channel * p.g_channel_size + (row * p.cols + col) * L;
+    if (begin == end && !p.channel_sums) continue;
+    const T* from = p.g + channel * p.g_channel_size + row * p.g_row_step + col * L;
     Vec<T> g[R * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) g[r * C + c] = load(from + (r * p.cols + c) * L);
+      for (int c = 0; c < C; ++c) g[r * C + c] = load(from + r * p.g_row_step + c * L);
+    }
+    if (p.channel_sums) {
+      T* to = p.channel_sums + channel * L;
+      Vec<T> sum = load(to);
+#pragma GCC unroll 16
+      for (int i = 0; i < R * C; ++i) add(sum, g[i]);
+      store(to, sum);
     }
     for (int32_t j = begin; j < end; j += B) {
       const int count = end - j < B ? end - j : B;

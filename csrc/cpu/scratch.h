@@ -45,7 +45,7 @@ struct TaskScratch {
 
 // Of the thread that called the operation, for as long as the operation runs.
 struct CallScratch {
-  AlignedBuffer offsets, values, row_ptr, sums;
+  AlignedBuffer offsets, transposed_offsets, transposed_values, row_ptr, sums;
   static CallScratch& mine() {
     static thread_local CallScratch scratch;
     return scratch;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "image.h"
@@ -94,10 +95,12 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// [1, nnz] of zeros, of the type of `like`.
-inline Tensor zero_values(const Tensor& like, int64_t nnz) {
-  Tensor values = empty_strided(like, {1, nnz}, {nnz, 1});
-  return torch::stable::zero_(values);
+// Contiguous zeros of the type of `like`.
+inline Tensor zeros(const Tensor& like, const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  Tensor out = empty_strided(like, sizes, strides);
+  return torch::stable::zero_(out);
 }
 
 }  // namespace grasp_sparse

@@ -137,6 +137,12 @@ GRASP_SPARSE_INLINE void multiply_add(Vec<T>& acc, const Vec<T>& a, const Vec<T>
   for (int i = 0; i < kNatives; ++i) acc.part[i] += a.part[i] * b.part[i];
 }
 
+template <class T>
+GRASP_SPARSE_INLINE void add(Vec<T>& acc, const Vec<T>& a) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kNatives; ++i) acc.part[i] += a.part[i];
+}
+
 // From two native vectors, those lanes whose bit `Bit` of the lane number is clear (or set), interleaved: with the same
 // bit taken from both, lane l of the result is lane (l & ~Bit | Set) of a where l & Bit is clear, of b where it is set.
 template <class T, int Bit, bool Set>

@@ -1,66 +1,130 @@
-// dvalues = the sampled product of g and x. The tasks (slice x band) are dealt to a number of groups that depends on
-// shapes only; each group sums in its own buffer, in order, and the buffers are added in order: the result is the same,
-// bit for bit, for any number of threads.
+// dvalues = the sampled product of g and x, and with it, from the same packed g, the sums of g and dx.
+// The tasks (slice x band) are dealt to a number of groups that depends on shapes only; each group sums in its own buffer,
+// in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads.
 #include "lists.h"
 #include "packed_input.h"
 #include "scratch.h"
+#include "transposed.h"
 
 namespace grasp_sparse {
 
 namespace {
-constexpr int64_t kMaxGroups = 16, kSumBytes = 64 << 20;
-}
 
+constexpr int64_t kMaxGroups = 16, kSumBytes = 64 << 20;
+
+// Where the sampled product finds output row `row` of a packed g, and how it packs it.
 template <class T>
-void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums) {
+struct PlainGradient {
+  static constexpr int64_t L = kLanes<T>;
+  PlainGradient(const Image<const T>& g, int64_t rows) : rows(rows), row_step(g.w * L), channel_size(spread(rows * row_step, L)) {}
+
+  void pack(const Image<const T>& g, int64_t slice, int64_t row, T* packed) const {
+    static thread_local std::vector<int64_t> row_places, col_places;
+    row_places.assign(g.h, -1), col_places.resize(g.w);
+    for (int64_t i = 0; i < std::min(rows, g.h - row); ++i) row_places[row + i] = i * row_step;
+    for (int64_t col = 0; col < g.w; ++col) col_places[col] = col * L;
+    pack_slice(g, slice, row_places, col_places, false, channel_size, packed);
+  }
+  int64_t rows, row_step, channel_size;
+};
+
+// With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
+template <class T>
+void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const PackedInput<T>& input,
+                    const TransposedProduct<T>* product, T* sums, T* bias_sums) {
   constexpr int64_t L = kLanes<T>;
-  if (g.n == 0 || g.h == 0 || g.w == 0 || csr.nnz == 0) return;
-  const PackedInput<T> input(x.c, window);
-  const int64_t rows = input.rows(), slices = ceil_div(g.n, L), bands = ceil_div(g.h, rows), tasks = slices * bands;
-  CallScratch& call = CallScratch::mine();
-  int32_t* offsets = call.offsets.template reserve<int32_t>(csr.nnz);
+  const PlainGradient<T> plain(g, input.rows());
+  const int64_t rows = input.rows(), slices = ceil_div(g.n, L);
+  const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
+  const int64_t g_size = product ? product->size() : g.c * plain.channel_size;
+  int32_t* offsets = CallScratch::mine().offsets.template reserve<int32_t>(csr.nnz);
   build_row_list(csr, input.column_places(csr.cols).data(), offsets);
 
-  const int64_t affordable = std::max<int64_t>(1, kSumBytes / (csr.nnz * static_cast<int64_t>(sizeof(T))));
+  // A group's sums: the weights, then a line of lanes for each channel of g.
+  const int64_t lanes = bias_sums ? csr.rows * L : 0, width = ceil_div(csr.nnz, L) * L + lanes;
+  const int64_t affordable = std::max<int64_t>(1, kSumBytes / (width * static_cast<int64_t>(sizeof(T))));
   const int64_t groups = std::min({tasks, kMaxGroups, affordable});
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
   const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
-  T* partial = call.sums.template reserve<T>(groups * csr.nnz);
-  const int64_t g_channel = spread(rows * g.w * L, L);
+  const std::vector<int> dx_cut = product ? product->cut(parts) : std::vector<int>();
+  T* partial = CallScratch::mine().sums.template reserve<T>(groups * width);
   parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    TaskScratch& scratch = TaskScratch::mine();
-    T* packed = scratch.packed.template reserve<T>(input.size());
-    T* packed_g = scratch.packed_g.template reserve<T>(g.c * g_channel);
-    std::vector<int64_t> row_places, col_places(g.w);
-    for (int64_t col = 0; col < g.w; ++col) col_places[col] = col * L;
+    T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
+    T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(g_size);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, part = item % parts;
-      T* mine = partial + group * csr.nnz;
+      T* mine = partial + group * width;
+      T* mine_lanes = bias_sums ? mine + width - lanes : nullptr;
       std::fill(mine + csr.crow[cut[part]], mine + csr.crow[cut[part + 1]], T(0));
+      if (bias_sums) std::fill(mine_lanes + cut[part] * L, mine_lanes + cut[part + 1] * L, T(0));
       for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
         const int64_t slice = task / bands, row = task % bands * rows, count = std::min(rows, g.h - row);
-        input.pack(x, slice, row, packed);
-        row_places.assign(g.h, -1);
-        for (int64_t i = 0; i < count; ++i) row_places[row + i] = i * g.w * L;
-        pack_slice(g, slice, row_places, col_places, false, g_channel, packed_g);
         SampledArgs<T> args{};
+        if (product) {
+          const int64_t place = product->h().first + row;
+          product->pack(g, slice, place, packed_g);
+          product->run(packed_g, slice, place, dx_cut[part], dx_cut[part + 1]);
+          args.g = packed_g + product->pixel(row, place);
+          args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
+        } else {
+          plain.pack(g, slice, row, packed_g);
+          args.g = packed_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
+        }
+        if (count <= 0) continue;  // dx has more places than g has rows
+        input.pack(x, slice, row, packed);
         args.packed = packed, args.row_step = input.row_step();
-        args.g = packed_g, args.g_channel_size = g_channel;
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
         args.offsets = offsets, args.row_ptr = csr.crow;
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
-        args.sums = mine;
+        args.sums = mine, args.channel_sums = mine_lanes;
         kernels<T>().sampled(args);
       }
     }
   });
   parallel_for(0, csr.nnz, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j)
-      for (int64_t group = 0; group < groups; ++group) sums[j] += partial[group * csr.nnz + j];
+      for (int64_t group = 0; group < groups; ++group) sums[j] += partial[group * width + j];
   });
+  for (int64_t row = 0; bias_sums && row < csr.rows; ++row)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t l = 0; l < L; ++l) bias_sums[row] += partial[(group + 1) * width - lanes + row * L + l];
 }
 
-template void image_wgrad(const CsrView&, const Image<const float>&, const Image<const float>&, const Window&, float*);
-template void image_wgrad(const CsrView&, const Image<const double>&, const Image<const double>&, const Window&, double*);
+}  // namespace
+
+template <class T>
+void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums, T* bias_sums) {
+  if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) return;
+  const PackedInput<T> input(x.c, window);
+  sampled_passes<T>(csr, g, x, input, nullptr, sums, bias_sums);
+}
+
+template <class T>
+void image_backward(const CsrView& csr, const T* values, const Image<const T>& g, const Image<const T>& x, const Window& window,
+                    const Image<T>& dx, T* sums, T* bias_sums) {
+  const bool empty = g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0;
+  // A band of places of dx holds the pixels of g that are sampled with it: true for any usual padding.
+  const auto holds = [](const Axis& axis) {
+    const GradAxis places(axis);
+    return places.first >= 0 && places.first <= axis.halo() && places.count() >= axis.output && places.end >= axis.output;
+  };
+  if (empty || !holds(window.h) || !holds(window.w)) {
+    image_dgrad<T>(csr, values, g, window, dx);
+    return image_wgrad<T>(csr, g, x, window, sums, bias_sums);
+  }
+  PackedInput<T> input(x.c, window);
+  TransposedProduct<T> product(window, dx, g.c);
+  product.limit_band(input.rows());
+  input.limit_band(product.rows());
+  product.build(csr, values);
+  sampled_passes<T>(csr, g, x, input, &product, sums, bias_sums);
+}
+
+template void image_wgrad(const CsrView&, const Image<const float>&, const Image<const float>&, const Window&, float*, float*);
+template void image_wgrad(const CsrView&, const Image<const double>&, const Image<const double>&, const Window&, double*, double*);
+template void image_backward(const CsrView&, const float*, const Image<const float>&, const Image<const float>&, const Window&,
+                             const Image<float>&, float*, float*);
+template void image_backward(const CsrView&, const double*, const Image<const double>&, const Image<const double>&, const Window&,
+                             const Image<double>&, double*, double*);
 
 }  // namespace grasp_sparse

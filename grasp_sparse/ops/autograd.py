@@ -5,6 +5,9 @@ With L a scalar, G = dL/dy and everything bilinear:
 * y = fprop(v, x) + b   dv = wgrad(G, x)    dx = dgrad(v, G)    db = ΣG
 * x = dgrad(v, g)       dv = wgrad(g, G)    dg = fprop(v, G)
 * v = wgrad(g, x)       dg = fprop(G, x)    dx = dgrad(G, g)
+
+The two gradients of the first line are one operation, ``…_backward``, when both are wanted. Its own derivative is the sum of
+the second line (G = Gx), the third (G = Gv) and that of the sum over g.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ def _setup_spmm(ctx, inputs, output):
 def _spmm_backward(ctx, grad):
     values, *indices, x = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if needs[0] and needs[7]:
+        dx, dvalues, dbias = _ops.csr_spmm_backward(values, *indices, grad, x)
+        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx
     return (
         _ops.csr_sddmm(*indices, grad, x) if needs[0] else None,
         *_NO_INDEX_GRADS,
@@ -59,6 +65,21 @@ def _sddmm_backward(ctx, grad):
     )
 
 
+def _setup_linear_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
+    values, *indices, g, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        _ops.csr_sddmm(*indices, g, grad_dx) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        _ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x) if needs[6] else None,
+        _ops.csr_spmm_t(grad_dvalues, *indices, g) if needs[7] else None,
+    )
+
+
 def _setup_fprop(ctx, inputs, output):
     values, *indices, _, x = inputs[:8]
     ctx.save_for_backward(values, *indices, x)
@@ -68,6 +89,9 @@ def _setup_fprop(ctx, inputs, output):
 def _fprop_backward(ctx, grad):
     values, *indices, x = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if needs[0] and needs[7]:
+        dx, dvalues, dbias = _ops.csr_conv2d_backward(values, *indices, grad, x, *ctx.window)
+        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx, *(None,) * 4
     return (
         _ops.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
@@ -109,12 +133,33 @@ def _wgrad_backward(ctx, grad):
     )
 
 
+def _setup_conv_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8])
+    ctx.window = inputs[8:]
+
+
+def _conv_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
+    values, *indices, g, x = ctx.saved_tensors
+    needs, fprop = ctx.needs_input_grad, _ops.csr_conv2d_fprop
+    return (
+        _ops.csr_conv2d_wgrad(*indices, g, grad_dx, *ctx.window) if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        fprop(values, *indices, grad_dbias, grad_dx, *ctx.window) + fprop(grad_dvalues, *indices, None, x, *ctx.window)
+        if needs[6]
+        else None,
+        _ops.csr_conv2d_dgrad(grad_dvalues, *indices, g, x.shape[2:], *ctx.window) if needs[7] else None,
+        *(None,) * 4,
+    )
+
+
 for _name, _backward, _setup in (
     ("csr_spmm", _spmm_backward, _setup_spmm),
     ("csr_spmm_t", _spmm_t_backward, _setup_spmm_t),
     ("csr_sddmm", _sddmm_backward, _setup_sddmm),
+    ("csr_spmm_backward", _linear_backward_backward, _setup_linear_backward),
     ("csr_conv2d_fprop", _fprop_backward, _setup_fprop),
     ("csr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
+    ("csr_conv2d_backward", _conv_backward_backward, _setup_conv_backward),
 ):
     torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)

@@ -27,6 +27,12 @@ def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
     return x.new_empty(1, col_indices.shape[0])
 
 
+@_register("grasp_sparse::csr_spmm_backward")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"csr_spmm_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return empty_rows(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)
+
+
 @_register("grasp_sparse::csr_conv2d_fprop")
 def _(
     values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
@@ -49,3 +55,9 @@ def _(
 def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_wgrad: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
     return x.new_empty(1, col_indices.shape[0])
+
+
+@_register("grasp_sparse::csr_conv2d_backward")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)

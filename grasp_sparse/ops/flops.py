@@ -20,6 +20,11 @@ def _sampled_flops(crow, col, ccol, row, permutation, g, x, *_, **__):
     return 2 * col[0] * g[0]
 
 
+@register_flop_formula(_ops.csr_spmm_backward)
+def _linear_backward_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
+    return 4 * col[0] * g[0]
+
+
 @register_flop_formula(_ops.csr_conv2d_fprop)
 def _fprop_flops(values, crow, col, ccol, row, permutation, bias, x, *_, out_shape=None, **__):
     return 2 * col[0] * out_shape[0] * math.prod(out_shape[2:])
@@ -33,3 +38,8 @@ def _dgrad_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
 @register_flop_formula(_ops.csr_conv2d_wgrad)
 def _wgrad_flops(crow, col, ccol, row, permutation, g, *_, **__):
     return 2 * col[0] * g[0] * math.prod(g[2:])
+
+
+@register_flop_formula(_ops.csr_conv2d_backward)
+def _conv_backward_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
+    return 4 * col[0] * g[0] * math.prod(g[2:])

@@ -31,6 +31,11 @@ def csr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation,
     return gather_values(g.t() @ x, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
 
 
+def csr_spmm_backward(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+    indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
+    return csr_spmm_t(values, *indices, g), csr_sddmm(*indices, g, x), g.sum(0)
+
+
 def csr_conv2d_fprop(
     values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
 ):
@@ -58,6 +63,15 @@ def csr_conv2d_wgrad(
     weight = x.new_zeros(g.shape[1], x.shape[1], *kernel_size)
     _, dw = _conv_backward(g, _pad(x, padding), weight, stride, dilation, (False, True))
     return gather_values(dw, indices)
+
+
+def csr_conv2d_backward(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation
+):
+    indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
+    window = (kernel_size, stride, padding, dilation)
+    dx = csr_conv2d_dgrad(values, *indices, g, x.shape[2:], *window)
+    return dx, csr_conv2d_wgrad(*indices, g, x, *window), g.sum((0, 2, 3))
 
 
 def _matrix(values: Tensor, indices: CsrIndices) -> Tensor:

@@ -13,6 +13,9 @@ derivatives of any order exist.
 ``csr_conv2d_wgrad`` weight gradient             ``[1, nnz]``
 ===================  ==========================  =======================================================
 
+``csr_spmm_backward`` and ``csr_conv2d_backward`` give what the backward pass of a layer asks for, (dx, dvalues, dbias), from
+one walk over g and x; they are the transposed product, the sampled product and the sum of g.
+
 ``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
 feature-major for linear; NCHW, channels_last or batch-innermost (CHWN) strides for conv.
 """
@@ -28,9 +31,11 @@ SCHEMAS = {
     "csr_spmm": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x) -> Tensor",
     "csr_spmm_t": f"(Tensor values, {_INDICES}, Tensor g) -> Tensor",
     "csr_sddmm": f"({_INDICES}, Tensor g, Tensor x) -> Tensor",
+    "csr_spmm_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x) -> (Tensor, Tensor, Tensor)",
     "csr_conv2d_fprop": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, {_WINDOW}) -> Tensor",
     "csr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt[] input_size, {_WINDOW}) -> Tensor",
     "csr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> Tensor",
+    "csr_conv2d_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
 }
 
 # The layout of the result follows the strides of the argument, so a compiler must not change them on the way in.

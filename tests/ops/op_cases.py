@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, csr_from_mask
+from grasp_sparse.ops.schema import SCHEMAS
 
 COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::csr_spmm", "CPU")
 
@@ -118,10 +119,12 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
         "csr_spmm": (values, *indices, leaf(4), leaf(3, 5)),
         "csr_spmm_t": (values, *indices, leaf(3, 4)),
         "csr_sddmm": (*indices, leaf(3, 4), leaf(3, 5)),
+        "csr_spmm_backward": (values, *indices, leaf(3, 4), leaf(3, 5)),
         "csr_conv2d_fprop": (filter_values, *filter_indices, leaf(3), images, *window),
         "csr_conv2d_dgrad": (filter_values, *filter_indices, grads, [5, 4], *window),
         "csr_conv2d_wgrad": (*filter_indices, grads, images, *window),
+        "csr_conv2d_backward": (filter_values, *filter_indices, grads, images, *window),
     }
 
 
-OPERATIONS = ("csr_spmm", "csr_spmm_t", "csr_sddmm", "csr_conv2d_fprop", "csr_conv2d_dgrad", "csr_conv2d_wgrad")
+OPERATIONS = tuple(SCHEMAS)

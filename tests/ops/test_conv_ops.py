@@ -58,6 +58,11 @@ def test_equals_reference_and_dense_formula(dtype, window, layout):
             close(dv, reference.csr_conv2d_wgrad(*indices, g, x, kernel, stride, padding, dilation), case)
             assert dv.is_contiguous()
 
+            joint = ops.csr_conv2d_backward(v, *indices, lg, lx, kernel, stride, padding, dilation)
+            for got, wanted in zip(joint, (expected_dx, expected_dw.flatten(1)[mask].unsqueeze(0), g.sum((0, 2, 3))), strict=True):
+                close(got, wanted, f"csr_conv2d_backward, {case}")
+            assert same_layout_or_ambiguous(lg, joint[0], promised), case
+
 
 SIZES = {  # batch, in, out, image: crossing the sizes in which kernels cut their work
     "batch-64": (64, 4, 6, (8, 8)),
@@ -84,16 +89,22 @@ def test_sizes(stride, size, layout):
     close(ops.csr_conv2d_fprop(v, *indices, None, lx, *window), y)
     close(ops.csr_conv2d_dgrad(v, *indices, lg, image, *window), reference.csr_conv2d_dgrad(values, *indices, g, image, *window))
     close(ops.csr_conv2d_wgrad(*indices, lg, lx, *window), reference.csr_conv2d_wgrad(*indices, g, x, *window))
+    joint = ops.csr_conv2d_backward(v, *indices, lg, lx, *window)
+    for got, wanted in zip(joint, reference.csr_conv2d_backward(values, *indices, g, x, *window), strict=True):
+        close(got, wanted)
 
 
 @pytest.mark.parametrize("x_layout", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("g_layout", IMAGE_LAYOUTS)
 def test_weight_gradient_of_mixed_layouts(x_layout, g_layout):
     window = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
-    _, indices, _ = sparse_matrix(5, 27, 0.3)
+    values, indices, _ = sparse_matrix(5, 27, 0.3)
     x, g = torch.randn(6, 3, 7, 8, dtype=torch.float64), torch.randn(6, 5, 7, 8, dtype=torch.float64)
-    dv = ops.csr_conv2d_wgrad(*indices, IMAGE_LAYOUTS[g_layout][0](g), IMAGE_LAYOUTS[x_layout][0](x), *window)
-    close(dv, reference.csr_conv2d_wgrad(*indices, g, x, *window))
+    lg, lx = IMAGE_LAYOUTS[g_layout][0](g), IMAGE_LAYOUTS[x_layout][0](x)
+    close(ops.csr_conv2d_wgrad(*indices, lg, lx, *window), reference.csr_conv2d_wgrad(*indices, g, x, *window))
+    joint = ops.csr_conv2d_backward(values, *indices, lg, lx, *window)
+    for got, wanted in zip(joint, reference.csr_conv2d_backward(values, *indices, g, x, *window), strict=True):
+        close(got, wanted)
 
 
 def test_expanded_arguments():

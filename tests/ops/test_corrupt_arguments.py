@@ -24,10 +24,11 @@ CORRUPTIONS = {
     "middle negative": _set(2, -(2**30)),
     "middle too large": _set(2, 10_000),
 }
-# The lists that an operation walks: forward by rows, transposed by columns, weight gradient by rows.
+# The lists that an operation walks: forward by rows, transposed by columns, weight gradient by rows, joint backward both.
 WALKED = {
     **dict.fromkeys(("csr_spmm", "csr_sddmm", "csr_conv2d_fprop", "csr_conv2d_wgrad"), INDEX_NAMES[:2]),
     **dict.fromkeys(("csr_spmm_t", "csr_conv2d_dgrad"), INDEX_NAMES[2:]),
+    **dict.fromkeys(("csr_spmm_backward", "csr_conv2d_backward"), INDEX_NAMES),
 }
 
 
@@ -85,6 +86,11 @@ WRONG = [  # operation, argument, how it is made wrong
     ("csr_conv2d_dgrad", "values", lambda v: v[:, :-1]),
     ("csr_conv2d_wgrad", "g", lambda g: g[:-1]),
     ("csr_conv2d_wgrad", "x", torch.Tensor.double),
+    ("csr_spmm_backward", "g", lambda g: g[:-1]),
+    ("csr_spmm_backward", "values", lambda v: v[:, :-1]),
+    ("csr_conv2d_backward", "x", torch.Tensor.double),
+    ("csr_conv2d_backward", "values", lambda v: v[:, :-1]),
+    ("csr_conv2d_backward", "g", lambda g: g[:, :-1]),
 ]
 WRONG_FOR_KERNELS = [  # what the reference's torch functions accept, but a kernel must not
     ("csr_conv2d_fprop", "x", lambda x: x[0]),
@@ -103,6 +109,8 @@ WRONG_FOR_KERNELS = [  # what the reference's torch functions accept, but a kern
     ("csr_conv2d_wgrad", "g", lambda g: g[:, :, :, :-1]),
     ("csr_conv2d_wgrad", "g", lambda g: g[:, :-1]),
     ("csr_conv2d_wgrad", "x", lambda x: x[:, :-1]),
+    ("csr_spmm_backward", "x", lambda x: x[:, :-1]),
+    ("csr_conv2d_backward", "g", lambda g: g[:, :, :-1]),
 ]
 
 

@@ -43,6 +43,11 @@ def test_equals_reference_and_matrix_product(dtype, shape, layout):
             close(dv, reference.csr_sddmm(*indices, g, x), case)
             assert dv.is_contiguous()
 
+            joint = ops.csr_spmm_backward(v, *indices, lg, lx)
+            for got, wanted in zip(joint, (g @ weight, (g.t() @ x)[mask].unsqueeze(0), g.sum(0)), strict=True):
+                close(got, wanted, f"csr_spmm_backward, {case}")
+            assert same_layout_or_ambiguous(lg, joint[0], promised), case
+
 
 def test_arguments_of_different_layouts_and_odd_strides():
     values, indices, mask = sparse_matrix(12, 20, 0.3)
@@ -67,6 +72,8 @@ def test_expanded_arguments():
     close(ops.csr_sddmm(*indices, g, x), (g.t() @ x)[mask].unsqueeze(0))
     close(ops.csr_spmm(flat, *indices, one.expand(12), x), x @ places.t() + 1)
     close(ops.csr_spmm_t(flat, *indices, g), g @ places)
+    for got, wanted in zip(ops.csr_spmm_backward(flat, *indices, g, x), (g @ places, (g.t() @ x)[mask][None], g.sum(0)), strict=True):
+        close(got, wanted)
 
 
 def test_arguments_are_not_written_to():
@@ -77,4 +84,5 @@ def test_arguments_are_not_written_to():
     ops.csr_spmm(values, *indices, bias, x)
     ops.csr_spmm_t(values, *indices, g)
     ops.csr_sddmm(*indices, g, x)
+    ops.csr_spmm_backward(values, *indices, g, x)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))

@@ -1,0 +1,145 @@
+// dx = convᵀ(g, W): the product on the transposed lists, over g packed with its halo.
+// Padded input position p = place * stride + phase receives, from every tap t of that phase, output place - shift(t):
+// so each phase is an unstrided convolution of its own, with its own list, writing every stride-th pixel of dx.
+#pragma once
+
+#include "bands.h"
+#include "lists.h"
+#include "scratch.h"
+
+namespace grasp_sparse {
+
+// One axis of g as the product reads it: places [first, end) of any phase, and the halo before them.
+struct GradAxis {
+  explicit GradAxis(const Axis& a) : axis(a), first(INT64_MAX), end(INT64_MIN) {
+    for (int64_t i = 0; i < std::min(a.input, a.stride); ++i) {  // neighbouring pixels have neighbouring phases
+      const int64_t phase = (i + a.pad_begin) % a.stride;
+      phases.push_back(phase);
+      first = std::min(first, a.first_place(phase));
+      end = std::max(end, a.end_place(phase));
+    }
+  }
+  int64_t count() const { return end - first; }
+  // Where output `place` lies in a packed band that begins at place `begin`.
+  int64_t index(int64_t place, int64_t begin) const { return place - begin + axis.halo(); }
+  // Source places of packed rows [begin - halo, begin + count) of g.
+  void places(int64_t begin, int64_t count, int64_t step, std::vector<int64_t>& out) const {
+    out.assign(axis.output, -1);
+    for (int64_t i = std::max<int64_t>(0, begin - axis.halo()); i < std::min(axis.output, begin + count); ++i)
+      out[i] = index(i, begin) * step;
+  }
+  Axis axis;
+  std::vector<int64_t> phases;  // those that some input pixel has
+  int64_t first, end;
+};
+
+// The lists: one group of taps for every pair of phases that has any, and an empty one, the first, for all that have none.
+struct TapGroups {
+  struct Pair {
+    int64_t phase_h, phase_w, group;
+  };
+  TapGroups(const GradAxis& h, const GradAxis& w) {
+    for (int64_t phase_h : h.phases) {
+      for (int64_t phase_w : w.phases) {
+        const size_t before = taps.size();
+        for (int64_t r = 0; r < h.axis.kernel; ++r)
+          for (int64_t s = 0; s < w.axis.kernel; ++s)
+            if (h.axis.phase(r) == phase_h && w.axis.phase(s) == phase_w) taps.push_back(r * w.axis.kernel + s);
+        if (taps.size() > before) ptr.push_back(static_cast<int64_t>(taps.size()));
+        pairs.push_back({phase_h, phase_w, taps.size() > before ? count() - 1 : 0});
+      }
+    }
+  }
+  int64_t count() const { return static_cast<int64_t>(ptr.size()) - 1; }
+  std::vector<Pair> pairs;
+  std::vector<int64_t> ptr{0, 0}, taps;
+};
+
+template <class T>
+class TransposedProduct {
+ public:
+  static constexpr int64_t L = kLanes<T>;
+
+  // dx is not empty.
+  TransposedProduct(const Window& window, const Image<T>& dx, int64_t g_channels)
+      : window_(window), dx_(dx), h_(window.h), w_(window.w), groups_(h_, w_), g_channels_(g_channels),
+        row_step_((w_.count() + window.w.halo()) * L) {
+    set_rows(band_rows(h_.count(), window.h.halo(), g_channels * row_step_ * static_cast<int64_t>(sizeof(T))));
+  }
+
+  const GradAxis& h() const { return h_; }
+  int64_t rows() const { return rows_; }
+  int64_t bands() const { return ceil_div(h_.count(), rows_); }
+  int64_t size() const { return g_channels_ * channel_size_; }
+  int64_t row_step() const { return row_step_; }
+  int64_t channel_size() const { return channel_size_; }
+  // Element of a packed channel that holds output pixel (row, 0) in the band that begins at place `begin`.
+  int64_t pixel(int64_t row, int64_t begin) const { return h_.index(row, begin) * row_step_ + w_.index(0, w_.first) * L; }
+
+  void limit_band(int64_t rows) { set_rows(std::min(rows_, rows)); }
+
+  // Builds the lists, in the scratch of the calling thread; checks every index.
+  void build(const CsrView& csr, const T* values) {
+    std::vector<int32_t> row_place(csr.rows + 1), tap_place(window_.taps());
+    for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * channel_size_);
+    for (int64_t r = 0; r < window_.h.kernel; ++r)
+      for (int64_t s = 0; s < window_.w.kernel; ++s)
+        tap_place[r * window_.w.kernel + s] = static_cast<int32_t>((window_.h.halo() - window_.h.shift(r)) * row_step_ +
+                                                                   (window_.w.halo() - window_.w.shift(s)) * L);
+    CallScratch& call = CallScratch::mine();
+    lists_ = {call.transposed_values.template reserve<T>(csr.nnz), call.transposed_offsets.template reserve<int32_t>(csr.nnz),
+              call.row_ptr.template reserve<int32_t>(groups_.count() * (dx_.c + 1))};
+    build_transposed_lists(csr, values, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(),
+                           row_place.data(), tap_place.data(), lists_);
+  }
+
+  // Channels of dx in `parts` ranges of about equal work; after build().
+  std::vector<int> cut(int64_t parts) const {
+    return balanced_rows(lists_.row_ptr + (groups_.count() > 1) * (dx_.c + 1), dx_.c, parts);
+  }
+
+  // Packs what places [begin, begin + rows()) of one slice read.
+  void pack(const Image<const T>& g, int64_t slice, int64_t begin, T* packed) const {
+    static thread_local std::vector<int64_t> row_places, col_places;
+    h_.places(begin, rows_, row_step_, row_places);
+    w_.places(w_.first, w_.count(), L, col_places);
+    pack_slice(g, slice, row_places, col_places, true, channel_size_, packed);
+  }
+
+  // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are.
+  void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end) const {
+    const int64_t end = std::min(begin + rows_, h_.end);
+    for (const auto& [phase_h, phase_w, group] : groups_.pairs) {
+      const int64_t top = std::max(begin, window_.h.first_place(phase_h)), bottom = std::min(end, window_.h.end_place(phase_h));
+      const int64_t left = window_.w.first_place(phase_w), right = window_.w.end_place(phase_w);
+      if (top >= bottom || left >= right) continue;
+      ProductArgs<T> args{};
+      args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
+      args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
+      args.values = lists_.values, args.offsets = lists_.offsets, args.row_ptr = lists_.row_ptr + group * (dx_.c + 1);
+      args.channel_begin = channel_begin, args.channel_end = channel_end;
+      const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
+      const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;
+      args.out = dx_.data + slice * L * dx_.sn + y0 * dx_.sh + x0 * dx_.sw;
+      args.on = dx_.sn, args.oc = dx_.sc, args.oh = window_.h.stride * dx_.sh, args.ow = window_.w.stride * dx_.sw;
+      args.lanes = static_cast<int>(std::min(L, dx_.n - slice * L)), args.stream = streams(dx_);
+      kernels<T>().product(args);
+    }
+  }
+
+ private:
+  void set_rows(int64_t rows) {
+    rows_ = rows;
+    channel_size_ = spread((rows + window_.h.halo()) * row_step_, L);
+    check_band(size());
+  }
+
+  Window window_;
+  Image<T> dx_;
+  GradAxis h_, w_;
+  TapGroups groups_;
+  int64_t g_channels_, row_step_, rows_, channel_size_;
+  TransposedLists<T> lists_{};
+};
+
+}  // namespace grasp_sparse
