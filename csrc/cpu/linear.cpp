@@ -137,9 +137,19 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
   for_type(x, "csr_spmm_backward", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x), md = matrix_of(dx);
-    for (const Piece& p : pieces(mx.rows, panel_columns(std::max(mx.features, mg.features)), kLanes<T>))
-      image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p),
-                        image_of(mutable_data<T>(dx), md, p), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+    // The two walks gather from different matrices; together, the wider one would make the panels of both narrow.
+    const int64_t dx_columns = panel_columns(mg.features), dv_columns = panel_columns(mx.features);
+    if (dx_columns == dv_columns) {
+      for (const Piece& p : pieces(mx.rows, dx_columns, kLanes<T>))
+        image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p),
+                          image_of(mutable_data<T>(dx), md, p), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+      return;
+    }
+    for (const Piece& p : pieces(mx.rows, dx_columns, kLanes<T>))
+      image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), point(p), image_of(mutable_data<T>(dx), md, p));
+    for (const Piece& p : pieces(mx.rows, dv_columns, kLanes<T>))
+      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums),
+                     mutable_data<T>(bias_sums));
   });
   return {dx, sums, bias_sums};
 }

@@ -1,5 +1,6 @@
 // Packing: from a torch tensor of any strides to [channel][row][column][L], padding included. One read of the tensor.
-// Fast ways for the three layouts in use (whole images in a row, channels_last, batch innermost), a slow one for the rest.
+// Fast ways for the layouts in use (whole images in a row, channels_last with many or few channels, batch innermost), a slow one
+// for the rest.
 #pragma once
 
 #include "transpose.h"
@@ -51,6 +52,29 @@ void pack_channel_runs(const PackArgs<T>& p) {
   }
 }
 
+// Channels innermost and fewer than L of them (an image's colours): rows lie whole, so transpose runs of L elements x L
+// lanes, whatever pixels and channels they are.
+template <class T>
+void pack_element_runs(const PackArgs<T>& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t elements = static_cast<int64_t>(p.width) * p.channels;
+  for (int row = p.row_begin; row < p.row_end; ++row) {
+    const int64_t row_place = p.row_place[row - p.row_begin];
+    if (row_place < 0) continue;
+    for (int64_t e = 0; e < elements; e += L) {
+      const int64_t first = e + L <= elements ? e : elements - L;
+      alignas(64) T unused[L];
+      T* places[L];
+      int col = static_cast<int>(first / p.channels), c = static_cast<int>(first % p.channels);
+      for (int i = 0; i < L; ++i) {
+        places[i] = p.col_place[col] >= 0 ? p.dst + c * p.channel_size + row_place + p.col_place[col] : unused;
+        if (++c == p.channels) c = 0, ++col;
+      }
+      transpose(p.src + row * p.sh + first, p.sn, p.lanes, [&](int i) { return places[i]; });
+    }
+  }
+}
+
 template <class T>
 void pack_lanes(const PackArgs<T>& p) {
   constexpr int L = kLanes<T>;
@@ -80,6 +104,8 @@ void pack(const PackArgs<T>& p) {
     pack_pixel_runs(p);
   } else if (p.sn != 1 && p.sc == 1 && p.channels >= L) {
     pack_channel_runs(p);
+  } else if (p.sn != 1 && p.sc == 1 && p.sw == p.channels && static_cast<int64_t>(p.width) * p.channels >= L) {
+    pack_element_runs(p);
   } else {
     pack_lanes(p);
   }

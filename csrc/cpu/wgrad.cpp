@@ -82,12 +82,22 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
     }
   });
   parallel_for(0, csr.nnz, 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      for (int64_t group = 0; group < groups; ++group) sums[j] += partial[group * width + j];
+    for (int64_t group = 0; group < groups; ++group) {
+      const T* from = partial + group * width;
+      for (int64_t j = begin; j < end; ++j) sums[j] += from[j];
+    }
   });
-  for (int64_t row = 0; bias_sums && row < csr.rows; ++row)
-    for (int64_t group = 0; group < groups; ++group)
-      for (int64_t l = 0; l < L; ++l) bias_sums[row] += partial[(group + 1) * width - lanes + row * L + l];
+  if (!bias_sums) return;
+  parallel_for(0, csr.rows, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T line[L] = {};
+      for (int64_t group = 0; group < groups; ++group) {
+        const T* from = partial + (group + 1) * width - lanes + row * L;
+        for (int64_t l = 0; l < L; ++l) line[l] += from[l];
+      }
+      for (int64_t l = 0; l < L; ++l) bias_sums[row] += line[l];
+    }
+  });
 }
 
 }  // namespace
