@@ -69,6 +69,10 @@ inline void axis_places(const Axis& axis, const std::vector<int64_t>& phases, in
   }
 }
 
+inline int64_t used(const std::vector<int64_t>& places) {
+  return std::count_if(places.begin(), places.end(), [](int64_t place) { return place >= 0; });
+}
+
 // Packs rows of one slice of x by these places.
 template <class T>
 void pack_slice(const Image<const T>& x, int64_t slice, const std::vector<int64_t>& row_places,

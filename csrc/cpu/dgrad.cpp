@@ -7,6 +7,7 @@ template <class T>
 void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, const Window& window, const Image<T>& dx) {
   constexpr int64_t L = kLanes<T>;
   if (dx.n == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0) return;
+  if (is_pointwise(window)) return image_product(by_column(csr), values, static_cast<const T*>(nullptr), g, window, dx);
   TransposedProduct<T> product(window, dx, g.c);
   const int64_t slices = ceil_div(dx.n, L), places = product.h().count();
   product.limit_band(std::max<int64_t>(window.h.halo() ? 4 : 1, ceil_div(places, ceil_div(num_threads(), slices))));

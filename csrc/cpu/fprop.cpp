@@ -1,44 +1,58 @@
 // y = conv(x, W) + b: pack a band of x, walk the weight list of every output channel over it.
-#include "bands.h"
-#include "lists.h"
+#include "blocks.h"
 #include "packed_input.h"
 #include "scratch.h"
 
 namespace grasp_sparse {
 
 template <class T>
-void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y) {
+void image_product(const Walk& walk, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y) {
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
-  PackedInput<T> input(x.c, window);
+  const ChannelBlocks blocks(walk, x.c, window);
+  PackedInput<T> input(blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
-  const int64_t rows = input.choose_band(slices, num_threads());
-  const int64_t bands = ceil_div(y.h, rows);
-  int32_t* offsets = CallScratch::mine().offsets.template reserve<int32_t>(csr.nnz);
-  build_row_list(csr, input.column_places(csr.cols).data(), offsets);
+  const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
+  CallScratch& call = CallScratch::mine();
+  int32_t* offsets = call.offsets.template reserve<int32_t>(walk.nnz);
+  build_row_list(walk, input.column_places(walk.cols).data(), offsets);
+  values = walked_values(walk, values, call.values.template reserve<T>(walk.nnz));
 
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, y.c);
-  const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
+  const std::vector<int> cut = balanced_rows(walk.ptr, walk.rows, parts);
   parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
+    T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
-      if (band != held) input.pack(x, slice, row, packed);
-      held = band;
       ProductArgs<T> args{};
       args.packed = packed, args.row_step = input.row_step();
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
-      args.values = values, args.offsets = offsets, args.row_ptr = csr.crow, args.bias = bias;
+      args.values = values, args.offsets = offsets, args.bias = bias;
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
       args.out = y.data + slice * L * y.sn + row * y.sh;
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;
       args.lanes = static_cast<int>(std::min(L, y.n - slice * L)), args.stream = streams(y);
-      kernels<T>().product(args);
+      args.partial = partial;
+      for (int64_t b = 0; b < blocks.count; ++b) {
+        if (blocks.count > 1 || band != held) input.pack(blocks.channels(x, b), slice, row, packed);
+        args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
+        args.first = b == 0, args.last = b == blocks.count - 1;
+        kernels<T>().product(args);
+      }
+      held = band;
     }
   });
 }
 
+template <class T>
+void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y) {
+  image_product(by_row(csr), values, bias, x, window, y);
+}
+
+template void image_product(const Walk&, const float*, const float*, const Image<const float>&, const Window&, const Image<float>&);
+template void image_product(const Walk&, const double*, const double*, const Image<const double>&, const Window&, const Image<double>&);
 template void image_fprop(const CsrView&, const float*, const float*, const Image<const float>&, const Window&, const Image<float>&);
 template void image_fprop(const CsrView&, const double*, const double*, const Image<const double>&, const Window&, const Image<double>&);
 

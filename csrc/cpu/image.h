@@ -20,7 +20,18 @@ struct CsrView {
   const int32_t *crow, *col, *ccol, *row, *permutation;
 };
 
+// The weights in the order in which one pass walks them: by row, or by column (a permutation leads back to the values).
+struct Walk {
+  int64_t rows, cols, nnz;
+  const int32_t *ptr, *col, *permutation;  // permutation: null for the order of the values
+};
+inline Walk by_row(const CsrView& csr) { return {csr.rows, csr.cols, csr.nnz, csr.crow, csr.col, nullptr}; }
+inline Walk by_column(const CsrView& csr) { return {csr.cols, csr.rows, csr.nnz, csr.ccol, csr.row, csr.permutation}; }
+
 // Each throws std::runtime_error, before it writes, when an index lies outside the weight it claims to index.
+// y = conv(x, walked weight) + bias; fprop, and dgrad where that is a plain product too.
+template <class T>
+void image_product(const Walk& walk, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
 template <class T>
 void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
 template <class T>

@@ -38,13 +38,16 @@ struct ProductArgs {
   int rows, cols;
   const T* values;
   const int32_t* offsets;
-  const int32_t* row_ptr;  // [channels + 1]
+  const int32_t *row_begin, *row_end;  // [channels] the channel's entries
   int channel_begin, channel_end;
   const T* bias;  // [channels] or null
   T* out;         // at the first pixel
   int64_t on, oc, oh, ow;
   int lanes;
   bool stream;  // the output is too large to stay in cache: write past it where whole lines are written
+  // When the packed channels come in blocks: tiles between two blocks, [channels][rows * cols][L]. Null: all at once.
+  T* partial;
+  bool first, last;  // this block: start from the bias, write to out
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel], and, if wanted,
@@ -57,7 +60,7 @@ struct SampledArgs {
   int64_t g_channel_size, g_row_step;
   int rows, cols;
   const int32_t* offsets;
-  const int32_t* row_ptr;
+  const int32_t *row_begin, *row_end;
   int channel_begin, channel_end;
   T* sums;
   T* channel_sums;  // [channels][L] or null

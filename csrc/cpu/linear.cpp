@@ -15,11 +15,11 @@ struct Matrix {
 
 Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
 
-// Columns of a panel: what keeps its packed features (64 bytes each) in L2, at least 4, so that a weight's own loads
-// are shared by several multiply-adds.
+// Columns of a panel: what keeps its packed features (64 bytes each) in L2, at least 8, so that a weight's own loads are
+// shared by several multiply-adds; the passes take more features than then fit in blocks.
 int64_t panel_columns(int64_t features) {
   constexpr int64_t kPanelBytes = 512 << 10;
-  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), 4, 16);
+  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), 8, 16);
 }
 
 // One rectangular piece of a matrix: rows [first, first + panels * columns * lanes).

@@ -1,5 +1,6 @@
 #include "lists.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
@@ -18,6 +19,9 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   return valid;
 }
 
+// Rows of the walk that are worth a thread.
+int64_t row_grain(const Walk& walk) { return std::max<int64_t>(1, kGrain * walk.rows / std::max<int64_t>(1, walk.nnz)); }
+
 inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
 
 [[noreturn]] void corrupt(const char* what) {
@@ -28,20 +32,63 @@ inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(i
 
 }  // namespace
 
-void build_row_list(const CsrView& csr, const int32_t* column_place, int32_t* offsets) {
-  if (!valid_pointers(csr.crow, csr.rows, csr.nnz)) corrupt("crow_indices");
+void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets) {
+  if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
   std::atomic<bool> valid{true};
-  parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
     bool ok = true;
     for (int64_t j = begin; j < end; ++j) {
-      const int32_t col = csr.col[j];
-      const bool in = inside(col, csr.cols);
+      const int32_t col = walk.col[j];
+      const bool in = inside(col, walk.cols);
       ok &= in;
       offsets[j] = column_place[in ? col : 0];
     }
     if (!ok) valid = false;
   });
-  if (!valid) corrupt("col_indices");
+  if (!valid) corrupt("col_indices or row_indices");
+}
+
+template <class T>
+const T* walked_values(const Walk& walk, const T* values, T* gathered) {
+  if (!walk.permutation) return values;
+  std::atomic<bool> valid{true};
+  parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    for (int64_t j = begin; j < end; ++j) {
+      const int32_t from = walk.permutation[j];
+      const bool in = inside(from, walk.nnz);
+      ok &= in;
+      gathered[j] = values[in ? from : 0];
+    }
+    if (!ok) valid = false;
+  });
+  if (!valid) corrupt("permutation");
+  return gathered;
+}
+
+bool columns_rise(const Walk& walk) {
+  if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
+  std::atomic<bool> rise{true};
+  parallel_for(0, walk.rows, row_grain(walk), [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t j = walk.ptr[row] + 1; j < walk.ptr[row + 1]; ++j) ok &= walk.col[j - 1] < walk.col[j];
+    if (!ok) rise = false;
+  });
+  return rise;
+}
+
+void build_cuts(const Walk& walk, int64_t block, int64_t blocks, int32_t* cuts) {
+  parallel_for(0, walk.rows, row_grain(walk), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t *from = walk.col + walk.ptr[row], *to = walk.col + walk.ptr[row + 1];
+      for (int64_t b = 0; b < blocks; ++b) {
+        from = std::lower_bound(from, to, static_cast<int32_t>(b * block));
+        cuts[b * walk.rows + row] = static_cast<int32_t>(from - walk.col);
+      }
+      cuts[blocks * walk.rows + row] = walk.ptr[row + 1];
+    }
+  });
 }
 
 template <class T>
@@ -85,6 +132,8 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
   if (!valid) corrupt("row_indices or permutation");
 }
 
+template const float* walked_values(const Walk&, const float*, float*);
+template const double* walked_values(const Walk&, const double*, double*);
 template void build_transposed_lists(const CsrView&, const float*, int64_t, int64_t, const int64_t*, const int64_t*,
                                      const int32_t*, const int32_t*, const TransposedLists<float>&);
 template void build_transposed_lists(const CsrView&, const double*, int64_t, int64_t, const int64_t*, const int64_t*,

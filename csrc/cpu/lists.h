@@ -7,8 +7,18 @@
 
 namespace grasp_sparse {
 
-// offsets[j] = column_place[col[j]], in CSR order. Throws std::runtime_error on an index out of range.
-void build_row_list(const CsrView& csr, const int32_t* column_place, int32_t* offsets);
+// offsets[j] = column_place[col[j]], in the order of the walk. Throws std::runtime_error on an index out of range.
+void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets);
+
+// The values in the order of the walk: themselves, or gathered into `gathered` [nnz].
+template <class T>
+const T* walked_values(const Walk& walk, const T* values, T* gathered);
+
+// Whether the columns of every row rise: only then do blocks of columns lie together in it.
+bool columns_rise(const Walk& walk);
+
+// cuts[b][row], b in [0, blocks]: the first entry of the row whose column is b * block or more. Columns rise.
+void build_cuts(const Walk& walk, int64_t block, int64_t blocks, int32_t* cuts);
 
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
 // Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.

@@ -30,14 +30,15 @@ class PackedInput {
   int64_t row_step() const { return width_ * L; }
   int64_t size() const { return channels_ * channel_size_; }
 
-  // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw].
+  // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw]; in a block of channels if
+  // only that is packed at a time.
   std::vector<int32_t> column_places(int64_t cols) const {
     std::vector<int32_t> places(cols + 1);  // one more: an index that fails its check reads place 0 of an empty weight
     const int64_t kw = window_.w.kernel, taps = window_.taps();
     for (int64_t col = 0; col < cols; ++col) {
       const int64_t channel = col / taps, r = col % taps / kw, s = col % kw;
       const int64_t row_phase = index_of(row_phases_, window_.h.phase(r)), col_phase = index_of(col_phases_, window_.w.phase(s));
-      places[col] = static_cast<int32_t>(channel * channel_size_ + (row_phase * phases_w() + col_phase) * phase_size_ +
+      places[col] = static_cast<int32_t>(channel % channels_ * channel_size_ + (row_phase * phases_w() + col_phase) * phase_size_ +
                                          window_.h.shift(r) * row_step() + window_.w.shift(s) * L);
     }
     return places;
@@ -67,9 +68,6 @@ class PackedInput {
   }
   static int64_t index_of(const std::vector<int64_t>& phases, int64_t phase) {
     return std::find(phases.begin(), phases.end(), phase) - phases.begin();
-  }
-  static int64_t used(const std::vector<int64_t>& places) {
-    return std::count_if(places.begin(), places.end(), [](int64_t place) { return place >= 0; });
   }
 
   int64_t channels_;

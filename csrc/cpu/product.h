@@ -9,14 +9,20 @@
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
+// Starts from the tile at `from`, or from the bias if that is null.
 template <class T, int R, int C>
-GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, int channel, T* tile) {
+GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, int channel, const T* from, T* tile) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R * C];
-  const Vec<T> first = broadcast(p.bias ? p.bias[channel] : T(0));
+  if (from) {
 #pragma GCC unroll 16
-  for (int i = 0; i < R * C; ++i) acc[i] = first;
-  for (int32_t j = p.row_ptr[channel]; j < p.row_ptr[channel + 1]; ++j) {
+    for (int i = 0; i < R * C; ++i) acc[i] = load(from + i * L);
+  } else {
+    const Vec<T> first = broadcast(p.bias ? p.bias[channel] : T(0));
+#pragma GCC unroll 16
+    for (int i = 0; i < R * C; ++i) acc[i] = first;
+  }
+  for (int32_t j = p.row_begin[channel], end = p.row_end[channel]; j < end; ++j) {
     const Vec<T> value = broadcast(p.values[j]);
     const T* at = packed + p.offsets[j];
 #pragma GCC unroll 4
@@ -40,15 +46,18 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<T>& p, const T* out, boo
 }
 
 template <class T, bool Stream, int R, int C>
-GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* packed, T* out, bool channels_last, bool runs) {
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* packed, const T* partial, T* out, bool channels_last,
+                                          bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
+  const int64_t partial_size = static_cast<int64_t>(p.rows) * p.cols * L;
+  const auto from = [&](int channel) { return partial ? partial + channel * partial_size : nullptr; };
   // channels_last computes a group of channels before it writes; a group of large tiles is smaller, to stay in L1.
   constexpr int kGroup = L * (R * C <= 8 ? kStagedBlocks : kStagedBlocks / 2);
   alignas(64) T tiles[kGroup * kTile];
   if (channels_last) {
     for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
       const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
-      for (int i = 0; i < count; ++i) product_tile<T, R, C>(p, packed, channel + i, tiles + i * kTile);
+      for (int i = 0; i < count; ++i) product_tile<T, R, C>(p, packed, channel + i, from(channel + i), tiles + i * kTile);
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
           unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
@@ -57,7 +66,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* pack
   }
   const bool one_run = runs && (R == 1 || p.oh == C);
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
-    product_tile<T, R, C>(p, packed, channel, tiles);
+    product_tile<T, R, C>(p, packed, channel, from(channel), tiles);
     T* to = out + channel * p.oc;
     if (one_run) {
       unpack_pixel_run<T, Stream, R * C>(tiles, to, p.on, p.lanes);
@@ -76,14 +85,23 @@ template <class T, int R, int C>
 void product_strip(const ProductArgs<T>& p, int row, int col) {
   const T* packed = p.packed + row * p.row_step + col * kLanes<T>;
   T* out = p.out + row * p.oh + col * p.ow;
+  // The strips of these R rows share R * cols pixels of a partial image, one after the other.
+  T* partial = p.partial ? p.partial + (static_cast<int64_t>(row) * p.cols + col * R) * kLanes<T> : nullptr;
+  if (partial && !p.last) {
+    for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
+      T* to = partial + channel * (static_cast<int64_t>(p.rows) * p.cols * kLanes<T>);
+      product_tile<T, R, C>(p, packed, channel, p.first ? nullptr : to, to);
+    }
+    return;
+  }
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
     if (writes_lines(p, out, channels_last, runs)) {
-      product_channels<T, true, R, C>(p, packed, out, channels_last, runs);
+      product_channels<T, true, R, C>(p, packed, partial, out, channels_last, runs);
       return stream_fence();
     }
   }
-  product_channels<T, false, R, C>(p, packed, out, channels_last, runs);
+  product_channels<T, false, R, C>(p, packed, partial, out, channels_last, runs);
 }
 
 }  // namespace GRASP_SPARSE_ISA

@@ -48,7 +48,7 @@ void sampled_strip(const SampledArgs<T>& p, int row, int col) {
   constexpr int L = kLanes<T>, B = kSumBatch<T>, n = kNativeLanes<T>;
   const T* packed = p.packed + row * p.row_step + col * L;
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
-    const int32_t begin = p.row_ptr[channel], end = p.row_ptr[channel + 1];
+    const int32_t begin = p.row_begin[channel], end = p.row_end[channel];
     if (begin == end && !p.channel_sums) continue;
     const T* from = p.g + channel * p.g_channel_size + row * p.g_row_step + col * L;
     Vec<T> g[R * C];

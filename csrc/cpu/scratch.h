@@ -36,7 +36,7 @@ class AlignedBuffer {
 
 // Of a worker, while it runs one task.
 struct TaskScratch {
-  AlignedBuffer packed, packed_g;
+  AlignedBuffer packed, packed_g, partial;
   static TaskScratch& mine() {
     static thread_local TaskScratch scratch;
     return scratch;
@@ -45,7 +45,9 @@ struct TaskScratch {
 
 // Of the thread that called the operation, for as long as the operation runs.
 struct CallScratch {
-  AlignedBuffer offsets, transposed_offsets, transposed_values, row_ptr, sums;
+  AlignedBuffer offsets, values, cuts;
+  AlignedBuffer transposed_offsets, transposed_values, transposed_row_ptr;
+  AlignedBuffer sums;
   static CallScratch& mine() {
     static thread_local CallScratch scratch;
     return scratch;

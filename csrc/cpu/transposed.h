@@ -88,7 +88,7 @@ class TransposedProduct {
                                                                    (window_.w.halo() - window_.w.shift(s)) * L);
     CallScratch& call = CallScratch::mine();
     lists_ = {call.transposed_values.template reserve<T>(csr.nnz), call.transposed_offsets.template reserve<int32_t>(csr.nnz),
-              call.row_ptr.template reserve<int32_t>(groups_.count() * (dx_.c + 1))};
+              call.transposed_row_ptr.template reserve<int32_t>(groups_.count() * (dx_.c + 1))};
     build_transposed_lists(csr, values, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(),
                            row_place.data(), tap_place.data(), lists_);
   }
@@ -103,7 +103,8 @@ class TransposedProduct {
     static thread_local std::vector<int64_t> row_places, col_places;
     h_.places(begin, rows_, row_step_, row_places);
     w_.places(w_.first, w_.count(), L, col_places);
-    pack_slice(g, slice, row_places, col_places, true, channel_size_, packed);
+    const int64_t places = (rows_ + window_.h.halo()) * (w_.count() + window_.w.halo());
+    pack_slice(g, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, packed);
   }
 
   // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are.
@@ -116,7 +117,8 @@ class TransposedProduct {
       ProductArgs<T> args{};
       args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
-      args.values = lists_.values, args.offsets = lists_.offsets, args.row_ptr = lists_.row_ptr + group * (dx_.c + 1);
+      args.values = lists_.values, args.offsets = lists_.offsets, args.row_begin = lists_.row_ptr + group * (dx_.c + 1);
+      args.row_end = args.row_begin + 1, args.first = args.last = true;
       args.channel_begin = channel_begin, args.channel_end = channel_end;
       const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;

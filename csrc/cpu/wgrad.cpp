@@ -1,9 +1,8 @@
 // dvalues = the sampled product of g and x, and with it, from the same packed g, the sums of g and dx.
 // The tasks (slice x band) are dealt to a number of groups that depends on shapes only; each group sums in its own buffer,
 // in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads.
-#include "lists.h"
+#include "blocks.h"
 #include "packed_input.h"
-#include "scratch.h"
 #include "transposed.h"
 
 namespace grasp_sparse {
@@ -30,15 +29,16 @@ struct PlainGradient {
 
 // With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
 template <class T>
-void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const PackedInput<T>& input,
-                    const TransposedProduct<T>* product, T* sums, T* bias_sums) {
+void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const ChannelBlocks& blocks,
+                    const PackedInput<T>& input, const TransposedProduct<T>* product, T* sums, T* bias_sums) {
   constexpr int64_t L = kLanes<T>;
   const PlainGradient<T> plain(g, input.rows());
   const int64_t rows = input.rows(), slices = ceil_div(g.n, L);
   const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
   const int64_t g_size = product ? product->size() : g.c * plain.channel_size;
-  int32_t* offsets = CallScratch::mine().offsets.template reserve<int32_t>(csr.nnz);
-  build_row_list(csr, input.column_places(csr.cols).data(), offsets);
+  CallScratch& call = CallScratch::mine();
+  int32_t* offsets = call.offsets.template reserve<int32_t>(csr.nnz);
+  build_row_list(by_row(csr), input.column_places(csr.cols).data(), offsets);
 
   // A group's sums: the weights, then a line of lanes for each channel of g.
   const int64_t lanes = bias_sums ? csr.rows * L : 0, width = ceil_div(csr.nnz, L) * L + lanes;
@@ -47,7 +47,7 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
   const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
   const std::vector<int> dx_cut = product ? product->cut(parts) : std::vector<int>();
-  T* partial = CallScratch::mine().sums.template reserve<T>(groups * width);
+  T* partial = call.sums.template reserve<T>(groups * width);
   parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(g_size);
@@ -71,13 +71,17 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
           args.g = packed_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
         }
         if (count <= 0) continue;  // dx has more places than g has rows
-        input.pack(x, slice, row, packed);
         args.packed = packed, args.row_step = input.row_step();
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
-        args.offsets = offsets, args.row_ptr = csr.crow;
+        args.offsets = offsets;
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
-        args.sums = mine, args.channel_sums = mine_lanes;
-        kernels<T>().sampled(args);
+        args.sums = mine;
+        for (int64_t b = 0; b < blocks.count; ++b) {
+          input.pack(blocks.channels(x, b), slice, row, packed);
+          args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
+          args.channel_sums = b == 0 ? mine_lanes : nullptr;
+          kernels<T>().sampled(args);
+        }
       }
     }
   });
@@ -105,8 +109,9 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
 template <class T>
 void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums, T* bias_sums) {
   if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) return;
-  const PackedInput<T> input(x.c, window);
-  sampled_passes<T>(csr, g, x, input, nullptr, sums, bias_sums);
+  const ChannelBlocks blocks(by_row(csr), x.c, window);
+  const PackedInput<T> input(blocks.size, window);
+  sampled_passes<T>(csr, g, x, blocks, input, nullptr, sums, bias_sums);
 }
 
 template <class T>
@@ -122,12 +127,13 @@ void image_backward(const CsrView& csr, const T* values, const Image<const T>& g
     image_dgrad<T>(csr, values, g, window, dx);
     return image_wgrad<T>(csr, g, x, window, sums, bias_sums);
   }
-  PackedInput<T> input(x.c, window);
+  const ChannelBlocks blocks(by_row(csr), x.c, window);
+  PackedInput<T> input(blocks.size, window);
   TransposedProduct<T> product(window, dx, g.c);
   product.limit_band(input.rows());
   input.limit_band(product.rows());
   product.build(csr, values);
-  sampled_passes<T>(csr, g, x, input, &product, sums, bias_sums);
+  sampled_passes<T>(csr, g, x, blocks, input, &product, sums, bias_sums);
 }
 
 template void image_wgrad(const CsrView&, const Image<const float>&, const Image<const float>&, const Window&, float*, float*);

@@ -39,4 +39,10 @@ struct Window {
   int64_t taps() const { return h.kernel * w.kernel; }
 };
 
+// One tap, every pixel: a product with a matrix, which is its own kind of transposed.
+inline bool is_pointwise(const Window& window) {
+  const auto plain = [](const Axis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.input == axis.output && axis.pad_begin == 0; };
+  return plain(window.h) && plain(window.w);
+}
+
 }  // namespace grasp_sparse
