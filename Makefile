@@ -1,8 +1,10 @@
-# make demo    prune a network at initialization, train it sparse on Fashion-MNIST, compare it with the dense one
-# make test    the test-suite (PYTEST_ARGS="-k csr" to choose)
-# make clean   remove what was built; .venv, data and runs stay
+# make demo      prune a network at initialization, train it sparse on Fashion-MNIST, compare it with the dense one
+# make test      the test-suite (PYTEST_ARGS="-k csr" to choose)
+# make sanitize  the tests of kernels and layers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
+#                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
+# make clean     remove what was built; .venv, data and runs stay
 #
-# Both set up .venv first: the newest torch from PyPI, then this package with its compiled kernels.
+# All but the last set up .venv first: the newest torch from PyPI, then this package with its compiled kernels.
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
@@ -23,7 +25,16 @@ DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 # be set before the process starts, and it is for the dense and the sparse step alike: the report says that it was on.
 ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test clean data
+# A second build beside the first, which it leaves alone. Only our kernels are instrumented: python and torch are not, so the
+# sanitizers must be in the process before them, and what is allocated and never freed is not looked for. A finding aborts,
+# so that Python says which test it was in.
+SANITIZED := build/sanitize
+SANITIZED_PYTHON = cd $(SANITIZED) && PYTHONPATH="$$PWD/lib" \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 $(abspath $(VENV))/bin/python
+
+.PHONY: demo test sanitize clean data
 
 demo: $(PACKAGE) data
 	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
@@ -31,6 +42,16 @@ demo: $(PACKAGE) data
 
 test: $(PACKAGE)
 	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+
+sanitize: $(PACKAGE)
+	@echo "building the sanitized kernels in $(SANITIZED) (some minutes the first time)"
+	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 GRASP_SPARSE_SANITIZE=1 $(VENV)/bin/python setup.py -q build \
+		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >/dev/null
+	@$(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; assert e.status().built["compiler"].endswith("sanitized")'
+	@$(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(CURDIR)/tests/nn $(PYTEST_ARGS)
+	@for isa in $$($(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; print(*e.status().runnable_isas[1:])'); do \
+		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \
+		$(CURDIR)/tests/ops/test_properties.py $(PYTEST_ARGS)) || exit 1; done
 
 # Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
 data:

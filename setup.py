@@ -3,6 +3,7 @@
 Environment:
     GRASP_SPARSE_NO_EXT=1       build no extension: the package runs on its pure-torch reference
     GRASP_SPARSE_REQUIRE_EXT=1  an extension that does not build is an error (the Makefile sets it)
+    GRASP_SPARSE_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer in the kernels; `make sanitize` sets it
     MAX_JOBS                    compilers at once (default: the number of cores)
 
 Otherwise the extension is optional: without a working compiler the package still installs, and says at import why it is slow.
@@ -21,6 +22,12 @@ CPU = Path("csrc/cpu")
 # One binary for torch >= 2.11: only the stable ABI of that version is used.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 REQUIRED = os.environ.get("GRASP_SPARSE_REQUIRE_EXT") == "1"
+# The first finding ends the process. -O1 compiles faster, and keeps accesses that would be optimized away before they are seen;
+# Python's own -fwrapv would make signed overflow legal.
+# Without use-after-scope: in code that is all inlined and unrolled it takes minutes to compile.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize-address-use-after-scope"]
+SANITIZED = os.environ.get("GRASP_SPARSE_SANITIZE") == "1"
+OPTIMIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS] if SANITIZED else ["-O3"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # csrc/cpu/kernels.cpp is compiled once for each; which one runs is chosen at run time. No -march=native anywhere.
 ISA_FLAGS = {"scalar": []}
@@ -55,7 +62,7 @@ def extension_arguments():
         def compile_kernels(self, isa):
             target = Path(self.build_temp) / isa / "kernels.o"
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-O3", "-fPIC", "-std=c++17", "-Wall", "-Wno-psabi", f"-DGRASP_SPARSE_ISA={isa}", *ISA_FLAGS[isa]]
+            flags = [*OPTIMIZE, "-fPIC", "-std=c++17", "-Wall", "-Wno-psabi", f"-DGRASP_SPARSE_ISA={isa}", *ISA_FLAGS[isa]]
             command = [*self.compiler.compiler_cxx, *flags, "-c", str(CPU / "kernels.cpp"), "-o", str(target)]
             try:
                 subprocess.run(command, check=True)
@@ -70,7 +77,9 @@ def extension_arguments():
         [*sources, "csrc/info.cpp"],
         define_macros=defines,
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")) + [str(CPU / "kernels.cpp")],
-        extra_compile_args=["-O3", "-g0", f"-ffile-prefix-map={Path.cwd()}/="],  # errors name csrc/…, not this machine
+        # Errors name csrc/…, not this machine.
+        extra_compile_args=["-g0", *OPTIMIZE, f"-ffile-prefix-map={Path.cwd()}/="],
+        extra_link_args=SANITIZERS if SANITIZED else [],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 

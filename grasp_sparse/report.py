@@ -14,7 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter  # noqa: E402
 
 DENSE, SPARSE, ACCENT, INK, FAINT = "#94a3b8", "#0f766e", "#c2410c", "#1e293b", "#e2e8f0"
-_STYLE = {
+STYLE = {
     "figure.dpi": 144, "figure.facecolor": "white", "font.family": "DejaVu Sans", "font.size": 9.5,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#64748b", "xtick.color": INK, "ytick.color": INK,
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
@@ -144,7 +144,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 def write_report(run_dir: Path) -> Path:
     """Write the plots and report.md into `run_dir`; returns the path of report.md."""
     result, rows = read_run(run_dir)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         plot_training(rows, run_dir / "training.png")
         if result["pruning"]:
             plot_density(result["pruning"]["layers"], run_dir / "density.png")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
 from grasp_sparse import poison
+
+# The same cases at every run, so that a red test is red for everyone; --hypothesis-profile=long looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=100)
+hypothesis.settings.register_profile("long", deadline=None, database=None, max_examples=5000, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,12 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace grasp_sparse {
 
@@ -26,10 +31,21 @@ class AlignedBuffer {
       if (data_ == nullptr) throw std::bad_alloc();
       bytes_ = bytes;
     }
+    guard(static_cast<size_t>(count) * sizeof(T));
     return static_cast<T*>(data_);
   }
 
  private:
+  // In a sanitized build a step past what was asked for is found, not only one past what is held; and what an earlier call
+  // left behind is NaN, so that reading it shows in the result.
+  void guard([[maybe_unused]] size_t used) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);
+    std::memset(data_, 0xff, bytes_);
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(data_) + used, bytes_ - used);
+#endif
+  }
+
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -143,21 +144,27 @@ GRASP_SPARSE_INLINE void add(Vec<T>& acc, const Vec<T>& a) {
   for (int i = 0; i < kNatives; ++i) acc.part[i] += a.part[i];
 }
 
+// The lane that lane `l` of take() comes from, counting through a and then b.
+template <int Lanes, int Bit, bool Set>
+constexpr int source_lane(int l) {
+  return ((l & ~Bit) | (Set ? Bit : 0)) + ((l & Bit) ? Lanes : 0);
+}
+
+template <class T, int Bit, bool Set, int... Lane>
+GRASP_SPARSE_INLINE Native<T> take_lanes(Native<T> a, Native<T> b, std::integer_sequence<int, Lane...>) {
+  constexpr int n = kNativeLanes<T>;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, source_lane<n, Bit, Set>(Lane)...);
+#else
+  return __builtin_shuffle(a, b, typename NativeOf<T>::index{source_lane<n, Bit, Set>(Lane)...});
+#endif
+}
+
 // From two native vectors, those lanes whose bit `Bit` of the lane number is clear (or set), interleaved: with the same
 // bit taken from both, lane l of the result is lane (l & ~Bit | Set) of a where l & Bit is clear, of b where it is set.
 template <class T, int Bit, bool Set>
 GRASP_SPARSE_INLINE Native<T> take(Native<T> a, Native<T> b) {
-  constexpr int n = kNativeLanes<T>;
-  typename NativeOf<T>::index mask;
-#pragma GCC unroll 16
-  for (int l = 0; l < n; ++l) mask[l] = ((l & ~Bit) | (Set ? Bit : 0)) + ((l & Bit) ? n : 0);
-#if defined(__clang__)
-  Native<T> out;
-  for (int l = 0; l < n; ++l) out[l] = mask[l] < n ? a[mask[l]] : b[mask[l] - n];
-  return out;
-#else
-  return __builtin_shuffle(a, b, mask);
-#endif
+  return take_lanes<T, Bit, Set>(a, b, std::make_integer_sequence<int, kNativeLanes<T>>());
 }
 
 }  // namespace GRASP_SPARSE_ISA

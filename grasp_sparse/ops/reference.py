@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
-from grasp_sparse.ops.layout import empty_images, empty_rows
+from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
 from grasp_sparse.ops.schema import SCHEMAS
 
 
@@ -40,8 +40,12 @@ def csr_conv2d_fprop(
     values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
 ):
     weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
-    y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation))
-    return empty_images(x, y.shape).copy_(y)
+    size = (x.shape[0], weight.shape[0], *output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+    if weight.numel() == 0:  # torch refuses no output channels, and from no input channels makes no output channels
+        y = x.new_zeros(size) if bias is None else bias.view(-1, 1, 1).expand(size)
+    else:
+        y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation))
+    return empty_images(x, size).copy_(y)
 
 
 def csr_conv2d_dgrad(

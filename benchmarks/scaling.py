@@ -1,0 +1,213 @@
+"""How the time of a sparse layer grows with its kept weights, and how it shrinks with a second thread.
+
+    python -m benchmarks.scaling            some minutes
+    python -m benchmarks.scaling --quick    fewer rounds, two shapes with two threads
+
+Forward and backward, after unmeasured calls as in benchmarks.layers.
+
+Weights: one layer at several densities, in turns; the line t = a + b * nnz by least squares. b is what a kept weight costs, a
+what a call costs without any; R2 and the largest distance of a median from the line say how straight it is.
+Threads: the same layer at 95 % sparsity with one thread and with two, in turns in one process; the ratio of the medians.
+
+Prints both and writes scaling.csv, one row a median with where and with what it was measured, and scaling.png, into
+benchmarks/results. Nothing is measured unless sparse and dense agree on the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from tqdm import tqdm
+
+from benchmarks.arms import SPARSE, Arm, check, make_arms
+from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
+from grasp_sparse.report import ACCENT, INK, STYLE, plt
+from grasp_sparse.report import SPARSE as SPARSE_COLOUR
+from grasp_sparse.timing import Timing, interleaved
+from grasp_sparse.train.environment import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+FITTED = (ConvShape(128, 128, 16, 128), LinearShape(4096, 1024, 512))
+DENSITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
+THREADS_DENSITY = 0.05
+LEAD_IN = 3
+COLUMNS = (
+    "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "rounds",
+    "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation", "times_as_fast_as_one_thread",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """seconds = a + b * nnz; r2 of the fit and the largest |measured / fitted - 1|."""
+
+    a: float
+    b: float
+    r2: float
+    largest_deviation: float
+
+    def __call__(self, nnz: float) -> float:
+        return self.a + self.b * nnz
+
+    def __str__(self) -> str:
+        cost = f"{self.a * 1e3:.3f} ms + {self.b * 1e9:.3f} ns per kept weight"
+        return f"{cost}, R2 {self.r2:.4f}, largest deviation {self.largest_deviation:.1%}"
+
+
+def fit_line(nnz: list[int], seconds: list[float]) -> Line:
+    """Least squares through at least two different counts."""
+    if len(set(nnz)) < 2:
+        raise ValueError(f"Expected at least two different numbers of weights to fit a line, got {nnz}; give more densities.")
+    x, t = numpy.array(nnz, float), numpy.array(seconds)
+    b, a = numpy.polyfit(x, t, 1)
+    fitted = a + b * x
+    spread = float(((t - t.mean()) ** 2).sum())
+    r2 = 1 - float(((t - fitted) ** 2).sum()) / spread if spread else 0.0
+    return Line(float(a), float(b), r2, float(numpy.abs(t / fitted - 1).max()))
+
+
+def sparse_arm(shape: ConvShape | LinearShape, density: float, seed: int) -> Arm:
+    """The sparse layer of `shape`, once it agrees with the dense ones. Raises RuntimeError otherwise."""
+    arms = make_arms(shape, density, torch.Generator().manual_seed(seed))
+    check(arms)
+    return arms[SPARSE]
+
+
+def measure_nnz(shape: ConvShape | LinearShape, densities: list[float], rounds: int, seed: int) -> tuple[list[dict], Line]:
+    arms = {f"{density:g}": sparse_arm(shape, density, seed) for density in densities}
+    times = interleaved(arms, rounds, lead_in=LEAD_IN)
+    nnz = {name: arm.layer.nnz for name, arm in arms.items()}
+    line = fit_line(list(nnz.values()), [times[name].median for name in arms])
+    rows = [
+        {
+            **_row("weights", shape, float(name), nnz[name], torch.get_num_threads(), times[name]),
+            "fit_s": f"{line(nnz[name]):.6f}",
+            "fit_a_s": f"{line.a:.6f}",
+            "fit_b_s": f"{line.b:.4e}",
+            "fit_r2": f"{line.r2:.5f}",
+            "fit_largest_deviation": f"{line.largest_deviation:.4f}",
+        }
+        for name in arms
+    ]
+    return rows, line
+
+
+def measure_threads(shape: ConvShape | LinearShape, density: float, rounds: int, seed: int) -> list[dict]:
+    """Leaves torch with the threads it had."""
+    arm, before = sparse_arm(shape, density, seed), torch.get_num_threads()
+    try:
+        times = interleaved({str(n): _with_threads(n, arm) for n in (1, 2)}, rounds, lead_in=LEAD_IN)
+    finally:
+        torch.set_num_threads(before)
+    return [
+        {
+            **_row("threads", shape, density, arm.layer.nnz, int(name), time),
+            "times_as_fast_as_one_thread": f"{times['1'].median / time.median:.4g}",
+        }
+        for name, time in times.items()
+    ]
+
+
+def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]:
+    def with_threads() -> None:
+        torch.set_num_threads(count)
+        run()
+
+    return with_threads
+
+
+def _row(measured: str, shape: ConvShape | LinearShape, density: float, nnz: int, threads: int, time: Timing) -> dict:
+    return {
+        "measured": measured,
+        "shape": str(shape),
+        "density": density,
+        "nnz": nnz,
+        "pass": "forward+backward",
+        "precision": "float32",
+        "threads_used": threads,
+        "median_s": f"{time.median:.6f}",
+        "q1_s": f"{time.q1:.6f}",
+        "q3_s": f"{time.q3:.6f}",
+        "rounds": time.count,
+    }
+
+
+def plot_fits(fits: list[tuple[list[dict], Line]], path: Path) -> None:
+    """A column a shape: medians with quartiles and the line; below, how far each median is from it."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2, len(fits), figsize=(4.6 * len(fits), 4.6), layout="constrained", squeeze=False, sharex="col", height_ratios=(3, 1)
+        )
+        for (rows, line), (above, below) in zip(fits, axes.T, strict=True):
+            nnz = [row["nnz"] for row in rows]
+            median, q1, q3 = (numpy.array([float(row[name]) for row in rows]) * 1e3 for name in ("median_s", "q1_s", "q3_s"))
+            ends = numpy.array([0, max(nnz) * 1.05])
+            label = f"{line.a * 1e3:.3g} ms + {line.b * 1e9:.3g} ns per weight, R² {line.r2:.4f}"
+            above.plot(ends, line(ends) * 1e3, color=ACCENT, label=label)
+            above.errorbar(
+                nnz, median, (median - q1, q3 - median), fmt="o", ms=5, color=SPARSE_COLOUR, ecolor=INK, elinewidth=1, capsize=3
+            )
+            above.set(title=rows[0]["shape"], xlim=ends, ylim=(0, max(q3) * 1.25), ylabel="milliseconds (median, quartiles)")
+            above.legend(loc="upper left", fontsize=8.5)
+            below.axhline(0, color=ACCENT, lw=1)
+            below.plot(nnz, (median / 1e3 / line(numpy.array(nnz)) - 1) * 100, "o", ms=5, color=SPARSE_COLOUR)
+            below.set(xlabel="kept weights", ylabel="off the line, %")
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *describe_environment()], restval="")
+        writer.writeheader()
+        writer.writerows({**row, **describe_environment()} for row in rows)
+
+
+def main(
+    arguments: list[str] | None = None,
+    fitted: tuple[ConvShape | LinearShape, ...] = FITTED,
+    threaded: tuple[ConvShape | LinearShape, ...] = FULL,
+) -> None:
+    """The shapes are arguments for tests, which have no minutes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="7 rounds, and two shapes with two threads")
+    parser.add_argument("--threads", type=int, default=2, help="threads while weights are varied (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="measured rounds; each runs every arm once (default: 25)")
+    parser.add_argument("--density", type=float, nargs="+", default=DENSITIES, metavar="D", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv", help="CSV to write, the plot beside it")
+    options = parser.parse_args(arguments)
+    rounds = options.rounds or (7 if options.quick else 25)
+    torch.set_num_threads(options.threads)
+    shapes = [shape for shape in threaded if not options.quick or shape in QUICK]
+    fits, rows = [], []
+    with tqdm(total=len(fitted) + len(shapes), disable=not sys.stderr.isatty(), leave=False) as bar:
+        for shape in fitted:
+            measured, line = measure_nnz(shape, options.density, rounds, options.seed)
+            bar.write(f"{shape}: {line}")
+            bar.update()
+            fits.append((measured, line))
+            rows += measured
+        for shape in shapes:
+            measured = measure_threads(shape, THREADS_DENSITY, rounds, options.seed)
+            ratio = measured[-1]["times_as_fast_as_one_thread"]
+            bar.write(f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one")
+            bar.update()
+            rows += measured
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(rows, options.out)
+    plot_fits(fits, options.out.with_suffix(".png"))
+    print(f"wrote {options.out} and {options.out.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

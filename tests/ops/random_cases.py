@@ -1,0 +1,169 @@
+"""Random calls of the operations for the property tests: what hypothesis draws, and the arguments made of it.
+
+A case is a handful of numbers and names, so that a failing one is read off the report; its tensors follow from its seed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from op_cases import IMAGE_LAYOUTS, ROW_LAYOUTS
+from torch import Tensor
+
+from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.ops.layout import output_size
+
+# name -> dtype of activations, dtype of values and bias
+PRECISIONS = {"float32": (torch.float32, torch.float32), "float64": (torch.float64, torch.float64)}
+
+
+def _off_by_one(x: Tensor) -> Tensor:
+    """Contiguous, its first entry not at the address an allocator would choose."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def _one_number(x: Tensor) -> Tensor:
+    return torch.full((), 0.5, dtype=x.dtype).expand(x.shape)
+
+
+_ANY_RANK = {"off-by-one": _off_by_one, "expanded-number": _one_number}
+IMAGES = {
+    **{name: lay for name, (lay, _) in IMAGE_LAYOUTS.items()},
+    **_ANY_RANK,
+    "expanded-pixels": lambda x: x[:, :, :1, :1].expand(x.shape),
+    "expanded-channels": lambda x: x.mean(1, keepdim=True).expand(x.shape),
+}
+ROWS = {
+    **{name: lay for name, (lay, _) in ROW_LAYOUTS.items()},
+    **_ANY_RANK,
+    "expanded-features": lambda x: x.mean(1, keepdim=True).expand(x.shape),
+}
+MASKS = {  # name -> bool mask of [rows, cols]
+    "none": lambda rows, cols: torch.zeros(rows, cols, dtype=torch.bool),
+    "all": lambda rows, cols: torch.ones(rows, cols, dtype=torch.bool),
+    "one weight": lambda rows, cols: _places(rows, cols, torch.randint(max(1, rows * cols), (1,))),
+    "one row": lambda rows, cols: (torch.arange(rows) == rows // 2).unsqueeze(1).expand(rows, cols).clone(),
+    "one column": lambda rows, cols: (torch.arange(cols) == cols // 2).expand(rows, cols).clone(),
+    "5 %": lambda rows, cols: torch.rand(rows, cols) < 0.05,
+    "half, with empty rows": lambda rows, cols: (torch.rand(rows, cols) < 0.5) & (torch.rand(rows, 1) < 0.5),
+    "half, with empty columns": lambda rows, cols: (torch.rand(rows, cols) < 0.5) & (torch.rand(1, cols) < 0.5),
+}
+
+
+def _places(rows: int, cols: int, places: Tensor) -> Tensor:
+    mask = torch.zeros(rows * cols, dtype=torch.bool)
+    mask[places[places < rows * cols]] = True
+    return mask.view(rows, cols)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    batch: int
+    cols: int
+    rows: int
+    mask: str
+    bias: bool
+    x_layout: str
+    g_layout: str
+    precision: str
+    seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Every argument an operation of the family may ask for, by its name in the schema."""
+        torch.manual_seed(self.seed)
+        x, g = torch.randn(self.batch, self.cols), torch.randn(self.batch, self.rows)
+        return {**_weight(self, self.cols), **_activations(self, ROWS, x, g)}
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    batch: int
+    channels: int
+    rows: int
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    mask: str
+    bias: bool
+    x_layout: str
+    g_layout: str
+    precision: str
+    seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        """As for LinearCase."""
+        torch.manual_seed(self.seed)
+        window = {"kernel_size": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        x = torch.randn(self.batch, self.channels, *self.image)
+        g = torch.randn(self.batch, self.rows, *output_size(self.image, *window.values()))
+        weight = _weight(self, self.channels * math.prod(self.kernel))
+        return {**weight, **_activations(self, IMAGES, x, g), "input_size": self.image, **window}
+
+
+def _weight(case: LinearCase | ConvCase, cols: int) -> dict[str, Tensor | None]:
+    mask = MASKS[case.mask](case.rows, cols)
+    _, dtype = PRECISIONS[case.precision]
+    values, bias = torch.randn(1, int(mask.sum()), dtype=dtype), torch.randn(case.rows, dtype=dtype)
+    return {"values": values, **csr_from_mask(mask)._asdict(), "bias": bias if case.bias else None}
+
+
+def _activations(case: LinearCase | ConvCase, layouts: dict, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    dtype, _ = PRECISIONS[case.precision]
+    return {"x": layouts[case.x_layout](x.to(dtype)), "g": layouts[case.g_layout](g.to(dtype))}
+
+
+# Around the lanes of a slice (8 and 16), the channels of a block, and nothing at all.
+_BATCHES = st.sampled_from((0, 1, 2, 7, 8, 9, 15, 16, 17, 33, 40))
+_CHANNELS = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33))
+_COMMON = {
+    "mask": st.sampled_from(sorted(MASKS)),
+    "bias": st.booleans(),
+    "precision": st.sampled_from(sorted(PRECISIONS)),
+    "seed": st.integers(0, 2**31),
+}
+
+linear_cases = st.builds(
+    LinearCase,
+    batch=_BATCHES | st.integers(50, 300),
+    cols=_CHANNELS | st.integers(30, 150),
+    rows=_CHANNELS | st.integers(30, 150),
+    x_layout=st.sampled_from(sorted(ROWS)),
+    g_layout=st.sampled_from(sorted(ROWS)),
+    **_COMMON,
+)
+
+
+@st.composite
+def _conv_cases(draw: st.DrawFn, symmetric: bool) -> ConvCase:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    kernel, stride, dilation = pair(1, 5), pair(1, 3), pair(1, 3)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    begin = [draw(st.integers(0, r + 2)) for r in reach]
+    end = begin if symmetric else [draw(st.integers(0, r + 2)) for r in reach]
+    least = [max(1, r - a - b) for r, a, b in zip(reach, begin, end)]
+    image = tuple(low + draw(st.integers(0, 9) | st.integers(10, 30)) for low in least)
+    return ConvCase(
+        batch=draw(_BATCHES),
+        channels=draw(_CHANNELS),
+        rows=draw(_CHANNELS),
+        image=image,
+        kernel=kernel,
+        stride=stride,
+        padding=(begin[0], end[0], begin[1], end[1]),
+        dilation=dilation,
+        x_layout=draw(st.sampled_from(sorted(IMAGES))),
+        g_layout=draw(st.sampled_from(sorted(IMAGES))),
+        **{name: draw(strategy) for name, strategy in _COMMON.items()},
+    )
+
+
+conv_cases = _conv_cases(symmetric=False)
+symmetric_conv_cases = _conv_cases(symmetric=True)  # what nn.Conv2d can say
