@@ -114,7 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset_hooks(self) -> None:
         self._handles: list = []
         self._done: set[Tensor] = set()  # updated since the last step()
-        # torch's GradScaler then announces itself to step() as it does to fused optimizers, instead of failing on its own.
+        # torch's GradScaler then announces itself to step(), as it does to fused optimizers, and can be refused there.
         self._step_supports_amp_scaling = self._during_backward
 
     def _hook(self, index: int) -> None:
@@ -142,7 +142,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             parameter.grad = None
 
     def _end_backward(self) -> None:
-        if getattr(self, "grad_scale", None) is not None:
+        if self.__dict__.pop("found_inf", None) is not None:  # set by a scaler that takes this for a fused optimizer
             raise RuntimeError(
                 "Expected no GradScaler with during_backward=True, got one: the updates were made with scaled gradients. "
                 "Use one of the two."
