@@ -136,6 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "Expected one backward pass to a step, got a second gradient before step(): with during_backward=True the "
                     "first one is already applied. Call step() after each backward pass, or accumulate without during_backward."
                 )
+            if parameter.grad is None:
+                raise RuntimeError("Expected the gradient of a parameter, got none: another optimizer has already applied and dropped it.")
             self._update([(self.param_groups[index], [parameter])])
             self._done.add(parameter)
         finally:

@@ -113,6 +113,16 @@ def test_a_second_backward_before_step_is_refused_and_changes_nothing(make):
 
 
 @every
+def test_two_optimizers_of_one_parameter_are_refused(make):
+    weight = torch.ones(3, requires_grad=True)
+    optimizers = [make([weight], during_backward=True) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="another optimizer"):
+        weight.sum().backward()
+    for optimizer in optimizers:
+        optimizer.stop_during_backward()
+
+
+@every
 def test_a_gradient_scaler_is_refused(make):
     weight = torch.ones(3, requires_grad=True)
     for unscale in (False, True):
