@@ -19,7 +19,8 @@ STEPS = 20
 
 
 class _MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 _mallinfo2 = ctypes.CDLL(None).mallinfo2
@@ -57,15 +58,11 @@ if __name__ == "__main__":
         )
         return sum(output.nbytes for output in outputs)
 
-    before = bytes_in_use()
     for _ in range(2):
         step()
-    kept = bytes_in_use() - before
     before, faults = bytes_in_use(), page_faults()
     output_bytes = sum(step() for _ in range(STEPS))
     print(json.dumps({
-        "nnz": indices.nnz,
-        "kept": kept,
         "growth": bytes_in_use() - before,
         "faults": page_faults() - faults,
         "output_pages": output_bytes // resource.getpagesize(),

@@ -15,7 +15,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kUnit = 64;           // elements: whole cache lines of every array, whole bytes of bits
+constexpr int64_t kUnit = 64;              // elements: whole cache lines of every array, whole bytes of bits
 constexpr int64_t kGrain = 16384 / kUnit;  // units worth a thread
 
 // What one call does to one parameter: arrays whose elements lie alike. They are the tensors' own memory, or copies.
@@ -29,12 +29,14 @@ struct Slot {
 
 // The arguments of a call, checked when this is built. Errors come from there, before anything is written.
 struct __attribute__((visibility("hidden"))) Arguments {
-  Arguments(const char* op, const Tensors& values, const Tensors& grads, std::vector<const Tensors*> states, const Tensors& bits)
+  Arguments(const char* op, const Tensors& values, const Tensors& grads, std::vector<const Tensors*> states,
+            const Tensors& bits)
       : values(values), grads(grads), states(std::move(states)), bits(bits) {
     STD_TORCH_CHECK(!values.empty(), op, ": Expected at least one value.");
     bool complete = grads.size() == values.size() && (bits.empty() || bits.size() == values.size());
     for (const Tensors* state : this->states) complete = complete && state->size() == values.size();
-    STD_TORCH_CHECK(complete, op, ": Expected ", values.size(), " gradients and states like values, and as many mask_bits or none.");
+    STD_TORCH_CHECK(complete, op, ": Expected ", values.size(),
+                    " gradients and states like values, and as many mask_bits or none.");
     const ScalarType type = values[0].scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, ": Expected float32 or float64 values.");
     for (size_t i = 0; i < values.size(); ++i) {
@@ -43,7 +45,8 @@ struct __attribute__((visibility("hidden"))) Arguments {
       for (const Tensors* state : this->states) check_like(op, (*state)[i], "states", i, type, true);
       if (bits.empty() || bits[i].numel() == 0) continue;
       const int64_t bytes = ceil_div(values[i].numel(), 8);
-      STD_TORCH_CHECK(bits[i].is_cpu() && bits[i].scalar_type() == ScalarType::Byte && bits[i].is_contiguous() && bits[i].numel() == bytes,
+      STD_TORCH_CHECK(bits[i].is_cpu() && bits[i].scalar_type() == ScalarType::Byte && bits[i].is_contiguous() &&
+                          bits[i].numel() == bytes,
                       op, ": Expected mask_bits[", i, "] of ", bytes, " contiguous bytes, uint8 on the CPU, or none; got ",
                       bits[i].numel(), ".");
     }
@@ -160,8 +163,9 @@ double advance(const Tensor& step) {
 
 }  // namespace
 
-void sgd_update_(const Tensors& values, const Tensors& grads, const Tensors& momentum_buffers, const Tensors& mask_bits, double lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step) {
+void sgd_update_(const Tensors& values, const Tensors& grads, const Tensors& momentum_buffers, const Tensors& mask_bits,
+                 double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+                 bool first_step) {
   std::vector<const Tensors*> states;
   if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
   const Arguments arguments("sgd_update_", values, grads, states, mask_bits);
@@ -184,10 +188,13 @@ void adamw_update_(const Tensors& values, const Tensors& grads, const Tensors& e
                    const Tensors& steps, const Tensors& mask_bits, double lr, double beta1, double beta2, double eps,
                    double weight_decay, bool maximize) {
   const Arguments arguments("adamw_update_", values, grads, {&exp_avgs, &exp_avg_sqs}, mask_bits);
-  STD_TORCH_CHECK(steps.size() == values.size(), "adamw_update_: Expected ", values.size(), " steps like values, got ", steps.size(), ".");
-  for (const Tensor& step : steps)
-    STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1 && (step.scalar_type() == ScalarType::Float || step.scalar_type() == ScalarType::Double),
+  STD_TORCH_CHECK(steps.size() == values.size(), "adamw_update_: Expected ", values.size(), " steps like values, got ",
+                  steps.size(), ".");
+  for (const Tensor& step : steps) {
+    const ScalarType type = step.scalar_type();
+    STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double),
                     "adamw_update_: Expected steps to be one float32 or float64 number each, on the CPU.");
+  }
   std::vector<std::pair<double, double>> shares;  // of every parameter: step_size, root_share
   for (const Tensor& step : steps) {
     const double t = advance(step);
@@ -201,7 +208,8 @@ void adamw_update_(const Tensors& values, const Tensors& grads, const Tensors& e
       args.value = at<T>(slot.value, first), args.grad = at<const T>(slot.grad, first);
       args.exp_avg = at<T>(slot.state[0], first), args.exp_avg_sq = at<T>(slot.state[1], first);
       args.bits = at<const uint8_t>(slot.bits, first / 8), args.count = count;
-      args.value_share = 1 - lr * weight_decay, args.grad_share = 1 - beta1, args.beta2 = beta2, args.square_share = 1 - beta2;
+      args.value_share = 1 - lr * weight_decay, args.grad_share = 1 - beta1;
+      args.beta2 = beta2, args.square_share = 1 - beta2;
       args.step_size = shares[i].first, args.root_share = shares[i].second, args.eps = eps, args.maximize = maximize;
       kernels<T>().adamw(args);
     });

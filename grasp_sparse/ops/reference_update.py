@@ -60,8 +60,9 @@ def _check(values: Sequence[Tensor], others: Sequence[Sequence[Tensor]], mask_bi
             if tensor.shape != value.shape or tensor.dtype != value.dtype:
                 got = f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(f"Expected gradient and state of values[{i}] as {value.dtype} {list(value.shape)}, got {got}.")
-        if mask_bits and mask_bits[i].numel() and mask_bits[i].shape != (-(-value.numel() // 8),):
-            raise ValueError(f"Expected mask_bits[{i}] of {-(-value.numel() // 8)} bytes or none, got {list(mask_bits[i].shape)}.")
+        bits, size = mask_bits[i] if mask_bits else None, -(-value.numel() // 8)
+        if bits is not None and bits.numel() and (bits.shape != (size,) or bits.dtype != torch.uint8):
+            raise ValueError(f"Expected mask_bits[{i}] of {size} bytes (uint8) or none, got {bits.dtype} {list(bits.shape)}.")
 
 
 def _kept(mask_bits: Sequence[Tensor], i: int, value: Tensor) -> Tensor | None:

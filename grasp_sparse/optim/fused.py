@@ -137,7 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "first one is already applied. Call step() after each backward pass, or accumulate without during_backward."
                 )
             if parameter.grad is None:
-                raise RuntimeError("Expected the gradient of a parameter, got none: another optimizer has already applied and dropped it.")
+                raise RuntimeError("Expected a gradient, got none: another optimizer has already applied and dropped it.")
             self._update([(self.param_groups[index], [parameter])])
             self._done.add(parameter)
         finally:
@@ -181,5 +181,7 @@ def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
         same.append(p)
         layout = p.grad.layout
         if layout is not torch.strided or not dtype.is_floating_point:
-            raise ValueError(f"Expected strided floating-point gradients, got {layout} {dtype}; give this parameter to a torch optimizer.")
+            raise ValueError(
+                f"Expected strided floating-point gradients, got {layout} {dtype}; give this parameter to a torch optimizer."
+            )
     return list(found.values())

@@ -14,8 +14,11 @@ from grasp_sparse import optim
 TOLERANCE = {torch.float64: dict(rtol=1e-12, atol=1e-12), torch.float32: dict(rtol=1e-3, atol=1e-4)}
 IMPLEMENTATIONS = {"foreach": dict(foreach=True), "fused": dict(fused=True)}
 SGD_OPTIONS = [  # a loss that is maximized has no end: in small steps rounding does not grow with it
-    dict(lr=0.005 if maximize else 0.05, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov, maximize=maximize)
-    for momentum, dampening, decay, nesterov, maximize in product((0, 0.9), (0, 0.1), (0, 1e-2), (False, True), (False, True))
+    dict(
+        lr=0.005 if maximize else 0.05, momentum=momentum, dampening=dampening, weight_decay=decay,
+        nesterov=nesterov, maximize=maximize,
+    )
+    for momentum, dampening, decay, nesterov, maximize in product((0, 0.9), (0, 0.1), (0, 1e-2), *[(False, True)] * 2)
     if not (nesterov and (momentum == 0 or dampening)) and not (dampening and momentum == 0)
 ]
 ADAMW_OPTIONS = [
