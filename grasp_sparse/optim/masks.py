@@ -12,7 +12,10 @@ from grasp_sparse.nn import MaskedConv2d, MaskedLinear
 
 
 def layer_masks(model: nn.Module) -> dict[Tensor, Tensor]:
-    """weight -> bool mask of every masked layer in ``model`` whose weight is trained: what ``masks=`` of an optimizer takes."""
+    """weight -> bool mask of every masked layer in ``model`` whose weight is trained: what ``masks=`` of an optimizer takes.
+
+    The optimizer follows masks that change in place; give it a mask tensor that replaces one with ``set_masks``.
+    """
     layers = (module for module in model.modules() if isinstance(module, (MaskedLinear, MaskedConv2d)))
     return {layer.weight: layer.mask for layer in layers if layer.weight.requires_grad}
 
