@@ -9,6 +9,7 @@
 """
 
 from grasp_sparse import _extension  # isort: skip  (the compiled kernels, before anything that runs them)
+from grasp_sparse import optim
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import make_masks, prune
@@ -19,6 +20,7 @@ __all__ = [
     "densify_",
     "load_sparse",
     "make_masks",
+    "optim",
     "prune",
     "score",
     "sparsify_",

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.bits import pack_bits, unpack_bits
 from grasp_sparse.files import write_atomically
 
 _METADATA_KEY = "grasp_sparse.masks"  # one key: safetensors orders several at random, and equal masks should be equal files
@@ -108,7 +109,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Writes a safetensors file, all of it or nothing: bits packed eight to a byte, shapes and recipe as metadata."""
         packed, layers = {}, {}
         for name, mask in self.items():
-            packed[name] = torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1)))
+            packed[name] = pack_bits(mask.cpu().reshape(-1))
             layers[name] = {"shape": list(mask.shape), "kept": self._kept[name]}
         header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers}
         data = safetensors.torch.save(packed, {_METADATA_KEY: json.dumps(header)})
@@ -142,7 +143,7 @@ def _unpack(name: str, bits: Tensor, shape: list[int], kept: int) -> Tensor:
     numel = int(np.prod(shape, dtype=np.int64))
     if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
         raise ValueError(f"{bits.dtype} {list(bits.shape)} as bits of {name!r} {shape}")
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=numel)).bool().view(shape)
+    mask = unpack_bits(bits, numel).view(shape)
     if int(mask.count_nonzero()) != kept:
         raise ValueError(f"{int(mask.count_nonzero())} kept in {name!r} where {kept} were written")
     return mask

@@ -12,6 +12,7 @@ import grasp_sparse
 ORDER = [
     "_extension",
     "files",
+    "bits",
     "timing",
     "poison",
     "weights",
@@ -25,6 +26,7 @@ ORDER = [
     "formats",
     "ops",
     "nn",
+    "optim",
     "surgery_report",
     "surgery",
     "train",

@@ -1,5 +1,5 @@
-// The border between the operations (linear.cpp, conv2d.cpp: torch tensors, threads, validation) and the loops that are
-// compiled once per instruction set (kernels.cpp): plain structs and three function pointers per element type.
+// The border between the operations (linear.cpp, conv2d.cpp, update.cpp: torch tensors, threads, validation) and the loops
+// that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
 //
 // Activations are worked on in slices of L batch lanes, L * sizeof(T) = 64 bytes, packed as [channel][row][column][L].
 // Every kept weight then multiplies one contiguous vector, whatever its place: the weight is a (value, offset) pair and a
@@ -66,11 +66,38 @@ struct SampledArgs {
   T* channel_sums;  // [channels][L] or null
 };
 
+// One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in
+// the highest bit of the first byte, becomes zero and so does its state, whatever its gradient is.
+template <class T>
+struct SgdArgs {
+  T* value;
+  const T* grad;
+  T* momentum_buffer;   // null: no momentum
+  const uint8_t* bits;  // null: no weight is pruned
+  int64_t count;
+  T lr, momentum, grad_share, weight_decay;  // grad_share = 1 - dampening
+  bool nesterov, maximize, first_step;       // the first step starts the buffer with the gradient
+};
+
+template <class T>
+struct AdamwArgs {
+  T* value;
+  const T* grad;
+  T *exp_avg, *exp_avg_sq;
+  const uint8_t* bits;
+  int64_t count;
+  T value_share, grad_share, beta2, square_share;  // 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2
+  T step_size, root_share, eps;                    // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  bool maximize;
+};
+
 template <class T>
 struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
+  void (*sgd)(const SgdArgs<T>&);
+  void (*adamw)(const AdamwArgs<T>&);
 };
 
 struct IsaBody {

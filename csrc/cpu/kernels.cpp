@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "product.h"
 #include "sampled.h"
+#include "update.h"
 
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
@@ -68,8 +69,8 @@ void sampled(const SampledArgs<T>& p) {
 extern const IsaBody body;
 const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &product<float>, &sampled<float>},
-    {&pack<double>, &product<double>, &sampled<double>},
+    {&pack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>},
+    {&pack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

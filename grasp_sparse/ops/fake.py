@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
+from grasp_sparse.ops.schema import UPDATE_SCHEMAS
 
 _register = torch.library.register_fake
 
@@ -61,3 +62,7 @@ def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, k
 def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
     return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)
+
+
+for _name in UPDATE_SCHEMAS:
+    _register(f"grasp_sparse::{_name}", lambda *_: None)

@@ -38,9 +38,29 @@ SCHEMAS = {
     "csr_conv2d_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
 }
 
+# One optimizer step of a list of tensors of one dtype and device, in place. They belong to no family: nobody differentiates
+# them. Every list is as long as `values`, or empty where it says so; no two tensors that are written share memory.
+#
+# `mask_bits` (may be empty): for each value either no bytes, and nothing is pruned, or one bit a weight in the order of
+# grasp_sparse.bits over the value's weights in memory order (row-major if its memory has gaps). Where the bit is 0 the value and
+# its state become exactly zero, whatever the gradient is.
+#
+# sgd_update_: `momentum_buffers` empty for plain SGD; with `first_step` they are started, whatever they held.
+# adamw_update_: `steps`, one number each, count the steps taken before this one and are advanced.
+UPDATE_SCHEMAS = {
+    "sgd_update_": (
+        "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] mask_bits, float lr, float momentum, "
+        "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> ()"
+    ),
+    "adamw_update_": (
+        "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+        "Tensor[] mask_bits, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()"
+    ),
+}
+
 # The layout of the result follows the strides of the argument, so a compiler must not change them on the way in.
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
 
 _library = torch.library.Library("grasp_sparse", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | UPDATE_SCHEMAS).items():
     _library.define(_name + _schema, tags=_TAGS)

@@ -1,0 +1,56 @@
+"""AdamW in one pass over value, gradient and both moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.optim.fused import FusedOptimizer
+
+
+class AdamW(FusedOptimizer, torch.optim.AdamW):
+    """``torch.optim.AdamW`` without amsgrad: same arguments, same numbers to rounding, state_dicts that load into each other.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW``.
+        masks, during_backward: see :class:`FusedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        masks: Mapping[Tensor, Tensor] | None = None,
+        during_backward: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, maximize=maximize, masks=masks, during_backward=during_backward
+        )
+
+    def _calls(self, group: dict, parameters: list[Tensor]) -> list[Callable[[], None]]:
+        return [partial(self._adamw, group, parameters)]
+
+    def _adamw(self, group: dict, parameters: list[Tensor]) -> None:
+        states = [self.state[p] or self._start(p) for p in parameters]
+        tensors = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+        beta1, beta2 = group["betas"]
+        self._run(
+            "adamw_update_", parameters, tensors,
+            float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]), group["maximize"],
+        )
+
+    def _start(self, parameter: Tensor) -> dict:
+        state = self.state[parameter]
+        # torch counts in float32 on the CPU, unless float64 is the default dtype.
+        state["step"] = torch.zeros((), dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state

@@ -1,0 +1,65 @@
+"""Which weights of a dense parameter an optimizer keeps at zero, as bits in the order of the parameter's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.bits import pack_like
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear
+
+
+def layer_masks(model: nn.Module) -> dict[Tensor, Tensor]:
+    """weight -> bool mask of every masked layer in ``model`` whose weight is trained: what ``masks=`` of an optimizer takes.
+
+    The optimizer follows masks that change in place; give it a mask tensor that replaces one with ``set_masks``.
+    """
+    layers = (module for module in model.modules() if isinstance(module, (MaskedLinear, MaskedConv2d)))
+    return {layer.weight: layer.mask for layer in layers if layer.weight.requires_grad}
+
+
+class PackedMasks:
+    """The masks of an optimizer, packed when they are first needed and again when a mask or its parameter has changed.
+
+    Changes in place are seen (``load_state_dict`` makes them), also a parameter that took other strides or another device.
+
+    Raises:
+        ValueError: a mask is not a bool tensor of the shape of its parameter.
+    """
+
+    def __init__(self, masks: Mapping[Tensor, Tensor]) -> None:
+        for parameter, mask in masks.items():
+            if mask.dtype != torch.bool or mask.shape != parameter.shape:
+                raise ValueError(
+                    f"Expected a bool mask of shape {list(parameter.shape)}, got {mask.dtype} {list(mask.shape)}; "
+                    "masks= maps each parameter to the mask of its own shape."
+                )
+        self._masks = dict(masks)
+        self._packed: dict[Tensor, tuple[tuple, Tensor]] = {}  # parameter -> what the bits were made from, bits
+
+    def __reduce__(self):
+        return PackedMasks, (self._masks,)
+
+    def check_within(self, parameters: Sequence[Tensor]) -> None:
+        """ValueError if a mask belongs to none of ``parameters``."""
+        strays = self._masks.keys() - set(parameters)
+        if strays:
+            raise ValueError(
+                f"Expected masks of parameters that the optimizer updates, got {len(strays)} of others, the first of shape "
+                f"{list(next(iter(strays)).shape)}; leave them out."
+            )
+
+    def bits(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The ``mask_bits`` argument of the operations; empty where no parameter has a mask."""
+        if not self._masks or not any(parameter in self._masks for parameter in parameters):
+            return []
+        return [self._bits_of(p) if p in self._masks else torch.empty(0, dtype=torch.uint8, device=p.device) for p in parameters]
+
+    def _bits_of(self, parameter: Tensor) -> Tensor:
+        mask = self._masks[parameter]
+        made_from = mask._version, parameter.stride(), parameter.device
+        if parameter not in self._packed or self._packed[parameter][0] != made_from:
+            self._packed[parameter] = made_from, pack_like(mask, parameter)
+        return self._packed[parameter][1]

@@ -1,0 +1,59 @@
+"""SGD with momentum in one pass over value, gradient and momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.optim.fused import FusedOptimizer
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD``: same arguments, same numbers to rounding, state_dicts that load into each other.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``.
+        masks, during_backward: see :class:`FusedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        masks: Mapping[Tensor, Tensor] | None = None,
+        during_backward: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov,
+            maximize=maximize, masks=masks, during_backward=during_backward,
+        )
+
+    def _calls(self, group: dict, parameters: list[Tensor]) -> list[Callable[[], None]]:
+        if group["momentum"] == 0:
+            return [partial(self._sgd, group, parameters, [], False)]
+        old, new = ([], []), ([], [])  # parameters, their buffers
+        for p in parameters:
+            buffer = self.state[p].get("momentum_buffer")
+            same, buffers = new if buffer is None else old
+            same.append(p)
+            buffers.append(torch.empty_like(p) if buffer is None else buffer)
+        return [partial(self._sgd, group, *pair, pair is new) for pair in (old, new) if pair[0]]
+
+    def _sgd(self, group: dict, parameters: list[Tensor], buffers: list[Tensor], first_step: bool) -> None:
+        self._run(
+            "sgd_update_", parameters, [buffers],
+            float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
+            group["nesterov"], group["maximize"], first_step,
+        )
+        if first_step:
+            for parameter, buffer in zip(parameters, buffers, strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer

@@ -1,0 +1,125 @@
+"""Memory scales with the kept weights, and a steady training step allocates its results and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grasp_sparse as gs
+from grasp_sparse import _extension
+from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.nn import SparseLayer
+from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.footprint import measure_footprint
+from grasp_sparse.train.models import vgg_small
+
+compiled = pytest.mark.skipif(not _extension.status().loaded, reason="compiled kernels are not loaded")
+BATCH = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
+
+
+def _sparse_vgg(density: float = 0.05) -> tuple[nn.Module, list[SparseLayer], int]:
+    """The model, its sparse layers, and how many numbers its parameters hold outside of them."""
+    model = vgg_small()
+    masks = {name: torch.rand_like(p) < density for name, p in model.named_parameters() if p.dim() > 1}
+    gs.sparsify_(model, masks, max_density=1.0)
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    return model, layers, sum(p.numel() for p in model.parameters()) - sum(layer.nnz for layer in layers)
+
+
+def test_training_keeps_twelve_bytes_a_kept_weight_and_twelve_for_its_indices():
+    """float32 weight, gradient and momentum; int32 column, row and permutation. A dense weight costs the first twelve."""
+    model, layers, dense = _sparse_vgg()
+    assert len(layers) == 6 and dense < 2000
+    nnz = sum(layer.nnz for layer in layers)
+    footprint = measure_footprint(TrainConfig(), model, BATCH)
+    trained = footprint.parameters + footprint.gradients + footprint.optimizer
+    assert trained == 12 * (nnz + dense)
+    pointers = sum(layer.crow_indices.numel() + layer.ccol_indices.numel() for layer in layers)
+    assert footprint.indices == 12 * nnz + 4 * pointers
+    assert footprint.total <= 0.15 * 12 * sum(layer.weight_shape.numel() for layer in layers)
+
+
+@pytest.mark.parametrize("during_backward", [False, True])
+def test_optimizers_hold_one_number_a_weight_and_state(during_backward):
+    model, layers, dense = _sparse_vgg()
+    weights = sum(layer.nnz for layer in layers) + dense
+    for kind, options, moments in ((gs.optim.SGD, dict(momentum=0.9), 1), (gs.optim.AdamW, {}, 2)):
+        optimizer = kind(model.parameters(), lr=0.01, during_backward=during_backward, **options)
+        nn.functional.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+        gradients = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
+        assert gradients == (0 if during_backward else weights)
+        optimizer.step()
+        optimizer.zero_grad()
+        held = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
+        assert sum(t.untyped_storage().nbytes() for t in held) == moments * 4 * weights
+        optimizer.stop_during_backward()
+
+
+def _allocations(run) -> tuple[list[int], list[Tensor]]:
+    """Bytes of every block that torch's CPU allocator gave out during ``run``, largest first, and what it returned."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outputs = run()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted((size for size in sizes if size > 0), reverse=True), list(outputs)
+
+
+def _passes():
+    """One call each of the six operations."""
+    ops, window = torch.ops.grasp_sparse, ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
+    indices = csr_from_mask(torch.rand(24, 16 * 9) < 0.2)
+    values, bias = torch.randn(1, indices.nnz), torch.randn(24)
+    x, g = torch.randn(40, 16 * 9), torch.randn(40, 24)
+    image, g_image = torch.randn(5, 16, 9, 9), torch.randn(5, 24, 9, 9).to(memory_format=torch.channels_last)
+    return {
+        "csr_spmm": lambda: [ops.csr_spmm(values, *indices, bias, x)],
+        "csr_spmm_t": lambda: [ops.csr_spmm_t(values, *indices, g)],
+        "csr_sddmm": lambda: [ops.csr_sddmm(*indices, g, x)],
+        "csr_conv2d_fprop": lambda: [ops.csr_conv2d_fprop(values, *indices, bias, image, *window)],
+        "csr_conv2d_dgrad": lambda: [ops.csr_conv2d_dgrad(values, *indices, g_image, [9, 9], *window)],
+        "csr_conv2d_wgrad": lambda: [ops.csr_conv2d_wgrad(*indices, g_image, image, *window)],
+    }
+
+
+@compiled
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_an_operation_allocates_its_output_and_nothing_else(name):
+    run = _passes()[name]
+    run()
+    for _ in range(2):
+        sizes, outputs = _allocations(run)
+        assert sizes == [output.nbytes for output in outputs]
+
+
+@compiled
+@pytest.mark.parametrize("make", [lambda p: gs.optim.SGD(p, lr=0.1, momentum=0.9), gs.optim.AdamW], ids=["SGD", "AdamW"])
+def test_an_optimizer_step_allocates_nothing(make):
+    weights = [torch.randn(1, 5000, requires_grad=True), torch.randn(40, requires_grad=True)]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert _allocations(lambda: optimizer.step() or [])[0] == []
+
+
+@compiled
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+def test_steady_steps_reuse_the_working_memory_of_the_kernels():
+    """It is kept from call to call: nothing grows, and no page is touched for the first time but those of the outputs."""
+    # Fixed thresholds: a block that is freed goes back to the system at once, and taking it anew costs page faults.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    program = Path(__file__).with_name("steady_state.py")
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    assert seen["growth"] < 65536
+    assert seen["faults"] <= 1.1 * seen["output_pages"] + 200
