@@ -29,6 +29,7 @@ ORDER = [
     "surgery",
     "train",
     "report",
+    "bench",
     "cli",
     "__main__",
 ]
