@@ -75,14 +75,19 @@ class Arm:
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer on oneDNN (mkldnn) tensors; torch's autograd runs its backward there as well."""
+    """A linear layer through oneDNN (mkldnn); torch's autograd runs its backward there as well.
+
+    The result is in oneDNN's own layout if the input is; between ordinary layers both are converted.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.mkldnn_linear(x, self.weight, self.bias)
+        if x.is_mkldnn:
+            return torch.ops.aten.mkldnn_linear(x, self.weight, self.bias)
+        return self(x.to_mkldnn()).to_dense()
 
 
 def layer_arms(

@@ -46,7 +46,7 @@ def timing_columns(times: Mapping[str, Timing], arm: str, among: Iterable[str]) 
     """
     time = times[arm]
     row: Row = {
-        "median_s": f"{time.median:.6f}", "q1_s": f"{time.q1:.6f}", "q3_s": f"{time.q3:.6f}", "rounds": time.count,
+        "median_s": f"{time.median:.6g}", "q1_s": f"{time.q1:.6g}", "q3_s": f"{time.q3:.6g}", "rounds": time.count,
         "best": "yes" if time.median == min(times[name].median for name in among) else "",
     }  # fmt: skip
     dense = {name: other.median for name, other in times.items() if kind_of(name) == DENSE}
