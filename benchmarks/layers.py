@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.runner import RESULTS, Results, add_precision, measure_all, parser, run, settings_of, share
+from benchmarks.runner import RESULTS, Results, add_precision, measure_all, parser, run, settings_of, share, tell
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
 from grasp_sparse.bench.arms import Arm, check_arms, layer_arms
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_of, same, timing_columns
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             precision=options.precision, seed=options.seed,
         )
         results.add(rows, KEY)
-        print(describe(rows), flush=True)
+        tell(describe(rows))
 
     wrong = measure_all(cases, lambda case: str(case[1]), run_one)
     here = settings | {"precision": options.precision, "caches": "cold" if options.cold else "warm"}

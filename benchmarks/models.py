@@ -18,7 +18,7 @@ import gc
 from pathlib import Path
 
 from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images, masks_of
-from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of
+from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
 from grasp_sparse.bench.breakdown import breakdown
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
@@ -74,17 +74,19 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
     flags.add_argument("--budget", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="default: both")
     flags.add_argument("--data-dir", metavar="DIR", help="images as DIR/train/<class>/*.jpg (default: Fashion-MNIST)")
+    flags.add_argument("--data-name", metavar="NAME", help="what the rows call these images (default: the folder's name)")
     flags.add_argument("--mask-dir", type=Path, default=RESULTS.parent / "masks", metavar="DIR", help="default: %(default)s")
-    flags.add_argument("--seconds-per-case", type=float, default=30.0, metavar="S",
-                       help="how long to measure; at least 5 rounds all the same (default: %(default)s)")
+    flags.add_argument("--seconds-per-case", type=float, metavar="S",
+                       help="how long to measure; at least 5 rounds all the same (default: 30, with --quick 5)")
     flags.add_argument("--out", type=Path, help="CSV to write; the breakdown goes beside it (default: models.csv in benchmarks/results)")
     options = flags.parse_args(arguments)
 
+    seconds = options.seconds_per_case or (5.0 if options.quick else 30.0)
     settings = settings_of(options)
     path = options.out or RESULTS / ("models-quick.csv" if options.quick else "models.csv")
     results = Results(path, settings, options.resume)
     shares = Results(path.with_name(f"{path.stem}-breakdown{path.suffix}"), settings, options.resume)
-    images = load_images(options.data_dir)
+    images = load_images(options.data_dir, options.data_name)
     networks = [network for network in (QUICK if options.quick else NETWORKS) if network.name in options.model]
     families = {budget: FAMILIES[budget][1:2] if options.quick else FAMILIES[budget] for budget in options.budget}
     wanted = [(budget, sparsity) for budget, sparsities in families.items() for sparsity in sparsities]
@@ -99,10 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
         if results.has([case]) and shares.has([case]):
             return
         masks = masks_of(network, images, wanted, options.mask_dir, options.seed)[budget, sparsity]
-        rows, parts = measure(network, images, masks, case, options.seconds_per_case, options.seed)
+        rows, parts = measure(network, images, masks, case, seconds, options.seed)
         results.add(rows, KEY)
         shares.add(parts, KEY)
-        print(describe(rows), flush=True)
+        tell(describe(rows))
         gc.collect()
 
     items = [(network, budget, sparsity) for network in networks for budget, sparsity in wanted]

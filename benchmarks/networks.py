@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,8 @@ class Images:
         return network.input(self.images[chosen]), self.labels[chosen]
 
 
-def load_images(data_dir: str | None) -> Images:
-    """From `data_dir`/train/<class>/*.jpg (CIFAR-10 in the published figures); without it Fashion-MNIST in three equal channels.
+def load_images(data_dir: str | None, name: str | None = None) -> Images:
+    """From `data_dir`/train/<class>/*.jpg, named `name` or like the folder; without one Fashion-MNIST in three equal channels.
 
     Raises UserError when there are none.
     """
@@ -94,9 +95,10 @@ def load_images(data_dir: str | None) -> Images:
         splits, _ = load_fashion_mnist(None)
         images, labels = splits["train"]
         images, labels = images[: 10 * _KEPT_PER_CLASS], labels[: 10 * _KEPT_PER_CLASS]
-        name, images = "Fashion-MNIST", F.interpolate(images.float() / 255, size=(SIDE, SIDE), mode="bilinear").expand(-1, 3, -1, -1)
+        large = F.interpolate(images.float() / 255, size=(SIDE, SIDE), mode="bilinear")
+        name, images = name or "Fashion-MNIST", large.expand(-1, 3, -1, -1)
     else:
-        name, (images, labels) = Path(data_dir).resolve().name, _folder(Path(data_dir) / "train")
+        name, (images, labels) = name or Path(data_dir).resolve().name, _folder(Path(data_dir) / "train")
     mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
     return Images(name, ((images - mean) / std).contiguous(), labels)
 
@@ -115,11 +117,12 @@ def _folder(root: Path) -> tuple[Tensor, Tensor]:
     return torch.stack([folder[i][0] for i in chosen]), labels[chosen]
 
 
-def masks_of(network: Network, images: Images, wanted: list[tuple[str, float]], folder: Path, seed: int) -> dict[tuple[str, float], MaskSet]:
+def masks_of(
+    network: Network, images: Images, wanted: list[tuple[str, float]], folder: Path, seed: int
+) -> dict[tuple[str, float], MaskSet]:
     """GraSP's masks for each (budget, sparsity): read from `folder`, or scored once for all of them and kept there."""
-    paths = {
-        case: folder / f"{network.name}-{images.name.lower()}-{case[0]}-{case[1]:g}-seed{seed}.safetensors" for case in wanted
-    }
+    data = re.sub(r"[^a-z0-9]+", "-", images.name.lower()).strip("-")
+    paths = {case: folder / f"{network.name}-{data}-{case[0]}-{case[1]:g}-seed{seed}.safetensors" for case in wanted}
     model = network.model(seed)
     if not all(path.is_file() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)

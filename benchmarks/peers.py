@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.layers import random_mask
-from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share
+from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
 from grasp_sparse.bench.arms import Arm, WrongResultError, check_arms, layer_arms
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
@@ -100,6 +99,8 @@ class SparseProp:
 
         if x.shape[0] % 8:
             raise UnsupportedError(f"batch {x.shape[0]} is not a multiple of 8")
+        if int(mask.count_nonzero()) > 2_000_000:
+            raise UnsupportedError("more than two million kept weights")
         if isinstance(layer, nn.Linear):
             return _SparsePropArm(Linear.from_dense(layer), x, grad)
         if layer.stride[0] > 2 or layer.kernel_size[0] != layer.kernel_size[1]:
@@ -212,10 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
             return
         rows, left_out = measure(group, shape, sparsity, training, peers, options.seconds_per_shape, options.seed)
         for line in filter(lambda line: line not in said, left_out):
-            tqdm.write(line)
+            tell(line)
         said.update(left_out)
         results.add(rows, KEY)
-        print(describe(rows), flush=True)
+        tell(describe(rows))
 
     wrong = measure_all(cases, lambda case: f"{case[1]} {case[2]:.0%}", run_one)
     print(f"wrote {results.path}")

@@ -45,7 +45,9 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     shared.add_argument("--quick", action="store_true", help="a few cases, about a minute")
     shared.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     shared.add_argument("--seed", type=int, default=0)
-    shared.add_argument("--resume", action="store_true", help="keep the rows of the CSV file, measure only what it lacks")
+    shared.add_argument(
+        "--resume", action="store_true", help="keep the rows of the CSV file and measure only what it lacks (else it is begun anew)"
+    )
     return shared
 
 
@@ -67,6 +69,12 @@ def settings_of(options: argparse.Namespace) -> Row:
     return machine()
 
 
+def tell(line: str) -> None:
+    """A line on stdout, at once, beside the progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 def measure_all(cases: list, label: Callable[[object], str], measure: Callable[[object], None]) -> int:
     """Measures case after case under a progress bar; returns how many computed something wrong and were left out."""
     wrong = 0
@@ -77,7 +85,7 @@ def measure_all(cases: list, label: Callable[[object], str], measure: Callable[[
                 measure(case)
             except WrongResultError as error:
                 wrong += 1
-                tqdm.write(f"{label(case)}: not measured: {error}")
+                tell(f"{label(case)}: not measured: {error}")
     return wrong
 
 

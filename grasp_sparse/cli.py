@@ -1,4 +1,7 @@
-"""`grasp-sparse prune | train | bench | report | info`: parses, calls, prints; every mistake of the user ends in one line and exit code 2."""
+"""`grasp-sparse prune | train | bench | report | info`: parses, calls, prints.
+
+Every mistake of the user ends in one line and exit code 2.
+"""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ def _rows_net() -> nn.Module:
 
 
 def _images() -> Images:
-    return Images("pictures", torch.randn(40, 3, 32, 32), torch.arange(40) % 10)
+    return Images("Pictures (small)", torch.randn(40, 3, 32, 32), torch.arange(40) % 10)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "QUICK", (Network("resnet32", _net, 4, 32), Network("mlp", _rows_net, 4, None)))
-    monkeypatch.setattr(models, "load_images", lambda _: _images())
+    monkeypatch.setattr(models, "load_images", lambda *_: _images())
 
 
 def _run(folder: Path, *flags: str) -> int:
@@ -55,7 +55,7 @@ def test_steps_and_breakdown_are_written_and_resumed(tmp_path: Path, monkeypatch
     assert [row["arm"] for row in conv] == ["dense nchw", "dense channels_last", "sparse nchw", "sparse channels_last"]
     assert {row["arm"] for row in rows if row["model"] == "mlp"} == {"dense rows", "dense oneDNN", "sparse rows"}
     for row in rows:
-        assert row["data"] == "pictures" and row["pass"] == "training step" and float(row["median_s"]) > 0
+        assert row["data"] == "Pictures (small)" and row["pass"] == "training step" and float(row["median_s"]) > 0
         reached = float(row["flop_sparsity" if row["budget"] == "flops" else "weight_sparsity"])
         assert reached == pytest.approx(float(row["sparsity"]), abs=0.02)
     sparse = conv[2]
@@ -76,6 +76,9 @@ def test_masks_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     network, wanted = Network("net", _net, 4, 32, micro_batch=5), [("flops", 0.5), ("weights", 0.75)]
     masks = networks.masks_of(network, _images(), wanted, tmp_path, 0)
     assert masks["weights", 0.75].sparsity == pytest.approx(0.75, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "net-pictures-small-flops-0.5-seed0.safetensors", "net-pictures-small-weights-0.75-seed0.safetensors",
+    }  # fmt: skip
     monkeypatch.setattr(networks, "score", None)
     assert networks.masks_of(network, _images(), wanted, tmp_path, 0) == masks
 
@@ -117,6 +120,7 @@ def test_images_come_from_class_folders(tmp_path: Path) -> None:
     assert images.images.mean().abs() < 1e-4
     x, y = images.batch(Network("large", _net, 4, 64), 0)
     assert x.shape == (4, 3, 64, 64) and y.shape == (4,)
+    assert networks.load_images(str(tmp_path / "pets"), "cats (and dogs)").name == "cats (and dogs)"
     with pytest.raises(UserError, match="Expected --data-dir to hold train/<class>"):
         networks.load_images(str(tmp_path / "nowhere"))
 

@@ -49,7 +49,8 @@ def test_rows_of_what_is_right_and_lines_for_the_rest(
     assert "no row for wrong peer: wrong result: wrong peer: output differs from the dense layer's by" in out
     rows = read_rows(tmp_path / "peers.csv")
     assert {row["arm"] for row in rows} == {
-        "dense nchw", "dense channels_last", "dense nn.Linear", "dense oneDNN", "sparse", "sparse nchw", "sparse channels_last", "torch CSR",
+        "dense nchw", "dense channels_last", "dense nn.Linear", "dense oneDNN", "sparse", "sparse nchw", "sparse channels_last",
+        "torch CSR",
     }  # fmt: skip
     csr = [row for row in rows if row["arm"] == "torch CSR"]
     assert {(row["pass"], row["note"]) for row in csr} == {("forward", ""), ("forward+backward", "the gradient of the weight is dense")}
