@@ -60,7 +60,7 @@ def layer_lines(rows: Sequence[Mapping[str, str]]) -> list[Line]:
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:
-    """Colours from petrol to sand, of even steps."""
+    """`count` colours in even steps, dark to light."""
     palette = colormaps["viridis"]
     return [palette(0.12 + 0.74 * i / max(1, count - 1)) for i in range(count)]
 
@@ -118,7 +118,7 @@ def _layer_panel(axes: Axes, title: str, members: Sequence[Line]) -> None:
         x = [place[share] for share in complete]
         axes.plot(x, means, color=ACCENT, lw=2.8, marker="D", ms=6, zorder=5, label=f"geometric mean of {len(members)} shapes")
         for here, mean in zip(x, means):
-            axes.annotate(f"{mean:.2g}x" if mean < 10 else f"{mean:.0f}x", (here, mean), xytext=(0, 8), textcoords="offset points",
+            axes.annotate(f"{mean:.1f}x" if mean < 9.95 else f"{mean:.0f}x", (here, mean), xytext=(0, 8), textcoords="offset points",
                           ha="center", color=ACCENT, fontweight="bold", fontsize=9, zorder=6,
                           bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.8})
     axes.set_xticks(range(len(shares)), [f"{share:.2%}".replace(".00", "") for share in shares])

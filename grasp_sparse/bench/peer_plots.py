@@ -56,7 +56,7 @@ def _peer_panel(axes: Axes, rows: Rows, title: str) -> list[float]:
         heights = [geometric_mean(speeds[name][share]) for share in shares if share in speeds[name]]
         axes.bar(x, [h - 1e-3 for h in heights], width * 0.92, bottom=1e-3, color=colours[name], label=name)
         for here, height in zip(x, heights):
-            axes.text(here, height * 1.03, f"{height:.2g}x" if height < 10 else f"{height:.0f}x", ha="center", va="bottom", fontsize=7.5)
+            axes.text(here, height * 1.03, f"{height:.1f}x" if height < 9.95 else f"{height:.0f}x", ha="center", va="bottom", fontsize=7.5)
     axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
     axes.set(title=title, xlabel="weights removed")
     axes.grid(axis="x", visible=False)
