@@ -1,95 +1,155 @@
 """Forward and backward of single layers, sparse against every dense path, in turns in one process.
 
-    python -m benchmarks.layers --quick     two shapes, a minute
-    python -m benchmarks.layers             all shapes
-    python -m benchmarks.layers --cold      every call measured, see below
+    python -m benchmarks.layers --quick              three shapes, a minute
+    python -m benchmarks.layers                      all groups
+    python -m benchmarks.layers --group linear       conv3x3, resnet50 (its distinct convolutions at 224x224), linear
+    python -m benchmarks.layers --cold               every call measured, see below
 
-In its turn an arm makes three unmeasured calls before the measured one: in a network a layer's input and gradient have just
-been written by its neighbours. With --cold there are none, and each arm starts with its data evicted by the arm before: that
-is the other end, and the smaller an arm's work the more it pays.
+In its turn an arm makes up to three unmeasured calls before the measured one: in a network a layer's input and gradient
+have just been written by its neighbours. With --cold there are none, and each arm starts with its data evicted by the arm
+before: that is the other end, and the smaller an arm's work the more it pays.
 
-Prints ratios and writes benchmarks/results/layers.csv (layers-cold.csv), one row an arm: where and with what it was measured,
-median and quartiles in seconds, and how many times slower than the sparse layer. Machines differ and are shared: quote ratios.
-Nothing is measured unless the arms agree on the results, on memory poisoned with NaN.
+The dense arms of a shape and the sparse ones of all sparsities run in the same turns; a convolution runs in NCHW and in
+channels_last. Prints ratios and geometric means and writes benchmarks/results/layers.csv (layers-cold.csv), one row an arm,
+after every shape. Machines differ and are shared: quote ratios. Nothing is measured unless the arms agree on the results, on
+memory poisoned with NaN. Set the allocator as README says; the rows tell whether it was (`allocator`).
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.arms import SPARSE, check, make_arms
-from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
-from grasp_sparse.timing import interleaved
-from grasp_sparse.train.environment import describe_environment
+from benchmarks.runner import RESULTS, Results, add_precision, measure_all, parser, run, settings_of, share, tell
+from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
+from grasp_sparse.bench.arms import Arm, check_arms, layer_arms
+from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_of, same, timing_columns
+from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.timing import interleaved_within
 
-RESULTS = Path(__file__).parent / "results"
 LEAD_IN = 3
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+KEY = ("group", "shape", "precision", "caches")
 
 
-def measure(shape: ConvShape | LinearShape, sparsity: float, rounds: int, lead_in: int, seed: int) -> list[dict]:
-    """Rows of one shape at one sparsity. Raises RuntimeError, and measures nothing, when the results differ."""
-    arms = make_arms(shape, 1 - sparsity, torch.Generator().manual_seed(seed))
-    check(arms)
-    times = interleaved(arms, rounds, lead_in=lead_in)
-    sparse = times[SPARSE].median
-    nnz = arms[SPARSE].layer.nnz
-    return [
-        {
-            "shape": str(shape),
-            "sparsity": sparsity,
-            "nnz": nnz,
-            "pass": "forward+backward",
-            "precision": "float32",
-            "caches": "warm" if lead_in else "cold",
-            "arm": name,
-            "median_s": f"{time.median:.6f}",
-            "q1_s": f"{time.q1:.6f}",
-            "q3_s": f"{time.q3:.6f}",
-            "rounds": time.count,
-            "times_sparse": f"{time.median / sparse:.2f}",
-        }
-        for name, time in times.items()
-    ]
+def random_mask(shape: torch.Size, sparsity: float, generator: torch.Generator) -> torch.Tensor:
+    """A random mask of exactly round((1 - sparsity) * n) places."""
+    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    mask[torch.randperm(shape.numel(), generator=generator)[: round((1 - sparsity) * shape.numel())]] = True
+    return mask.view(shape)
 
 
-def describe(rows: list[dict]) -> str:
-    ratios = ", ".join(f"{row['times_sparse']}x vs {row['arm']}" for row in rows if row["arm"] != SPARSE)
-    return f"{rows[0]['shape']:40} {rows[0]['caches']} {rows[0]['sparsity']:.0%}  {ratios}"
+def make_arms(shape: Shape, sparsities: list[float], precision: str, seed: int) -> tuple[dict[str, Arm], dict[str, int]]:
+    """All arms of a shape, checked against the dense layer, and the kept weights of each.
+
+    Raises WrongResultError when any of them computes something else.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dense, x = shape.layer(), shape.input(generator)
+    with torch.no_grad():
+        y = dense(x)
+    grad = torch.randn(y.shape, generator=generator)
+    sparse_kind = SparseLinear if isinstance(shape, LinearShape) else SparseConv2d
+    masks = {f"{sparsity:g}": random_mask(dense.weight.shape, sparsity, generator) for sparsity in sparsities}
+    pruned = {label: sparse_kind.from_dense(dense, mask) for label, mask in masks.items()}
+    arms = layer_arms(dense, pruned, x, grad, input_grad=shape.input_grad, precision=precision)
+    everything = torch.ones_like(dense.weight, dtype=torch.bool)
+    check_arms({name: arm for name, arm in arms.items() if kind_of(name) == DENSE}, dense, everything)
+    for label, mask in masks.items():
+        check_arms({name: arm for name, arm in arms.items() if name.split()[:2] == [SPARSE, label]}, dense, mask)
+    kept = {name: arm.layer.nnz if isinstance(arm.layer, SparseLayer) else dense.weight.numel() for name, arm in arms.items()}
+    return arms, kept
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds; each runs every arm once (default: %(default)s)")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
-    parser.add_argument("--cold", action="store_true", help="no unmeasured calls in between")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="CSV to write (default: layers.csv or layers-cold.csv in benchmarks/results)")
-    options = parser.parse_args(arguments)
-    out = options.out or RESULTS / ("layers-cold.csv" if options.cold else "layers.csv")
-    torch.set_num_threads(options.threads)
-    environment = describe_environment()
+def measure(
+    group: str, shape: Shape, sparsities: list[float], *, seconds: float, lead_in: int, precision: str, seed: int
+) -> list[Row]:
+    """Rows of one shape: its dense arms, and at each sparsity its sparse ones."""
+    arms, kept = make_arms(shape, sparsities, precision, seed)
+    times = interleaved_within(arms, seconds, lead_in=lead_in)
     rows = []
-    cases = [(shape, sparsity) for shape in (QUICK if options.quick else FULL) for sparsity in options.sparsity]
-    for shape, sparsity in tqdm(cases, disable=not sys.stderr.isatty(), leave=False):
-        measured = measure(shape, sparsity, options.rounds, 0 if options.cold else LEAD_IN, options.seed)
-        tqdm.write(describe(measured))
-        rows += [{**row, **environment} for row in measured]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {out}")
+    for name in arms:
+        kind, *label, layout = name.split() if not isinstance(shape, LinearShape) else [*name.split(maxsplit=1), "rows"]
+        rivals = [other for other in arms if kind_of(other) == kind and (kind == DENSE or other.split()[1] == label[0])]
+        rows.append({
+            "group": group, "shape": str(shape), "count": shape.count, "sparsity": label[0] if kind == SPARSE else "0",
+            "nnz": kept[name], "pass": "forward+backward", "input_grad": "yes" if shape.input_grad else "no",
+            "precision": precision, "caches": "warm" if lead_in else "cold", "layout": layout,
+            "arm": name if kind == DENSE else " ".join([SPARSE, *name.split()[2:]]),
+            **timing_columns(times, name, rivals),
+        })  # fmt: skip
+    return rows
+
+
+def best_sparse(rows: list[Row]) -> dict[str, Row]:
+    """Of rows of one shape: sparsity -> the row of the faster sparse arm."""
+    return {row["sparsity"]: row for row in rows if kind_of(row["arm"]) == SPARSE and row["best"]}
+
+
+def describe(rows: list[Row]) -> str:
+    """One line for the shape: at each sparsity the faster sparse arm against the fastest dense one."""
+    ratios = "  ".join(f"{float(s):.0%}: {float(row['vs best dense']):5.2f}x" for s, row in best_sparse(rows).items())
+    return f"{rows[0]['shape']:42} {rows[0]['caches']}  {ratios}"
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Geometric means of the better sparse layout against the fastest dense one, a line per group, batch and sparsity.
+
+    Of resnet50 twice: over its distinct shapes, and with each shape weighted by how often the network has it.
+    """
+    ratios: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if kind_of(row["arm"]) == SPARSE and row["best"]:
+            batch = row["shape"].rpartition(" ")[2]
+            ratios[row["group"], batch, row["sparsity"]].append((float(row["vs best dense"]), float(row["count"])))
+    lines = []
+    for (group, batch, sparsity), found in ratios.items():
+        values, counts = zip(*found, strict=True)
+        line = f"{group} batch {batch} at {float(sparsity):.0%}: geometric mean {geometric_mean(values):.2f}x over {len(values)} shapes"
+        if any(count != 1 for count in counts):
+            line += f", {geometric_mean(values, counts):.2f}x weighted by how often each occurs ({sum(counts):.0f} layers)"
+        lines.append(line)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = parser("layers", __doc__)
+    flags.add_argument("--group", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
+    flags.add_argument("--batch", type=int, nargs="+", metavar="N", help="other batch sizes than the group's own")
+    flags.add_argument("--sparsity", type=share, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
+    flags.add_argument("--seconds-per-shape", type=float, default=6.0, metavar="S",
+                       help="how long to measure; at least 5 rounds all the same (default: %(default)s)")
+    flags.add_argument("--cold", action="store_true", help="no unmeasured calls in between")
+    flags.add_argument("--out", type=Path, help="CSV to write (default: layers.csv or layers-cold.csv in benchmarks/results)")
+    add_precision(flags)
+    options = flags.parse_args(arguments)
+
+    settings = settings_of(options)
+    name = "layers-quick.csv" if options.quick else "layers-cold.csv" if options.cold else "layers.csv"
+    results = Results(options.out or RESULTS / name, settings, options.resume)
+    make = {group: QUICK[group] if options.quick else GROUPS[group](*([options.batch] if options.batch else [])) for group in options.group}
+    cases = [(group, shape) for group, shapes in make.items() for shape in shapes]
+
+    def run_one(case: tuple[str, Shape]) -> None:
+        group, shape = case
+        known = {"group": group, "shape": str(shape), "precision": options.precision, "caches": "cold" if options.cold else "warm"}
+        if results.has([known | {"sparsity": f"{sparsity:g}"} for sparsity in options.sparsity]):
+            return
+        rows = measure(
+            group, shape, list(options.sparsity), seconds=options.seconds_per_shape, lead_in=0 if options.cold else LEAD_IN,
+            precision=options.precision, seed=options.seed,
+        )
+        results.add(rows, KEY)
+        tell(describe(rows))
+
+    wrong = measure_all(cases, lambda case: str(case[1]), run_one)
+    here = settings | {"precision": options.precision, "caches": "cold" if options.cold else "warm"}
+    print("\n".join(summary([row for row in results.rows if same(row, here, here)])))
+    print(f"wrote {results.path}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,7 @@
-"""`grasp-sparse prune | train | info`: parses, calls, prints; every mistake of the user ends in one line and exit code 2."""
+"""`grasp-sparse prune | train | bench | report | info`: parses, calls, prints.
+
+Every mistake of the user ends in one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,14 @@ _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
   grasp-sparse train --recipe demo --masks snip.safetensors     train with them (same --seed, same initial weights)"""
 
+_BENCH_EXAMPLES = """examples:
+  grasp-sparse bench --model resnet50 --sparsity 0.95 --input 32x3x224x224
+  grasp-sparse bench --model my_package.models:make_net --sparsity 0.98 --budget flops --input 128x3x32x32 --out mine.csv"""
+_REPORT_EXAMPLES = """examples:
+  grasp-sparse report benchmarks/results                plots of every CSV file there, beside them
+  grasp-sparse report mine.csv --out plots
+  grasp-sparse report runs/demo                         report.md and plots of a training run, written again"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Mistakes end in one line, like every other error, instead of the whole usage."""
@@ -48,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="grasp-sparse", description=_DESCRIPTION)
     parser.add_argument("--debug", action="store_true", help="on an error, print the whole traceback")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prune | train | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prune | train | bench | report | info")
 
     prune = commands.add_parser(
         "prune", usage="%(prog)s [--recipe NAME|FILE] [--out FILE] [flags below]",
@@ -70,11 +81,40 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, exactly where it stopped")
     _add_config_flags(train, groups=tuple(_GROUPS))
 
+    _add_bench(commands)
+    report = commands.add_parser(
+        "report", help="plots of benchmark results, or a run's report", epilog=_REPORT_EXAMPLES,
+        description="Draw what the CSV files of the benchmarks say, or write the report of a training run again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("paths", nargs="+", metavar="PATH", help="CSV files, folders of them, or folders of training runs")
+    report.add_argument("--out", metavar="DIR", help="folder for the plots (default: beside each CSV file)")
+
     info = commands.add_parser(
         "info", help="versions, kernels, processor", description="What is installed, what was compiled and what will run."
     )
     info.add_argument("--json", action="store_true", help="the same as one JSON object")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="what pruning would bring to a model of yours, on this machine", epilog=_BENCH_EXAMPLES,
+        description="Prune a model, then measure each layer and whole training steps, sparse against the fastest dense path. "
+        "Inputs and targets are random numbers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, or package.module:factory")
+    bench.add_argument("--input", required=True, metavar="NxCxHxW", help="a batch, e.g. 32x3x224x224")
+    bench.add_argument("--sparsity", type=float, default=0.95, metavar="SHARE", help="share removed (default: %(default)s)")
+    bench.add_argument("--budget", choices=("weights", "flops"), default="weights", help="what sparsity counts (default: %(default)s)")
+    bench.add_argument("--criterion", default="grasp", metavar="NAME", help="default: %(default)s")
+    bench.add_argument("--num-classes", type=int, metavar="N", help="outputs of the model (default: its own)")
+    bench.add_argument("--rounds", type=int, default=9, metavar="N", help="measured steps of each arm (default: %(default)s)")
+    bench.add_argument("--seconds-per-layer", type=float, default=1.0, metavar="S", help="default: %(default)s")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write every figure to this CSV file too")
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str], skip: Sequence[str] = ()) -> None:
@@ -169,6 +209,27 @@ def _train(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.bench.command import BenchOptions, run_bench
+
+    run_bench(BenchOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(BenchOptions)}))
+    return OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.bench.plots import write_plots
+    from grasp_sparse.report import write_report
+    from grasp_sparse.train.logging import say
+
+    for path in map(Path, arguments.paths):
+        if (path / "result.json").is_file():
+            say(f"wrote {write_report(path)}")
+            continue
+        for plot in write_plots(path, None if arguments.out is None else Path(arguments.out)):
+            say(f"wrote {plot}")
+    return OK
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from grasp_sparse.train.environment import describe_environment, extension_status
 
@@ -210,11 +271,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    command = {"prune": _prune, "train": _train, "info": _info}[arguments.command]
+    command = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "info": _info}[arguments.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            if command is not _info:
+            if command not in (_info, _report):
                 _check_kernels()
             return command(arguments)
     except KeyboardInterrupt as interrupt:

@@ -64,7 +64,7 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
         textcoords="offset points", ha="center", color=ACCENT,
     )
     right.margins(y=0.15)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def plot_density(layers: list[dict[str, Any]], path: Path) -> None:
@@ -91,7 +91,7 @@ def plot_density(layers: list[dict[str, Any]], path: Path) -> None:
         labels=["sparse kernel", "dense kernel, pruned weights (if any) held at zero"], loc="upper left",
         bbox_to_anchor=(0, -0.12 - 0.6 / len(layers)), ncols=2, fontsize=8.5,
     )
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def plot_step(timing: dict[str, Any], memory: dict[str, Any], path: Path) -> None:
@@ -99,7 +99,7 @@ def plot_step(timing: dict[str, Any], memory: dict[str, Any], path: Path) -> Non
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
     _bars_of_time(left, timing)
     _bars_of_memory(right, memory)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def _bars_of_time(axes: Axes, timing: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def _bars_of_memory(axes: Axes, memory: dict[str, Any]) -> None:
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.28), columnspacing=1.0, handlelength=1.2)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_plot(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path)
     plt.close(figure)
 

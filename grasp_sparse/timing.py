@@ -52,3 +52,31 @@ def interleaved(
         q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
         timings[name] = Timing(median, q1, q3, rounds)
     return timings
+
+
+def interleaved_within(
+    arms: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    fewest: int = 5,
+    most: int = 25,
+    lead_in: int = 0,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """``interleaved`` with as many rounds as fit into about `seconds`, at least `fewest` and at most `most`.
+
+    Two unmeasured calls of each arm warm it up and tell how long a turn takes. Where `fewest` rounds with several lead-in
+    calls do not fit, one has to do: what takes that long does not stay in a cache anyway.
+    """
+    for run in arms.values():
+        run()
+    synchronize()
+    start = time.perf_counter()
+    for run in arms.values():
+        run()
+    synchronize()
+    turn = max(time.perf_counter() - start, 1e-6)
+    if (lead_in + 1) * turn * (fewest + 1) > seconds:
+        lead_in = min(lead_in, 1)
+    rounds = int(seconds / (turn * (lead_in + 1))) - 1  # one goes to warming up
+    return interleaved(arms, min(max(rounds, fewest), most), warmup=1, lead_in=lead_in, synchronize=synchronize)

@@ -91,7 +91,7 @@ def test_info_says_why_nothing_compiled_runs(monkeypatch: pytest.MonkeyPatch, ca
     assert "pure-torch reference" in text and "no: no compiler; install one" in text
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["bench"], ["report"], ["info"]])
 def test_help_exists(command: list[str], capsys: pytest.CaptureFixture) -> None:
     assert _exit_code(*command, "--help") == 0
     assert "usage: grasp-sparse" in capsys.readouterr().out

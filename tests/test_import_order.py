@@ -31,6 +31,7 @@ ORDER = [
     "surgery",
     "train",
     "report",
+    "bench",
     "cli",
     "__main__",
 ]

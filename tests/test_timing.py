@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grasp_sparse import timing
-from grasp_sparse.timing import interleaved
+from grasp_sparse.timing import interleaved, interleaved_within
 
 
 @pytest.fixture
@@ -54,3 +54,31 @@ def test_time_waiting_for_a_device_is_measured(clock):
         clock.now += 7
 
     assert interleaved({"a": lambda: None}, rounds=2, warmup=0, synchronize=finish)["a"].median == 7
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 5), (30, 9), (1000, 25)])
+def test_rounds_follow_from_the_time_there_is(clock, seconds, rounds):
+    calls: list[str] = []
+
+    def run() -> None:
+        calls.append("")
+        clock.now += 1
+
+    # A turn of both arms with one lead-in call takes 3 s: 30 s are 10 turns, of which one warms up.
+    def quick() -> None:
+        clock.now += 0.5
+
+    times = interleaved_within({"a": run, "b": quick}, seconds, lead_in=1)
+    assert times["a"].count == rounds
+    assert len(calls) == 2 + 2 * (rounds + 1)
+
+
+def test_slow_arms_get_one_lead_in_call(clock):
+    calls: list[str] = []
+
+    def run() -> None:
+        calls.append("")
+        clock.now += 1
+
+    interleaved_within({"a": run}, 10, lead_in=3)
+    assert len(calls) == 2 + 2 * 6

@@ -118,8 +118,8 @@ class ResNet32(nn.Module):
 OWN_MODELS: dict[str, Callable[..., nn.Module]] = {"vgg_small": vgg_small, "vgg19": vgg19, "resnet32": ResNet32}
 
 
-def build_model(name: str, num_classes: int, in_channels: int, args: dict[str, Any] | None = None) -> nn.Module:
-    """The named model with fresh weights, `num_classes` outputs and a first convolution for `in_channels`.
+def build_model(name: str, num_classes: int | None, in_channels: int | None, args: dict[str, Any] | None = None) -> nn.Module:
+    """The named model with fresh weights, `num_classes` outputs and a first convolution for `in_channels`; None: its own.
 
     Raises UserError for an unknown name or arguments the factory refuses.
     """
@@ -129,16 +129,15 @@ def build_model(name: str, num_classes: int, in_channels: int, args: dict[str, A
     try:
         accepted = inspect.signature(factory).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        shape_args = {"num_classes": num_classes}
-        if "in_channels" in accepted:
-            shape_args["in_channels"] = in_channels
-        shape_args = {k: v for k, v in shape_args.items() if takes_any or k in accepted}
+        wanted = {"num_classes": takes_any or "num_classes" in accepted, "in_channels": "in_channels" in accepted}
+        shapes = {"num_classes": num_classes, "in_channels": in_channels}
+        shape_args = {key: value for key, value in shapes.items() if wanted[key] and value is not None}
         model = factory(**{**shape_args, **args})
     except Exception as error:  # the factory is anybody's code: whatever it raises, the choice of model is what has to change
         raise UserError(f"model {name} refused its arguments {args}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"Expected model {name} to return a torch.nn.Module, got {type(model).__name__}")
-    if "in_channels" not in shape_args:
+    if in_channels is not None and "in_channels" not in shape_args:
         _match_first_conv(model, in_channels)
     return model
 

@@ -21,7 +21,7 @@ SPARSE = "sparse"
 DENSE_FORMATS = ("nchw", "channels_last")
 
 
-def _step_arm(
+def step_arm(
     config: TrainConfig, model: nn.Module, batches: list[tuple[Tensor, Tensor]], layout: str
 ) -> Callable[[], object]:
     """A call of the result = one training step of `model` on the next batch, already in the arm's layout."""
@@ -42,9 +42,9 @@ def measure_steps(
 
     Works on copies: neither model changes. `batches` are real ones, on the models' device.
     """
-    arms = {f"dense {layout}": _step_arm(config, copy.deepcopy(dense), batches, layout) for layout in DENSE_FORMATS}
+    arms = {f"dense {layout}": step_arm(config, copy.deepcopy(dense), batches, layout) for layout in DENSE_FORMATS}
     if sparse is not None:
-        arms[SPARSE] = _step_arm(config, copy.deepcopy(sparse), batches, config.memory_format)
+        arms[SPARSE] = step_arm(config, copy.deepcopy(sparse), batches, config.memory_format)
     synchronize = torch.cuda.synchronize if batches[0][0].is_cuda else lambda: None
     return interleaved(arms, config.timing_rounds, synchronize=synchronize)
 

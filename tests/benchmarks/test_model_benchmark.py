@@ -1,0 +1,151 @@
+"""Whole steps: equal gradients before any timing, masks made once, rows that say what was reached."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import models, networks
+from benchmarks.networks import Images, Network
+from grasp_sparse.bench.arms import WrongResultError
+from grasp_sparse.bench.breakdown import CATEGORIES, breakdown, category
+from grasp_sparse.bench.results import read_rows
+from grasp_sparse.bench.steps import check_steps, dense_steps, masked_copy, sparse_steps
+from grasp_sparse.nn import SparseConv2d
+from grasp_sparse.pruning import prune
+from grasp_sparse.train.errors import UserError
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def _rows_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def _images() -> Images:
+    return Images("Pictures (small)", torch.randn(40, 3, 32, 32), torch.arange(40) % 10)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "QUICK", (Network("resnet32", _net, 4, 32), Network("mlp", _rows_net, 4, None)))
+    monkeypatch.setattr(models, "load_images", lambda *_: _images())
+
+
+def _run(folder: Path, *flags: str) -> int:
+    return models.main([
+        "--quick", "--threads", "1", "--seconds-per-case", "0.001", "--mask-dir", str(folder / "masks"), "--out",
+        str(folder / "models.csv"), *flags,
+    ])  # fmt: skip
+
+
+def test_steps_and_breakdown_are_written_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run(tmp_path) == 0
+    rows, parts = read_rows(tmp_path / "models.csv"), read_rows(tmp_path / "models-breakdown.csv")
+    conv = [row for row in rows if row["model"] == "resnet32" and row["budget"] == "flops"]
+    assert [row["arm"] for row in conv] == ["dense nchw", "dense channels_last", "sparse nchw", "sparse channels_last"]
+    assert {row["arm"] for row in rows if row["model"] == "mlp"} == {"dense rows", "dense oneDNN", "sparse rows"}
+    for row in rows:
+        assert row["data"] == "Pictures (small)" and row["pass"] == "training step" and float(row["median_s"]) > 0
+        reached = float(row["flop_sparsity" if row["budget"] == "flops" else "weight_sparsity"])
+        assert reached == pytest.approx(float(row["sparsity"]), abs=0.02)
+    sparse = conv[2]
+    assert sum(int(sparse[f"layers_{kind}"]) for kind in ("sparse", "masked", "dense")) == 3
+    shares: dict[tuple[str, ...], float] = {}
+    for part in parts:
+        case = tuple(part[key] for key in ("model", "budget", "sparsity", "arm"))
+        shares[case] = shares.get(case, 0) + float(part["share"])
+    assert len(shares) == 8 and all(total == pytest.approx(1, abs=1e-2) for total in shares.values())
+    assert {part["category"] for part in parts} == set(CATEGORIES)
+
+    monkeypatch.setattr(models, "measure", None)  # nothing is left to measure
+    assert _run(tmp_path, "--resume") == 0
+    assert read_rows(tmp_path / "models.csv") == rows
+
+
+def test_masks_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, wanted = Network("net", _net, 4, 32, micro_batch=5), [("flops", 0.5), ("weights", 0.75)]
+    masks = networks.masks_of(network, _images(), wanted, tmp_path, 0)
+    assert masks["weights", 0.75].sparsity == pytest.approx(0.75, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "net-pictures-small-flops-0.5-seed0.safetensors", "net-pictures-small-weights-0.75-seed0.safetensors",
+    }  # fmt: skip
+    monkeypatch.setattr(networks, "score", None)
+    assert networks.masks_of(network, _images(), wanted, tmp_path, 0) == masks
+
+
+def test_a_wrong_gradient_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    forward = SparseConv2d.forward
+
+    def wrong(self: SparseConv2d, x: torch.Tensor) -> torch.Tensor:
+        y = forward(self, x)
+        return y + 0.2 * (y - y.detach())  # the same output, a gradient that is a fifth too large
+
+    monkeypatch.setattr(SparseConv2d, "forward", wrong)
+    assert _run(tmp_path, "--model", "resnet32") == 1
+    assert not (tmp_path / "models.csv").exists()
+    assert re.search(r"not measured: sparse nchw: gradient of \w+ differs from dense nchw's by 2.0e-01", capsys.readouterr().out)
+
+
+def test_another_loss_is_found() -> None:
+    model, batch = _net(), (torch.randn(4, 3, 8, 8), torch.arange(4))
+    masks = prune(model, [batch], 0.8)
+    masked = masked_copy(model, masks)
+    steps = dense_steps(masked, batch) | sparse_steps(masked, masks, batch)[0]
+    assert check_steps(steps, masks) < 1e-3
+    with torch.no_grad():
+        steps["sparse channels_last"].model[7].bias[0] += 1
+    with pytest.raises(WrongResultError, match="sparse channels_last: loss"):
+        check_steps(steps, masks)
+
+
+def test_images_come_from_class_folders(tmp_path: Path) -> None:
+    from torchvision.io import write_png
+
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            write_png(torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8), str(tmp_path / "pets" / "train" / name / f"{i}.png"))
+    images = networks.load_images(str(tmp_path / "pets"))
+    assert (images.name, tuple(images.images.shape), sorted(images.labels.tolist())) == ("pets", (6, 3, 32, 32), [0, 0, 0, 1, 1, 1])
+    assert images.images.mean().abs() < 1e-4
+    x, y = images.batch(Network("large", _net, 4, 64), 0)
+    assert x.shape == (4, 3, 64, 64) and y.shape == (4,)
+    assert networks.load_images(str(tmp_path / "pets"), "cats (and dogs)").name == "cats (and dogs)"
+    with pytest.raises(UserError, match="Expected --data-dir to hold train/<class>"):
+        networks.load_images(str(tmp_path / "nowhere"))
+
+
+def test_published_networks() -> None:
+    made = {network.name: network for network in networks.NETWORKS}
+    assert {name: (n.batch, n.side) for name, n in made.items()} == {
+        "vgg19": (128, 32), "resnet32": (128, 32), "resnet50": (32, 224), "mlp": (256, None),
+    }  # fmt: skip
+    with torch.device("meta"):
+        assert [m.weight.shape for m in made["mlp"].make() if isinstance(m, nn.Linear)] == [(4096, 3072), (4096, 4096), (10, 4096)]
+
+
+def test_operators_are_told_apart() -> None:
+    named = {
+        "aten::mkldnn_convolution": "conv and linear", "grasp_sparse::csr_conv2d_fprop": "conv and linear",
+        "aten::native_batch_norm_backward": "norm", "aten::threshold_backward": "activation", "aten::max_pool2d_with_indices": "pooling",
+        "aten::_fused_sgd_": "optimizer", "aten::add_": "other",
+    }  # fmt: skip
+    assert {name: category(name) for name in named} == named
+    assert category("aten::empty", "aten::native_batch_norm") == "norm"
+
+
+def test_breakdown_adds_up_what_ran() -> None:
+    linear, x = nn.Linear(64, 64), torch.randn(256, 64)
+    spent = breakdown(lambda: torch.relu(linear(x)), steps=2)
+    assert list(spent) == list(CATEGORIES)
+    assert spent["conv and linear"] > 0 and spent["activation"] > 0 and spent["norm"] == spent["pooling"] == spent["optimizer"] == 0
