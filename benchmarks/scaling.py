@@ -16,7 +16,6 @@ benchmarks/results. Nothing is measured unless sparse and dense agree on the res
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,18 +25,19 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from benchmarks.arms import SPARSE, Arm, check, make_arms
-from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
+from benchmarks.layers import LEAD_IN, make_arms
+from benchmarks.runner import RESULTS
+from benchmarks.shapes import QUICK, ConvShape, LinearShape, Shape, conv3x3, linear
+from grasp_sparse.bench.arms import Arm
+from grasp_sparse.bench.results import SPARSE, kind_of, machine, write_rows
 from grasp_sparse.report import ACCENT, INK, STYLE, plt
 from grasp_sparse.report import SPARSE as SPARSE_COLOUR
 from grasp_sparse.timing import Timing, interleaved
-from grasp_sparse.train.environment import describe_environment
 
-RESULTS = Path(__file__).parent / "results"
 FITTED = (ConvShape(128, 128, 16, 128), LinearShape(4096, 1024, 512))
 DENSITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
+THREADED = (*conv3x3(), *linear([512]))
 THREADS_DENSITY = 0.05
-LEAD_IN = 3
 COLUMNS = (
     "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "rounds",
     "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation", "times_as_fast_as_one_thread",
@@ -73,14 +73,13 @@ def fit_line(nnz: list[int], seconds: list[float]) -> Line:
     return Line(float(a), float(b), r2, float(numpy.abs(t / fitted - 1).max()))
 
 
-def sparse_arm(shape: ConvShape | LinearShape, density: float, seed: int) -> Arm:
-    """The sparse layer of `shape`, once it agrees with the dense ones. Raises RuntimeError otherwise."""
-    arms = make_arms(shape, density, torch.Generator().manual_seed(seed))
-    check(arms)
-    return arms[SPARSE]
+def sparse_arm(shape: Shape, density: float, seed: int) -> Arm:
+    """The sparse layer of `shape` (a convolution: in NCHW), once it agrees with the dense ones."""
+    arms, _ = make_arms(shape, [1 - density], "float32", seed)
+    return next(arm for name, arm in arms.items() if kind_of(name) == SPARSE)
 
 
-def measure_nnz(shape: ConvShape | LinearShape, densities: list[float], rounds: int, seed: int) -> tuple[list[dict], Line]:
+def measure_nnz(shape: Shape, densities: list[float], rounds: int, seed: int) -> tuple[list[dict], Line]:
     arms = {f"{density:g}": sparse_arm(shape, density, seed) for density in densities}
     times = interleaved(arms, rounds, lead_in=LEAD_IN)
     nnz = {name: arm.layer.nnz for name, arm in arms.items()}
@@ -99,7 +98,7 @@ def measure_nnz(shape: ConvShape | LinearShape, densities: list[float], rounds: 
     return rows, line
 
 
-def measure_threads(shape: ConvShape | LinearShape, density: float, rounds: int, seed: int) -> list[dict]:
+def measure_threads(shape: Shape, density: float, rounds: int, seed: int) -> list[dict]:
     """Leaves torch with the threads it had."""
     arm, before = sparse_arm(shape, density, seed), torch.get_num_threads()
     try:
@@ -123,7 +122,7 @@ def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]
     return with_threads
 
 
-def _row(measured: str, shape: ConvShape | LinearShape, density: float, nnz: int, threads: int, time: Timing) -> dict:
+def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, time: Timing) -> dict:
     return {
         "measured": measured,
         "shape": str(shape),
@@ -163,17 +162,10 @@ def plot_fits(fits: list[tuple[list[dict], Line]], path: Path) -> None:
         plt.close(figure)
 
 
-def write_rows(rows: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *describe_environment()], restval="")
-        writer.writeheader()
-        writer.writerows({**row, **describe_environment()} for row in rows)
-
-
 def main(
     arguments: list[str] | None = None,
-    fitted: tuple[ConvShape | LinearShape, ...] = FITTED,
-    threaded: tuple[ConvShape | LinearShape, ...] = FULL,
+    fitted: tuple[Shape, ...] = FITTED,
+    threaded: tuple[Shape, ...] = THREADED,
 ) -> None:
     """The shapes are arguments for tests, which have no minutes."""
     parser = argparse.ArgumentParser(
@@ -188,7 +180,8 @@ def main(
     options = parser.parse_args(arguments)
     rounds = options.rounds or (7 if options.quick else 25)
     torch.set_num_threads(options.threads)
-    shapes = [shape for shape in threaded if not options.quick or shape in QUICK]
+    quick = [shape for shapes in QUICK.values() for shape in shapes]
+    shapes = [shape for shape in threaded if not options.quick or shape in quick]
     fits, rows = [], []
     with tqdm(total=len(fitted) + len(shapes), disable=not sys.stderr.isatty(), leave=False) as bar:
         for shape in fitted:
@@ -203,8 +196,8 @@ def main(
             bar.write(f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one")
             bar.update()
             rows += measured
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, options.out)
+    where = machine()
+    write_rows(options.out, [{column: row.get(column, "") for column in COLUMNS} | where for row in rows])
     plot_fits(fits, options.out.with_suffix(".png"))
     print(f"wrote {options.out} and {options.out.with_suffix('.png').name}")
 
