@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.arms import SPARSE, check, make_arms
 from benchmarks.shapes import FULL, QUICK, ConvShape, LinearShape
 from grasp_sparse.timing import interleaved
-from grasp_sparse.train.environment import describe_environment
+from grasp_sparse.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 LEAD_IN = 3

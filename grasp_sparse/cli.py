@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every weight, keep the best, save the masks.", formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prune.add_argument("--out", default="masks.safetensors", metavar="FILE", help="masks, one bit a weight (default: %(default)s)")
-    only_training = ("name", "dense", "masks", "max_density", "timing_rounds", "augment")
+    only_training = ("name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment")
     _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training)
 
     train = commands.add_parser(
@@ -170,7 +170,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from grasp_sparse.train.environment import describe_environment, extension_status
+    from grasp_sparse.environment import describe_environment, extension_status
 
     environment, kernels = describe_environment(), extension_status()
     if arguments.json:

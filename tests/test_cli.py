@@ -21,6 +21,7 @@ from grasp_sparse.masks import MaskSet
 _SMALL = [
     "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--model-arg", "widths=[16]",
     "--model-arg", "depth=1", "--samples-per-class", "2", "--sparsity", "0.8", "--batch-size", "16", "--epochs", "1",
+    "--plan", "density",
 ]  # fmt: skip
 
 _SCORING = _SMALL[: _SMALL.index("--batch-size")]

@@ -11,6 +11,7 @@ import grasp_sparse
 
 ORDER = [
     "_extension",
+    "environment",
     "files",
     "timing",
     "poison",
@@ -25,6 +26,8 @@ ORDER = [
     "formats",
     "ops",
     "nn",
+    "targets",
+    "planning",
     "surgery_report",
     "surgery",
     "train",

@@ -54,3 +54,14 @@ def test_time_waiting_for_a_device_is_measured(clock):
         clock.now += 7
 
     assert interleaved({"a": lambda: None}, rounds=2, warmup=0, synchronize=finish)["a"].median == 7
+
+
+def test_rounds_end_when_enough_is_known_but_not_before_the_third(clock):
+    seen = []
+
+    def enough(seconds):
+        seen.append(list(seconds["nap"]))
+        return len(seconds["nap"]) == 4
+
+    times = interleaved({"nap": napping(clock, [9, 4, 3, 2, 1])}, rounds=50, warmup=1, enough=enough)["nap"]
+    assert (times.count, times.best) == (4, 1) and seen == [[4, 3, 2], [4, 3, 2, 1]]

@@ -1,8 +1,10 @@
 """Dense kernels on a weight whose pruned entries are exactly zero: for layers too dense for sparse kernels to pay.
 
-The mask is part of the forward, so the gradient of a pruned entry is zero; the entry itself is stored as zero. With both
-zero every torch optimizer leaves it there: momentum, moments and weight decay are all zero. ``torch.where`` rather than a
-product keeps that true for gradients that are infinite or NaN.
+The entry is stored as zero, and the gradient on its way to the weight is masked, so it is zero too, also where the layer's
+own gradient is infinite or NaN. With both zero an optimizer that treats entries one by one leaves it there, as all of
+torch's do but Muon (it mixes the entries of a matrix): momentum, moments and weight decay are all zero. The forward
+multiplies by the stored weight as it is, for a masked copy of it would be a second pass over the weight in every step. Who
+writes into the weight writes zeros there, as ``load_state_dict`` does here.
 """
 
 from __future__ import annotations
@@ -12,6 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.nn.linear import check_mask
+
+
+class _MaskGradient(torch.autograd.Function):
+    """The weight itself, with a gradient that is zero where the mask is False."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, grad, 0), None
 
 
 class _Masked:
@@ -44,6 +65,10 @@ class _Masked:
     def to_dense_weight(self) -> Tensor:
         """The weight with exact zeros where pruned; differentiable."""
         return torch.where(self.mask, self.weight, 0)
+
+    def _trained_weight(self) -> Tensor:
+        """The stored weight, which is zero where pruned; its gradient will be, too."""
+        return _MaskGradient.apply(self.weight, self.mask) if self.weight.requires_grad else self.weight
 
     def _apply(self, fn, recurse: bool = True):
         mask = self.mask
@@ -82,7 +107,7 @@ class MaskedLinear(_Masked, nn.Linear):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.to_dense_weight(), self.bias)
+        return F.linear(x, self._trained_weight(), self.bias)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -103,7 +128,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.to_dense_weight(), self.bias)
+        return self._conv_forward(x, self._trained_weight(), self.bias)
 
 
 def _conv_arguments(module: nn.Conv2d) -> dict:

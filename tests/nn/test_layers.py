@@ -80,6 +80,25 @@ def test_wrong_mask_is_refused(make):
             make(dense, mask)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_stop_at_the_mask(bad):
+    dense = nn.Linear(6, 4)
+    mask = random_mask(dense)
+    layer = masked_of(dense, mask)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for _ in range(2):
+        layer(torch.full((3, 6), bad)).sum().backward()
+        assert (layer.weight.grad[~mask] == 0).all() and not layer.weight.grad[mask].isfinite().any()
+        optimizer.step()
+    assert (layer.weight[~mask] == 0).all()
+
+
+def test_a_frozen_masked_layer_gives_no_gradient():
+    dense = nn.Linear(6, 4, bias=False)
+    dense.weight.requires_grad_(False)
+    assert not masked_of(dense, random_mask(dense))(torch.ones(3, 6)).requires_grad
+
+
 def test_values_are_the_only_weight():
     dense = nn.Conv2d(4, 6, 3)
     layer = sparse_of(dense, random_mask(dense))

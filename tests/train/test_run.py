@@ -43,7 +43,7 @@ def with_aux(num_classes: int, in_channels: int) -> nn.Module:
 def _config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, model=f"{__name__}:dropout_net",
-        sparsity=0.7, samples_per_class=2, timing_rounds=0,
+        sparsity=0.7, samples_per_class=2, timing_rounds=0, plan="density",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 
