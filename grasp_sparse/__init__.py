@@ -13,6 +13,7 @@ from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Plan, plan
 from grasp_sparse.pruning import make_masks, prune
+from grasp_sparse import speedup  # isort: skip  (`prune` finds its search for budget="time" there)
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 
 __all__ = [

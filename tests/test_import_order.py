@@ -30,6 +30,7 @@ ORDER = [
     "planning",
     "surgery_report",
     "surgery",
+    "speedup",
     "train",
     "report",
     "cli",

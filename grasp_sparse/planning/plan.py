@@ -99,7 +99,7 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
     rows = []
     for target in targets:
         times, runs, reason = None, target.runs, target.reason
-        called = [(layer, given, calls) for name, layer in target.layers.items() for given, calls in inputs.get(name, {}).items()]
+        called = calls_of(target, inputs)
         if runs is None and (obstacle := _no_kernels(target) or (None if called else "not called on the example")):
             runs, reason = by_density(target, MAX_DENSITY)
             reason = "; ".join(filter(None, (reason, f"not measured: {obstacle}")))
@@ -140,6 +140,11 @@ def given_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerInpu
         reason = target.reason or (known.reason if known else "as the plan says")
         rows.append(_row(target, inputs, known.times if known else None, answers.pop(), reason))
     return _as_plan(targets, rows)
+
+
+def calls_of(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> list[tuple[nn.Module, LayerInput, int]]:
+    """(layer, kind of input, number of calls) of all layers that hold the weight."""
+    return [(layer, given, calls) for name, layer in target.layers.items() for given, calls in inputs.get(name, {}).items()]
 
 
 def target_times(mask: Tensor, called: Sequence[tuple[nn.Module, LayerInput, int]], kept: int) -> Times:
