@@ -35,6 +35,7 @@ A run's folder gets checkpoint.pt, masks.safetensors, log.jsonl (a line an epoch
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
+  grasp-sparse prune --model resnet18 --budget time --speedup 4 --batch-size 64 --threads 2
   grasp-sparse train --recipe demo --masks snip.safetensors     train with them (same --seed, same initial weights)"""
 
 
@@ -57,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--out", default="masks.safetensors", metavar="FILE", help="masks, one bit a weight (default: %(default)s)")
     only_training = ("name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment")
-    _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training)
+    of_a_step = ("batch_size", "memory_format")  # what --budget time measures
+    _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training, also=of_a_step)
 
     train = commands.add_parser(
         "train", usage="%(prog)s [--recipe NAME|FILE] [--out DIR] [flags below]   or   %(prog)s --resume DIR",
@@ -77,14 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str], skip: Sequence[str] = ()) -> None:
+def _add_config_flags(
+    parser: argparse.ArgumentParser, groups: Sequence[str], skip: Sequence[str] = (), also: Sequence[str] = ()
+) -> None:
     """One flag per field of TrainConfig; a flag that is not given leaves no trace, so the recipe's value stays."""
     recipes = ", ".join(sorted(packaged_recipes()))
     parser.add_argument("--recipe", metavar="NAME|FILE", help=f"TOML file, or one that comes with the package: {recipes}")
-    sections = {name: parser.add_argument_group(_GROUPS[name]) for name in groups}
+    shown = (*groups, *{f.metadata["group"] for f in dataclasses.fields(TrainConfig) if f.name in also})
+    sections = {name: parser.add_argument_group(_GROUPS[name]) for name in shown}
     for f in dataclasses.fields(TrainConfig):
         group, kind, choices = (f.metadata.get(key) for key in ("group", "type", "choices"))
-        if group not in groups or f.name in skip:
+        if (group not in groups and f.name not in also) or f.name in skip:
             continue
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         metavar = f.metadata.get("metavar") or (None if choices else kind.__name__.upper().replace("STR", "NAME"))
@@ -127,11 +132,16 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _config(arguments: argparse.Namespace) -> TrainConfig:
-    values = {}
+    values, given = {}, _given_flags(arguments)
     if arguments.recipe:
         recipe = read_recipe(arguments.recipe)
         values = TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}").to_dict()
-    return TrainConfig.from_dict({**values, **_given_flags(arguments)}, "the command line").validate()
+        if recipe.get("budget") == "time" and "sparsity" in recipe:
+            raise UserError(f"recipe {arguments.recipe}: Expected speedup or sparsity with budget 'time', got both; leave sparsity out")
+    config = TrainConfig.from_dict({**values, **given}, "the command line").validate()
+    if config.budget == "time" and "sparsity" in given:
+        raise UserError("Expected --speedup or --sparsity with budget time, got both; leave --sparsity out or choose another --budget")
+    return config
 
 
 def _prune(arguments: argparse.Namespace) -> int:

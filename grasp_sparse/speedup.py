@@ -29,6 +29,7 @@ TOLERANCE = 0.10
 _GOOD_ENOUGH = 0.04  # tries end here; after the last one anything within TOLERANCE will do
 _MAX_TRIES = 6
 _ROUNDS = 9
+_LEAST_REST = 0.1  # of a dense step: layers alone may take longer than in it, and nothing would be left for the rest
 _LONG_ENOUGH = 20.0  # seconds of steps; three rounds then do
 _SOLVED = 0.005
 _FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -38,6 +39,7 @@ SPARSE = "sparse"
 class Try(NamedTuple):
     """One network that was built and measured."""
 
+    share: float  # of the layers' seconds that was removed
     kept_seconds: float  # Σ cost of its layers by the model of costs
     dense: float  # seconds of a dense step, in the faster memory format
     sparse: float  # of a step of the network
@@ -82,7 +84,8 @@ def fit_speedup(
         raise ValueError("Expected a layer that sparse kernels can run and example_input reaches, got none: nothing can be saved")
     dense = measure_steps(model, None, batch, loss_fn)
     reference = min(dense.values())
-    rest = max(0.0, dense[own_format(model, dense)] - sum(cost.dense for cost in costs.values()))
+    step = dense[own_format(model, dense)]
+    rest = max(_LEAST_REST * step, step - sum(cost.dense for cost in costs.values()))
 
     def kept_seconds(masks: Mapping[str, Tensor]) -> float:
         return sum(cost.seconds(int(masks[name].count_nonzero())) for name, cost in costs.items())
@@ -98,7 +101,7 @@ def fit_speedup(
         masks = masks_for(share)
         times = measure_steps(model, plan_copy(model, masks, costs), batch, loss_fn)
         sparse = times.pop(SPARSE)
-        return Try(kept_seconds(masks), min(times.values()), sparse, masks)
+        return Try(share, kept_seconds(masks), min(times.values()), sparse, masks)
 
     most = sparsest(prices)
     tries: list[Try] = []
@@ -106,7 +109,7 @@ def fit_speedup(
         reference = min([reference, *(one.dense for one in tries)])
         scale, offset = _fit(tries, reference, rest)
         wanted = (reference / speedup - offset) / scale
-        share = _solve(lambda share: kept_seconds(masks_for(share)), wanted, most)
+        share = _bracketed(_solve(lambda share: kept_seconds(masks_for(share)), wanted, most), tries, speedup)
         last = attempt(share)
         tries.append(last)
         if abs(last.speedup / speedup - 1) <= _GOOD_ENOUGH:
@@ -214,6 +217,15 @@ def _fit(tries: Sequence[Try], reference: float, rest: float) -> tuple[float, fl
         slope = (steps[1] - steps[0]) / (kept[1] - kept[0])
         scale = slope if 0.25 < slope < 4 else 1.0
     return scale, steps[-1] - scale * kept[-1]
+
+
+def _bracketed(share: float, tries: Sequence[Try], speedup: float) -> float:
+    """``share`` if it lies between those found too slow and too fast, else the middle of these (of the shares kept, in logarithm)."""
+    slow = max((one.share for one in tries if one.speedup < speedup), default=None)
+    fast = min((one.share for one in tries if one.speedup >= speedup), default=None)
+    if slow is None or fast is None or slow < share < fast or slow >= fast:
+        return share
+    return 1 - math.sqrt((1 - slow) * (1 - fast))
 
 
 def _solve(seconds: Callable[[float], float], wanted: float, most: float) -> float:

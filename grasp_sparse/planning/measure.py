@@ -13,8 +13,11 @@ from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLine
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.timing import interleaved
 
-ROUNDS = 15
-_CLEAR = 1.5  # masked and sparse this far apart: no more rounds are needed to know which is faster
+ROUNDS = 60
+_USUAL_ROUNDS = 15
+_LONG_ENOUGH = 1.0  # seconds of calls after which, from _USUAL_ROUNDS on, measuring ends
+_TOO_LONG = 5.0  # … at any rate
+_CLEAR = 1.5  # one way this much faster: no more rounds are needed
 _SETTLED = 1.1  # … if the two fastest calls of each are this near
 _BRIEF = 1e-3  # seconds; calls shorter than this get one unmeasured call each before the measured one
 
@@ -78,7 +81,13 @@ def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[]
 
 
 def _decided(seconds: dict[str, list[float]]) -> bool:
-    fastest = {name: heapq.nsmallest(2, seconds[name]) for name in ("masked", "sparse")}
+    """Whether it is clear who is faster, or has taken too long to become so."""
+    spent = sum(map(sum, seconds.values()))
+    if spent > (_LONG_ENOUGH if len(seconds["sparse"]) >= _USUAL_ROUNDS else _TOO_LONG):
+        return True
+    fastest = {name: heapq.nsmallest(2, taken) for name, taken in seconds.items()}
     settled = all(second <= _SETTLED * first for first, second in fastest.values())
-    masked, sparse = (first for first, _ in fastest.values())
-    return settled and max(masked, sparse) > _CLEAR * min(masked, sparse)
+    # Masked does what dense does and a little more; where it seems much slower, that may be the machine.
+    wins = fastest["sparse"][0] * _CLEAR < min(fastest["dense"][0], fastest["masked"][0])
+    loses = fastest["sparse"][0] > _CLEAR * fastest["masked"][0]
+    return settled and (wins or loses)

@@ -81,11 +81,20 @@ def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
         for x, y in data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
     ]
     say(f"scoring {config.model} with {config.criterion} on {sum(len(y) for _, y in batches)} training images")
-    return prune(
-        model, batches, sparsity=config.sparsity, criterion=config.criterion, pattern=config.pattern, scope=config.scope,
-        budget=config.budget, min_density=config.min_density, include=config.include or None, exclude=config.exclude or None,
-        seed=config.seed, **options,
+    if config.budget == "time":
+        say(f"measuring layers and steps at batch {config.batch_size} for a speedup of {config.speedup:g}")
+        goal = {"speedup": config.speedup, "example_input": example_batch(config, data)}
+    else:
+        goal = {"sparsity": config.sparsity}
+    masks = prune(
+        model, batches, criterion=config.criterion, pattern=config.pattern, scope=config.scope, budget=config.budget,
+        min_density=config.min_density, include=config.include or None, exclude=config.exclude or None, seed=config.seed,
+        **goal, **options,
     )
+    if config.budget == "time":
+        dense, sparse = masks.recipe["dense_step_s"], masks.recipe["sparse_step_s"]
+        say(f"a step of these masks: {sparse:.4f} s, dense {dense:.4f} s, {dense / sparse:.2f} times as fast")
+    return masks
 
 
 def pruning_summary(masks: MaskSet, costs: Mapping[str, float], runs: Mapping[str, str]) -> dict[str, Any]:

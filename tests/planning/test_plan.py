@@ -206,10 +206,21 @@ class TestMeasuring:
         plan = gs.plan(net, masks_of(net), X)
         assert all(row.times and row.runs in ("sparse", "masked") for row in plan.rows)
 
-    def test_rounds_end_when_the_answer_is_clear(self):
-        assert measure._decided({"dense": [1, 1, 1], "masked": [3, 3.1, 9], "sparse": [1, 1.05, 5]})
-        assert not measure._decided({"dense": [1, 1, 1], "masked": [1.4, 1.4, 1.4], "sparse": [1, 1, 1]})
-        assert not measure._decided({"dense": [1, 1, 1], "masked": [3, 9, 9], "sparse": [1, 1, 1]})
+    @pytest.mark.parametrize(
+        "milliseconds, ends",
+        [
+            ({"dense": [3, 3, 3], "masked": [3, 3.1, 9], "sparse": [1, 1.05, 5]}, True),
+            ({"dense": [1, 1, 1], "masked": [1, 1, 1], "sparse": [2, 2, 2]}, True),
+            ({"dense": [1.4] * 3, "masked": [1.4] * 3, "sparse": [1, 1, 1]}, False),  # near
+            ({"dense": [3, 3, 3], "masked": [3, 9, 9], "sparse": [1, 1, 1]}, False),  # unsettled
+            ({"dense": [1, 1, 1], "masked": [3, 3, 3], "sparse": [1.2, 1.2, 1.2]}, False),  # masked three times dense: is it?
+            ({"dense": [30] * 15, "masked": [30] * 15, "sparse": [30] * 15}, True),  # enough is enough
+            ({"dense": [30] * 14, "masked": [30] * 14, "sparse": [30] * 14}, False),
+            ({"dense": [2000] * 3, "masked": [2000] * 3, "sparse": [2000] * 3}, True),
+        ],
+    )
+    def test_rounds_end_when_the_answer_is_clear_or_took_long(self, milliseconds, ends):
+        assert measure._decided({name: [ms / 1e3 for ms in taken] for name, taken in milliseconds.items()}) is ends
 
 
 class TestCache:
