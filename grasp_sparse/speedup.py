@@ -28,9 +28,11 @@ from grasp_sparse.timing import interleaved
 TOLERANCE = 0.10
 _GOOD_ENOUGH = 0.04  # tries end here; after the last one anything within TOLERANCE will do
 _MAX_TRIES = 6
-_ROUNDS = 9
+_ROUNDS = 40
+_USUAL_ROUNDS = 9
 _LEAST_REST = 0.1  # of a dense step: layers alone may take longer than in it, and nothing would be left for the rest
-_LONG_ENOUGH = 20.0  # seconds of steps; three rounds then do
+_LONG_ENOUGH = 4.0  # seconds of steps after which, from _USUAL_ROUNDS on, measuring ends
+_TOO_LONG = 20.0  # … at any rate
 _SOLVED = 0.005
 _FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SPARSE = "sparse"
@@ -159,7 +161,12 @@ def measure_steps(model: nn.Module, sparse: nn.Module | None, batch: Batch, loss
         arms["dense"] = _step(copy.deepcopy(model), batch, loss_fn)
     if sparse is not None:
         arms[SPARSE] = _step(sparse, batch, loss_fn)
-    timings = interleaved(arms, _ROUNDS, warmup=2, enough=lambda seconds: sum(map(sum, seconds.values())) > _LONG_ENOUGH)
+
+    def enough(seconds: dict[str, list[float]]) -> bool:
+        spent = sum(map(sum, seconds.values()))
+        return spent > (_LONG_ENOUGH if min(map(len, seconds.values())) >= _USUAL_ROUNDS else _TOO_LONG)
+
+    timings = interleaved(arms, _ROUNDS, warmup=2, enough=enough)
     return {name: timing.best for name, timing in timings.items()}
 
 

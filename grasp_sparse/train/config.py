@@ -79,7 +79,7 @@ class TrainConfig:
     samples_per_class: int = _option(10, "pruning", "training images per class to score on", type=int, metavar="N")
     score_batch: int = _option(100, "pruning", "images per scoring micro-batch", type=int, metavar="N")
     plan: str = _option(
-        "auto", "pruning", "layers run sparse where that is measured to be faster (auto), or where they are thin (density)",
+        "auto", "pruning", "layers run sparse where that is measured to be faster (auto), or where they are thin (density: repeatable)",
         choices=("auto", "density"),
     )
     max_density: float | None = _option(
