@@ -137,10 +137,10 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
         recipe = read_recipe(arguments.recipe)
         values = TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}").to_dict()
         if recipe.get("budget") == "time" and "sparsity" in recipe:
-            raise UserError(f"recipe {arguments.recipe}: Expected speedup or sparsity with budget 'time', got both; leave sparsity out")
+            raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
     config = TrainConfig.from_dict({**values, **given}, "the command line").validate()
     if config.budget == "time" and "sparsity" in given:
-        raise UserError("Expected --speedup or --sparsity with budget time, got both; leave --sparsity out or choose another --budget")
+        raise UserError("Expected --speedup with budget time, got --sparsity; leave it out or choose another --budget")
     return config
 
 

@@ -123,13 +123,13 @@ def fit_speedup(
         fastest = max(tries, key=lambda one: one.speedup)
         if fastest.speedup < speedup and tries[-1].masks is made.get(most):
             raise ValueError(
-                f"Expected a speedup that can be reached, got {speedup:g}: with {fastest.masks.density:.3%} of the weights left a step "
-                f"is {fastest.speedup:.2f} times as fast as the dense one. What is no prunable layer remains, "
-                f"and a fixed part of every layer; ask for at most {math.floor(10 * fastest.speedup) / 10:g}."
+                f"Expected a speedup that can be reached, got {speedup:g}: with {fastest.masks.density:.3%} of the weights left "
+                f"a step is {fastest.speedup:.2f} times as fast as the dense one. What is no prunable layer remains, and a fixed "
+                f"part of every layer; ask for at most {math.floor(10 * fastest.speedup) / 10:g}."
             )
         warnings.warn(
-            f"Expected masks that are {speedup:g} times as fast within {TOLERANCE:.0%}, found {best.speedup:.2f} in {len(tries)} tries; "
-            "on a machine that is busy with other things steps take different times at every look.",
+            f"Expected masks that are {speedup:g} times as fast within {TOLERANCE:.0%}, found {best.speedup:.2f} in "
+            f"{len(tries)} tries; on a machine that is busy with other things steps take different times at every look.",
             stacklevel=3,  # the caller of prune
         )
     tried = [{"density": one.masks.density, "dense_s": one.dense, "sparse_s": one.sparse} for one in tries]
@@ -227,7 +227,7 @@ def _fit(tries: Sequence[Try], reference: float, rest: float) -> tuple[float, fl
 
 
 def _bracketed(share: float, tries: Sequence[Try], speedup: float) -> float:
-    """``share`` if it lies between those found too slow and too fast, else the middle of these (of the shares kept, in logarithm)."""
+    """``share`` if it lies between those found too slow and too fast, else their middle (in the logarithm of what is kept)."""
     slow = max((one.share for one in tries if one.speedup < speedup), default=None)
     fast = min((one.share for one in tries if one.speedup >= speedup), default=None)
     if slow is None or fast is None or slow < share < fast or slow >= fast:

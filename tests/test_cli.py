@@ -99,7 +99,7 @@ def test_a_budget_of_time_is_measured_and_said(capsys: pytest.CaptureFixture, mo
         (["--budget", "time"], "Expected budget: with 'time', a --speedup too"),
         (["--speedup", "4"], "Expected speedup: none unless --budget time"),
         (["--budget", "time", "--speedup", "0.5"], "Expected speedup: a factor above 1, got 0.5"),
-        (["--budget", "time", "--speedup", "4", "--sparsity", "0.9"], "Expected --speedup or --sparsity"),
+        (["--budget", "time", "--speedup", "4", "--sparsity", "0.9"], "Expected --speedup with budget time, got --sparsity"),
         (["--recipe", "both.toml"], "leave sparsity out"),
     ],
 )

@@ -80,7 +80,9 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> P
     """Measures every masked layer of ``model`` sparse and masked, on inputs like its own, and says how each should run.
 
     The model is not changed; ``sparsify_(model, masks, plan=...)`` carries the plan out. Times are of forward and backward
-    in float32 or whatever the weights are, at the present number of threads, under autocast where it is on.
+    in float32 or whatever the weights are, at the present number of threads, under autocast where it is on. On a machine that is
+    busy with other things times are what they are; a layer of some microseconds may seem slower masked than dense, for masking
+    takes ten of them.
 
     Args:
         masks: as for ``sparsify_``.
