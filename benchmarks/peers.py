@@ -26,7 +26,7 @@ from grasp_sparse.bench.arms import Arm, WrongResultError, check_arms, layer_arm
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.nn import SparseConv2d, SparseLinear
 from grasp_sparse.timing import interleaved_within
-from grasp_sparse.train.environment import version_of
+from grasp_sparse.environment import version_of
 
 PASSES = ("forward", "forward+backward")
 KEY = ("group", "shape", "sparsity", "pass")

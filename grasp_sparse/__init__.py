@@ -12,15 +12,19 @@ from grasp_sparse import _extension  # isort: skip  (the compiled kernels, befor
 from grasp_sparse import optim
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.planning import Plan, plan
 from grasp_sparse.pruning import make_masks, prune
+from grasp_sparse import speedup  # isort: skip  (`prune` finds its search for budget="time" there)
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 
 __all__ = [
     "MaskSet",
+    "Plan",
     "densify_",
     "load_sparse",
     "make_masks",
     "optim",
+    "plan",
     "prune",
     "score",
     "sparsify_",

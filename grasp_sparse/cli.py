@@ -38,6 +38,7 @@ A run's folder gets checkpoint.pt, masks.safetensors, log.jsonl (a line an epoch
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
+  grasp-sparse prune --model resnet18 --budget time --speedup 4 --batch-size 64 --threads 2
   grasp-sparse train --recipe demo --masks snip.safetensors     train with them (same --seed, same initial weights)"""
 
 _BENCH_EXAMPLES = """examples:
@@ -67,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every weight, keep the best, save the masks.", formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prune.add_argument("--out", default="masks.safetensors", metavar="FILE", help="masks, one bit a weight (default: %(default)s)")
-    only_training = ("name", "dense", "masks", "max_density", "timing_rounds", "augment")
-    _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training)
+    only_training = ("name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment")
+    of_a_step = ("batch_size", "memory_format")  # what --budget time measures
+    _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training, also=of_a_step)
 
     train = commands.add_parser(
         "train", usage="%(prog)s [--recipe NAME|FILE] [--out DIR] [flags below]   or   %(prog)s --resume DIR",
@@ -117,14 +119,17 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--out", type=Path, metavar="FILE", help="write every figure to this CSV file too")
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str], skip: Sequence[str] = ()) -> None:
+def _add_config_flags(
+    parser: argparse.ArgumentParser, groups: Sequence[str], skip: Sequence[str] = (), also: Sequence[str] = ()
+) -> None:
     """One flag per field of TrainConfig; a flag that is not given leaves no trace, so the recipe's value stays."""
     recipes = ", ".join(sorted(packaged_recipes()))
     parser.add_argument("--recipe", metavar="NAME|FILE", help=f"TOML file, or one that comes with the package: {recipes}")
-    sections = {name: parser.add_argument_group(_GROUPS[name]) for name in groups}
+    shown = (*groups, *{f.metadata["group"] for f in dataclasses.fields(TrainConfig) if f.name in also})
+    sections = {name: parser.add_argument_group(_GROUPS[name]) for name in shown}
     for f in dataclasses.fields(TrainConfig):
         group, kind, choices = (f.metadata.get(key) for key in ("group", "type", "choices"))
-        if group not in groups or f.name in skip:
+        if (group not in groups and f.name not in also) or f.name in skip:
             continue
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         metavar = f.metadata.get("metavar") or (None if choices else kind.__name__.upper().replace("STR", "NAME"))
@@ -167,11 +172,16 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _config(arguments: argparse.Namespace) -> TrainConfig:
-    values = {}
+    values, given = {}, _given_flags(arguments)
     if arguments.recipe:
         recipe = read_recipe(arguments.recipe)
         values = TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}").to_dict()
-    return TrainConfig.from_dict({**values, **_given_flags(arguments)}, "the command line").validate()
+        if recipe.get("budget") == "time" and "sparsity" in recipe:
+            raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
+    config = TrainConfig.from_dict({**values, **given}, "the command line").validate()
+    if config.budget == "time" and "sparsity" in given:
+        raise UserError("Expected --speedup with budget time, got --sparsity; leave it out or choose another --budget")
+    return config
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -231,7 +241,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from grasp_sparse.train.environment import describe_environment, extension_status
+    from grasp_sparse.environment import describe_environment, extension_status
 
     environment, kernels = describe_environment(), extension_status()
     if arguments.json:

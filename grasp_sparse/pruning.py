@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
@@ -16,16 +17,22 @@ from torch import Tensor, nn
 from grasp_sparse.allocation import SCOPES, Layer, allocate
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
+from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern, top_k_mask
 from grasp_sparse.scratch import preserved_rng, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
-BUDGETS = ("weights", "flops")
+BUDGETS = ("weights", "flops", "time")
 RULES = ("exact", "paper")
 _NEARLY_EMPTY = 1e-3
+_DEFAULT_SPARSITY = 0.95
 _BATCH_OPTIONS = ("num_batches", "samples_per_class", "num_classes", "micro_batch_size")
+
+# How `prune` finds masks for a speedup. Measuring needs sparse layers, which stand below this module: grasp_sparse.speedup,
+# which the package always imports, puts its `fit_speedup` here.
+time_search: Callable[..., MaskSet] | None = None
 
 
 def make_masks(
@@ -47,7 +54,7 @@ def make_masks(
 
     sparsity: in [0, 1). The share removed of the weights (exactly round((1 - sparsity)·n) are kept), or, with
         budget="flops", of the multiply-adds: never less is removed, and no further weight would fit. `costs` from
-        `weight_costs` is then required.
+        `weight_costs` is then required; with budget="time" `costs` in seconds per weight.
     scope: "global" one ranking over all layers, "layer" the same density everywhere, "erk"; see allocation.py.
     min_density, min_per_layer: every layer keeps at least this share (rounded up) and this many; others give way, the
         budget is met all the same. `min_per_layer=0` lets layers become empty.
@@ -62,18 +69,21 @@ def make_masks(
     choice.check()
     for name, values in scores.items():
         check_scores(name, values)
-    return _make(choice, scores, costs, within, recipe or {}, skipped)
+    masks = _make(choice, scores, costs, within, recipe or {}, skipped)
+    _warn_if_thin(masks)
+    return masks
 
 
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    sparsity: float = 0.95,
+    sparsity: float | None = None,
     criterion: str | Callable[..., Mapping[str, Tensor]] = "grasp",
     *,
     pattern: str | Pattern = "unstructured",
     scope: str = "global",
     budget: str = "weights",
+    speedup: float | None = None,
     loss_fn: LossFn | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -88,10 +98,15 @@ def prune(
 ) -> MaskSet:
     """Scores `model` and chooses which weights to keep; the model itself is not changed (see `sparsify_`).
 
-    Arguments as in `score` and `make_masks`; `options` go to `score`. In addition:
+    Arguments as in `score` and `make_masks`, sparsity 0.95 unless given; `options` go to `score`. In addition:
+    speedup: for budget="time", in place of sparsity: how many times as fast as the dense one, in its faster memory format, a
+        whole training step should be. A weight then costs the seconds that its layer was measured to take for it. Masks
+        are made, a step is measured, and the budget corrected until the step is that fast within 10 %; ValueError with
+        the most that can be reached when it cannot. Steps run on `example_input`, or on the first batch: give it as
+        many samples as training will use.
     iterations: rounds of scoring the network with the masks so far and keeping density^(k / iterations) after round k;
         a pruned weight stays pruned. Default: as published, 100 for synflow, 1 for the others.
-    example_input, costs: for budget="flops", what one forward sees; the first batch of `batches` unless given.
+    example_input, costs: for budget="flops" and "time", what one forward sees; the first batch of `batches` unless given.
     rule: "exact", or the authors' threshold with preset="paper".
     The masks' recipe says how they were made; `skipped` lists the modules left dense and why.
     """
@@ -102,7 +117,9 @@ def prune(
         raise ValueError(f"Expected at least one iteration, got {rounds}")
     if rule is None:
         rule = "paper" if options.get("preset") == "paper" else "exact"
-    choice = _Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    _check_goal(budget, sparsity, speedup, costs)
+    sparsity = _DEFAULT_SPARSITY if sparsity is None else float(sparsity)
+    choice = _Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
     choice.check(rounds)
     selection = find_weights(model, include, exclude)
     wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
@@ -110,29 +127,66 @@ def prune(
     drawing = {name: options.pop(name) for name in _BATCH_OPTIONS if name in options}
 
     with preserved_rng(seed):
-        measure = budget == "flops" and costs is None
+        measure = budget != "weights" and costs is None
         from_batches = measure and example_input is None
         if from_batches and batches is None:
-            raise ValueError("Expected costs, example_input or batches with budget='flops', got none of them")
+            raise ValueError(f"Expected costs, example_input or batches with budget={budget!r}, got none of them")
         if batches is not None:
             reads = 1 if from_batches and published.reads == 0 else published.reads
             batches = store_batches(batches, reads=reads, **drawing) if reads != 0 else None
-        if measure:
-            example_input = next(iter(batches)).inputs if from_batches else example_input
-            costs = weight_costs(model, example_input, include=include, exclude=exclude)
+        example = Batch(example_input, None)
+        if from_batches:
+            example = next(iter(batches))
+        if measure and budget == "flops":
+            costs = weight_costs(model, example.inputs, include=include, exclude=exclude)
 
-        within: dict[str, Tensor] | None = None
-        with scratch_copy(model) as network:
-            parameters = dict(network.named_parameters())
-            for finished in range(rounds):
-                if within is not None:
-                    for name, mask in within.items():
-                        parameters[name].mul_(mask)
-                scores = score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
-                if finished < rounds - 1:
-                    density = (1 - sparsity) ** ((finished + 1) / rounds)
-                    within = replace(choice, sparsity=1 - density).masks(scores, costs, within)
-    return _make(choice, scores, costs, within, recipe, selection.skipped)
+        scored: dict[float | None, tuple[dict[str, Tensor], dict[str, Tensor] | None]] = {}
+
+        def masks_at(share: float, prices: Mapping[str, float] | None) -> MaskSet:
+            goal = replace(choice, sparsity=share)
+            key = None if rounds == 1 else share  # in one round the scores do not depend on how much goes
+            if key not in scored:
+                scored[key] = final_scores(goal, prices)
+            return _make(goal, scored[key][0], prices, scored[key][1], recipe, selection.skipped)
+
+        def final_scores(goal: _Choice, prices: Mapping[str, float] | None) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+            """Scores of the last round and the masks they were taken within."""
+            within: dict[str, Tensor] | None = None
+            with scratch_copy(model) as network:
+                parameters = dict(network.named_parameters())
+                for finished in range(rounds):
+                    if within is not None:
+                        for name, mask in within.items():
+                            parameters[name].mul_(mask)
+                    scores = score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
+                    if finished < rounds - 1:
+                        density = (1 - goal.sparsity) ** ((finished + 1) / rounds)
+                        within = replace(goal, sparsity=1 - density).masks(scores, prices, within)
+            return scores, within
+
+        if speedup is None:
+            masks = masks_at(sparsity, costs)
+        else:
+            shapes = {weight.name: weight.parameter.shape for weight in selection.weights}
+            sparsest = functools.partial(choice.sparsest, shapes)
+            masks = time_search(model, masks_at, sparsest, list(shapes), example, float(speedup), loss_fn)
+    _warn_if_thin(masks)
+    return masks
+
+
+def _check_goal(budget: str, sparsity: float | None, speedup: float | None, costs: Mapping[str, float] | None) -> None:
+    """ValueError unless exactly one thing is asked for."""
+    if speedup is not None and budget != "time":
+        raise ValueError(f"Expected budget='time' with speedup, got {budget!r}")
+    if budget != "time":
+        return
+    if (sparsity is None) == (speedup is None):
+        got = "neither" if sparsity is None else "both"
+        raise ValueError(f"Expected either speedup or sparsity (with costs) with budget='time', got {got}")
+    if (costs is None) == (speedup is None):
+        raise ValueError("Expected costs, in seconds per weight, with sparsity and budget='time', and none with speedup")
+    if speedup is not None and not 1 < speedup < math.inf:
+        raise ValueError(f"Expected a speedup above 1, got {speedup}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +270,16 @@ class _Choice:
             for name, groups, count in zip(scores, pooled, counts, strict=True)
         }
 
+    def sparsest(self, shapes: Mapping[str, Sequence[int]], prices: Mapping[str, float]) -> float:
+        """The largest sparsity that leaves every weight of these shapes its minimum."""
+        least = total = 0.0
+        for name, shape in shapes.items():
+            groups = self.pattern.pool(torch.empty(shape)).numel()
+            minimum = min(groups, max(self.min_per_layer, math.ceil(self.min_density * groups - 1e-9)))
+            least += minimum * self.pattern.group_size(shape) * prices[name]
+            total += groups * self.pattern.group_size(shape) * prices[name]
+        return max(0.0, 1 - least / total * (1 + 1e-6) - 1e-9)
+
     def _limit(self, layers: list[Layer]) -> float:
         groups, prices = sum(layer.groups for layer in layers), {layer.cost for layer in layers}
         if self.budget == "weights" and len(prices) == 1:
@@ -235,16 +299,17 @@ def _make(
     recipe: Mapping[str, Any],
     skipped: Iterable[tuple[str, str]],
 ) -> MaskSet:
-    masks = MaskSet(choice.masks(scores, costs, within), {**choice.recipe(), **recipe}, skipped)
-    densities = masks.layer_densities()
-    thin = [f"{name} ({density:.3%})" for name, density in densities.items() if density < _NEARLY_EMPTY]
+    return MaskSet(choice.masks(scores, costs, within), {**choice.recipe(), **recipe}, skipped)
+
+
+def _warn_if_thin(masks: MaskSet) -> None:
+    thin = [f"{name} ({density:.3%})" for name, density in masks.layer_densities().items() if density < _NEARLY_EMPTY]
     if thin:
         warnings.warn(
             f"Layers kept below {_NEARLY_EMPTY:.1%}: {', '.join(thin)}. "
             "A network this thin may not train: raise min_density.",
             stacklevel=3,  # the caller of make_masks or prune
         )
-    return masks
 
 
 def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
@@ -264,7 +329,9 @@ def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) ->
 
 def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:
     if costs is None:
-        raise ValueError("Expected costs with budget='flops', got None: pass costs=weight_costs(model, example_input)")
+        raise ValueError(
+            "Expected costs with a budget of flops or time, got None: pass costs=weight_costs(model, example_input), or seconds"
+        )
     if missing := [name for name in scores if name not in costs]:
         raise ValueError(f"Expected a cost for every weight, got none for {', '.join(missing[:5])}")
     if bad := [name for name in scores if not (0 <= costs[name] < math.inf)]:

@@ -15,20 +15,14 @@ from torch import Tensor, nn
 from grasp_sparse.formats import mask_from_csr
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.nn.sparse import STORED, stored_structure
-from grasp_sparse.surgery_report import SurgeryReport, input_shapes, report_layers
-
-# Above this share of kept weights a layer runs dense on an exactly masked weight instead. At 0.3 the sparse kernels were 1.05
-# to 1.8 times as fast as the dense layer that would run in their place, at 0.4 between 0.75 and 1.3 times
-# (benchmarks/results/layers-crossover.csv). That dense linear is nn.Linear; where MKL is as fast as oneDNN, 0.2 is better.
-MAX_DENSITY = 0.3
+from grasp_sparse.planning import MAX_DENSITY, density_plan, given_plan, layer_inputs, measured_plan
+from grasp_sparse.surgery_report import SurgeryReport, report_layers
+from grasp_sparse.targets import CHANGED, DENSE, find_targets, parameter_holders
 
 _KINDS = {
     "sparse": {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d},
     "masked": {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d},
 }
-_DENSE = (nn.Linear, nn.Conv2d)
-_CHANGED = tuple(kind for kinds in _KINDS.values() for kind in kinds.values())
-_READ_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 # What makes a module itself rather than a layer of some kind; it survives the change of kind.
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
@@ -43,38 +37,57 @@ class _Step(NamedTuple):
     layers: list[nn.Module]
     mask: Tensor
     runs: str
-    reason: str = ""
-    kept: int = 0
 
 
 def sparsify_(
-    model: nn.Module, masks: Mapping[str, Tensor], example_input: Any = None, max_density: float = MAX_DENSITY
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    example_input: Any = None,
+    plan: str | Mapping[str, str] = "auto",
+    max_density: float | None = None,
 ) -> SurgeryReport:
     """Turns the masked ``nn.Linear`` and ``nn.Conv2d`` layers of ``model`` into sparse ones, in place.
 
     Create the optimizer afterwards: the weights are new Parameters. Layers that share a weight share its values. A layer
-    then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: for
-    densities above ``max_density``, grouped convolutions, and layers whose weight another module reads) or ``dense``
-    (nothing pruned).
+    then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where
+    that is faster, for grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned).
 
     Args:
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.
-        example_input: one input of ``model``, or a tuple or dict of them; adds each layer's input shape to the report.
-        max_density: largest density that runs sparse, in [0, 1].
+        example_input: one input of ``model``, or a tuple or dict of them. Give it as many samples as a training step has:
+            the layers are measured on what it gives them, and a batch of one is measured as a batch of one.
+        plan: who runs sparse and who masked. "auto" measures each layer both ways where there is an ``example_input`` (and no
+            ``max_density``), and goes by density otherwise; "density" goes by density; or a mapping from parameter name
+            to "sparse" or "masked", as from ``gs.plan``.
+        max_density: largest density that runs sparse, in [0, 1], by density; 0.3 unless given.
 
     Returns:
         A report of every layer; ``print`` it.
 
     Raises:
-        ValueError: a mask that fits no parameter or not its shape, or a layer that cannot be changed; nothing was changed.
+        ValueError: a mask that fits no parameter or not its shape, a layer that cannot be changed, or a plan that does not
+            decide every masked layer or decides what is not possible; nothing was changed.
     """
-    if not 0 <= max_density <= 1:
+    if max_density is not None and not 0 <= max_density <= 1:
         raise ValueError(f"Expected max_density in [0, 1], got {max_density}.")
-    steps = _plan(model, masks, max_density)
+    if not (plan in ("auto", "density") if isinstance(plan, str) else isinstance(plan, Mapping)):
+        raise ValueError(f'Expected plan to be "auto", "density" or a mapping from parameter names, got {plan!r}.')
+    if max_density is not None and not isinstance(plan, str):
+        raise ValueError("Expected a plan or max_density, got both; leave one out.")
+    targets = find_targets(model, masks)
+    inputs = {} if example_input is None else layer_inputs(model, example_input)
+    if not isinstance(plan, str):
+        chosen = given_plan(targets, inputs, plan)
+    elif plan == "auto" and example_input is not None and max_density is None:
+        chosen = measured_plan(targets, inputs)
+    else:
+        chosen = density_plan(targets, inputs, MAX_DENSITY if max_density is None else max_density)
+    steps = [
+        _Step(list(target.layers.values()), target.mask, row.runs) for target, row in zip(targets, chosen.rows, strict=True)
+    ]
     replacements = _build(steps)
-    shapes = {} if example_input is None else input_shapes(model, example_input)
-    decided = {layer: (step.kept, step.runs, step.reason) for step in steps for layer in step.layers}
-    report = report_layers(model, decided, dict(getattr(masks, "skipped", ())), shapes)
+    decided = {layer: row for target, row in zip(targets, chosen.rows, strict=True) for layer in target.layers.values()}
+    report = report_layers(model, decided, dict(getattr(masks, "skipped", ())), inputs)
     _swap(replacements)
     return report
 
@@ -87,7 +100,7 @@ def densify_(model: nn.Module) -> nn.Module:
     weights: dict[nn.Parameter, nn.Parameter] = {}
     replacements = {}
     for layer in model.modules():
-        if isinstance(layer, _CHANGED):
+        if isinstance(layer, CHANGED):
             dense = layer.to_dense()
             dense.weight = weights.setdefault(layer.values if isinstance(layer, SparseLayer) else layer.weight, dense.weight)
             replacements[layer] = dense
@@ -105,11 +118,11 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: missing or unexpected keys, wrong shapes or corrupt indices, all listed; nothing was changed.
     """
-    if any(isinstance(module, _CHANGED) for module in model.modules()):
+    if any(isinstance(module, CHANGED) for module in model.modules()):
         raise ValueError("Expected a dense model, got one with sparse layers; use densify_ first or model.load_state_dict.")
     steps, problems = [], []
-    for holders in _holders(model).values():
-        layers = {name: module for name, module, attribute in holders if type(module) in _DENSE and attribute == "weight"}
+    for holders in parameter_holders(model).values():
+        layers = {name: module for name, module, attribute in holders if type(module) in DENSE and attribute == "weight"}
         try:
             steps += _stored_step(layers, state_dict)
         except ValueError as error:
@@ -127,76 +140,6 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     _swap(replacements)
     model.load_state_dict(state_dict)
     return model
-
-
-def _plan(model: nn.Module, masks: Mapping[str, Tensor], max_density: float) -> list[_Step]:
-    """Checks every mask against the model and decides how each weight runs."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in masks if name not in parameters]
-    if unknown:
-        hint = "; its layers are sparse already, call densify_ first" if any(isinstance(m, _CHANGED) for m in model.modules()) else ""
-        raise ValueError(f"Expected masks named after parameters of the model, got {', '.join(unknown)}{hint}.")
-    holders = _holders(model)
-    read_elsewhere = {
-        child: type(module).__name__
-        for module in model.modules()
-        if isinstance(module, _READ_WEIGHTS_OF_CHILDREN)
-        for child in module.children()
-    }
-    steps: dict[nn.Parameter, _Step] = {}
-    for name, mask in masks.items():
-        weight = parameters[name]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{name}: Expected a bool mask of shape {list(weight.shape)}, got {got}.")
-        if weight in steps:
-            if not torch.equal(steps[weight].mask, mask.to(weight.device)):
-                raise ValueError(f"{name}: Expected the same mask for every name of a shared weight, got different ones.")
-            continue
-        for holder in holders[weight]:
-            _check_changeable(*holder)
-        layers = [module for _, module, _ in holders[weight]]
-        reader = next((read_elsewhere[layer] for layer in layers if layer in read_elsewhere), None)
-        groups = max(getattr(layer, "groups", 1) for layer in layers)
-        mask = mask.to(weight.device)
-        kept = int(mask.count_nonzero())
-        if kept == mask.numel():
-            runs, reason = "dense", "nothing pruned"
-        elif groups > 1:
-            runs, reason = "masked", f"{groups} groups"
-        elif reader:
-            runs, reason = "masked", f"{reader} reads the weight"
-        elif kept > max_density * mask.numel():
-            runs, reason = "masked", f"density above {max_density:g}"
-        else:
-            runs, reason = "sparse", ""
-        steps[weight] = _Step(layers, mask, runs, reason, kept)
-    return list(steps.values())
-
-
-def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module, str]]]:
-    """Every parameter with the (module name, module, attribute) triples that hold it; shared ones have several."""
-    holders: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(parameter, []).append((name, module, attribute))
-    return holders
-
-
-def _check_changeable(name: str, module: nn.Module, attribute: str) -> None:
-    """Raises ValueError for a layer whose behaviour would not survive a change of kind."""
-    what = f"{name or 'the model itself'} ({type(module).__name__})"
-    if isinstance(module, _CHANGED):
-        raise ValueError(f"{what}: Expected a dense layer, got one that is pruned already; call densify_ first.")
-    if type(module) not in _DENSE or attribute != "weight":
-        raise ValueError(f"{what}: Expected nn.Linear or nn.Conv2d to hold the masked {attribute!r}; leave its weight out of the masks.")
-    if "forward" in vars(module):
-        raise ValueError(f"{what}: Expected the forward of its class, got one set on the module; remove it first.")
-    if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
-        raise ValueError(f"{what}: Expected only a weight and a bias, got more parameters, buffers or children; remove them first.")
-    if module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
-        raise ValueError(f"{what}: Expected no hooks on the weight Parameter, which will be replaced; remove them first.")
 
 
 def _stored_step(layers: dict[str, nn.Module], state_dict: Mapping[str, Any]) -> list[_Step]:

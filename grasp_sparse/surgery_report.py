@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from grasp_sparse.scratch import call_model, scratch_copy
+from grasp_sparse.planning import LayerInput, PlanRow, Times
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class LayerReport:
     kept: int
     runs: str  # "sparse", "masked" or "dense"
     reason: str  # why it does not run sparse; or whose weight it shares
-    input_shape: tuple[int, ...] | None  # None without example_input, or if the layer did not run
+    input_shape: tuple[int, ...] | None  # of the first call; None without example_input, or if the layer did not run
+    times: Times | None = None  # seconds of forward + backward, of all layers that share the weight; None if not measured
 
     @property
     def density(self) -> float:
@@ -47,31 +47,36 @@ class SurgeryReport:
         return self.kept / max(1, self.weights)
 
     def __str__(self) -> str:
-        lines = [("layer", "kind", "weight", "input", "kept", "density", "runs", "")]
+        measured = any(row.times for row in self.rows)
+        columns = ["layer", "kind", "weight", "input", "kept", "density", "masked ms", "sparse ms", "runs", ""]
+        lines = [columns]
         for row in self.rows:
             shape, seen = ("x".join(map(str, size or ())) or "-" for size in (row.shape, row.input_shape))
-            lines.append((row.name or "(the model)", row.kind, shape, seen, f"{row.kept:,}", f"{row.density:.2%}", row.runs, row.reason))
+            times = [f"{seconds * 1e3:.3f}" for seconds in row.times[1:]] if row.times else ["-", "-"]
+            density = f"{row.density:.2%}"
+            lines.append([row.name or "(the model)", row.kind, shape, seen, f"{row.kept:,}", density, *times, row.runs, row.reason])
         runs = [row.runs for row in self.rows]
         counts = ", ".join(f"{runs.count(kind)} {kind}" for kind in ("sparse", "masked", "dense"))
-        lines.append(("total", "", f"{self.weights:,}", "", f"{self.kept:,}", f"{self.density:.2%}", counts, ""))
-        if all(row.input_shape is None for row in self.rows):
-            lines = [line[:3] + line[4:] for line in lines]
+        lines.append(["total", "", f"{self.weights:,}", "", f"{self.kept:,}", f"{self.density:.2%}", "", "", counts, ""])
+        hidden = {"input"} if all(row.input_shape is None for row in self.rows) else set()
+        hidden |= set() if measured else {"masked ms", "sparse ms"}
+        lines = [[entry for entry, column in zip(line, columns, strict=True) if column not in hidden] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def report_layers(
     model: nn.Module,
-    decided: Mapping[nn.Module, tuple[int, str, str]],
+    decided: Mapping[nn.Module, PlanRow],
     skipped: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    inputs: Mapping[str, Iterable[LayerInput]],
 ) -> SurgeryReport:
     """The report on a model that is still dense.
 
     Args:
-        decided: layer -> (kept weights, runs, reason).
+        decided: layer -> what was planned for its weight.
         skipped: module name -> why it was left dense.
-        shapes: module name -> input shape, from :func:`input_shapes`.
+        inputs: module name -> what it was given, as from ``layer_inputs``.
     """
     rows = []
     kept = weights = 0
@@ -82,31 +87,15 @@ def report_layers(
         weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
         shape = () if weight is None else tuple(weight.shape)
         size = 0 if weight is None else weight.numel()
-        keeps, runs, reason = decided.get(module, (size, "dense", skipped.get(name, "no mask")))
+        keeps, runs, reason, times = size, "dense", skipped.get(name, "no mask"), None
+        if module in decided:
+            row = decided[module]
+            keeps, runs, reason, times = row.kept, row.runs, row.reason, row.times
         if weight is not None and first_holder.setdefault(weight, name) != name:
             reason = f"shares the weight of {first_holder[weight]}"
         else:
             kept, weights = kept + keeps, weights + size
-        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, shapes.get(name)))
+        first = next(iter(inputs.get(name, ())), None)
+        seen = None if first is None else first.shape
+        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times))
     return SurgeryReport(tuple(rows), kept, weights)
-
-
-def input_shapes(model: nn.Module, example_input: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of the first input of each module, by module name, when a copy of ``model`` runs on ``example_input``.
-
-    ``example_input`` is one argument, a tuple of them, or a dict of named ones. The copy runs in evaluation mode.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                shapes.setdefault(name, tuple(inputs[0].shape))
-
-        return hook
-
-    with scratch_copy(model) as scratch, torch.no_grad():
-        for name, module in scratch.named_modules():
-            module.register_forward_pre_hook(note(name))
-        call_model(scratch.eval(), example_input)
-    return shapes

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quartiles of `count` measured calls, in seconds."""
+    """Median, quartiles and least of `count` measured calls, in seconds."""
 
     median: float
     q1: float
     q3: float
     count: int
+    best: float
 
 
 def interleaved(
@@ -25,6 +26,7 @@ def interleaved(
     warmup: int = 3,
     lead_in: int = 0,
     synchronize: Callable[[], None] = lambda: None,
+    enough: Callable[[dict[str, list[float]]], bool] = lambda seconds: False,
 ) -> dict[str, Timing]:
     """Run the arms in turns (A B C A B C …) and time each call. Expects rounds >= 2.
 
@@ -35,6 +37,7 @@ def interleaved(
         lead_in: unmeasured calls of an arm before each measured one, so that it is not charged for the caches the arm
             before it has filled with its own data.
         synchronize: called before the clock is read, for devices that work on after a call returns.
+        enough: given the seconds taken so far by arm, says after a round, from the third on, that no more are needed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(warmup + rounds):
@@ -47,10 +50,12 @@ def interleaved(
             synchronize()
             if round_number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+        if round_number - warmup >= 2 and enough(seconds):
+            break
     timings = {}
     for name, taken in seconds.items():
         q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        timings[name] = Timing(median, q1, q3, rounds)
+        timings[name] = Timing(median, q1, q3, len(taken), min(taken))
     return timings
 
 

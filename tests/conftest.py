@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grasp_sparse import poison
+from grasp_sparse.planning import cache
 
 # The same cases at every run, so that a red test is red for everyone; --hypothesis-profile=long looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=100)
@@ -25,3 +26,11 @@ def seed_and_threads():
     torch.manual_seed(0)
     # Tests are small: two threads that wait for each other take longer. Those that are about threads ask for them.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_times_from_elsewhere(monkeypatch):
+    """Neither the user's file of measured layer times nor those of another test decide anything; none are left behind."""
+    monkeypatch.setenv("GRASP_SPARSE_CACHE", "0")
+    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(cache, "_unsaved", set())

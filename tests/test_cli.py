@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import grasp_sparse as gs
-from grasp_sparse import _extension, cli
+from grasp_sparse import _extension, cli, pruning
 from grasp_sparse.masks import MaskSet
 
 _SMALL = [
     "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--model-arg", "widths=[16]",
     "--model-arg", "depth=1", "--samples-per-class", "2", "--sparsity", "0.8", "--batch-size", "16", "--epochs", "1",
+    "--plan", "density",
 ]  # fmt: skip
 
 _SCORING = _SMALL[: _SMALL.index("--batch-size")]
@@ -73,6 +74,39 @@ def test_prune_saves_masks_that_train_accepts(capsys: pytest.CaptureFixture) -> 
     assert "all" in capsys.readouterr().out
     assert MaskSet.load("deep/masks.safetensors").sparsity == pytest.approx(0.8, abs=0.002)
     assert _exit_code("train", *_SMALL, "--masks", "deep/masks.safetensors", "--timing-rounds", "0") == 0
+
+
+def test_a_budget_of_time_is_measured_and_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn):
+        seen.update(shape=tuple(batch.inputs.shape), speedup=speedup)
+        masks = masks_at(0.5, dict.fromkeys(names, 1e-6))
+        masks.recipe.update(dense_step_s=0.5, sparse_step_s=0.125)
+        return masks
+
+    monkeypatch.setattr(pruning, "time_search", search)
+    flags = [*_SCORING[: _SCORING.index("--sparsity")], "--budget", "time", "--speedup", "4", "--batch-size", "24"]
+    assert _exit_code("prune", *flags, "--out", "fast.safetensors") == 0
+    assert seen == {"shape": (24, 3, 8, 8), "speedup": 4.0}
+    assert "a step of these masks: 0.1250 s, dense 0.5000 s, 4.00 times as fast" in capsys.readouterr().out
+    assert MaskSet.load("fast.safetensors").recipe["budget"] == "time"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "time"], "Expected budget: with 'time', a --speedup too"),
+        (["--speedup", "4"], "Expected speedup: none unless --budget time"),
+        (["--budget", "time", "--speedup", "0.5"], "Expected speedup: a factor above 1, got 0.5"),
+        (["--budget", "time", "--speedup", "4", "--sparsity", "0.9"], "Expected --speedup with budget time, got --sparsity"),
+        (["--recipe", "both.toml"], "leave sparsity out"),
+    ],
+)
+def test_what_a_budget_of_time_means_has_to_be_clear(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    Path("both.toml").write_text('budget = "time"\nspeedup = 3\nsparsity = 0.9\n')
+    assert _exit_code("prune", *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_info_says_what_runs(capsys: pytest.CaptureFixture) -> None:

@@ -11,6 +11,7 @@ import grasp_sparse
 
 ORDER = [
     "_extension",
+    "environment",
     "files",
     "bits",
     "timing",
@@ -27,8 +28,11 @@ ORDER = [
     "ops",
     "nn",
     "optim",
+    "targets",
+    "planning",
     "surgery_report",
     "surgery",
+    "speedup",
     "train",
     "report",
     "bench",

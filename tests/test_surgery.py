@@ -56,7 +56,7 @@ def masks(net):
 
 def test_sparse_model_computes_the_pruned_one(net, masks):
     expected, x = pruned_copy(net, masks), torch.randn(4, 3, 6, 6)
-    report = gs.sparsify_(net, masks, x)
+    report = gs.sparsify_(net, masks, x, plan="density")
     torch.testing.assert_close(net(x), expected(x))
     assert [type(m) for m in (net.stem, net.body[2], net.grouped, net.head)] == [MaskedConv2d, SparseConv2d, MaskedConv2d, SparseLinear]
     assert [(row.name, row.runs, row.reason) for row in report.rows] == [
@@ -111,7 +111,7 @@ def test_layers_that_lose_nothing_or_have_no_mask_stay_ordinary(net):
 
 
 def test_report_counts_and_prints(net, masks):
-    report = gs.sparsify_(net, gs.MaskSet(masks, skipped=[("body.0", "a norm")]), torch.randn(4, 3, 6, 6))
+    report = gs.sparsify_(net, gs.MaskSet(masks, skipped=[("body.0", "a norm")]), torch.randn(4, 3, 6, 6), plan="density")
     assert report.kept == sum(int(mask.sum()) for mask in masks.values())
     assert report.weights == sum(mask.numel() for mask in masks.values())
     assert report.density == report.kept / report.weights

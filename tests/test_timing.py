@@ -82,3 +82,14 @@ def test_slow_arms_get_one_lead_in_call(clock):
 
     interleaved_within({"a": run}, 10, lead_in=3)
     assert len(calls) == 2 + 2 * 6
+
+
+def test_rounds_end_when_enough_is_known_but_not_before_the_third(clock):
+    seen = []
+
+    def enough(seconds):
+        seen.append(list(seconds["nap"]))
+        return len(seconds["nap"]) == 4
+
+    times = interleaved({"nap": napping(clock, [9, 4, 3, 2, 1])}, rounds=50, warmup=1, enough=enough)["nap"]
+    assert (times.count, times.best) == (4, 1) and seen == [[4, 3, 2], [4, 3, 2, 1]]

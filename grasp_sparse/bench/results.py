@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_sparse.files import write_atomically
 from grasp_sparse.timing import Timing
-from grasp_sparse.train.environment import describe_environment
+from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 
 DENSE, SPARSE = "dense", "sparse"  # first word of an arm's name

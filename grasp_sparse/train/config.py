@@ -61,7 +61,12 @@ class TrainConfig:
     )
     sparsity: float = _option(0.95, "pruning", "share removed, 0 <= sparsity < 1", type=float, metavar="SHARE")
     budget: str = _option(
-        "weights", "pruning", "what sparsity counts: weights, or flops = multiply-adds", choices=("weights", "flops")
+        "weights", "pruning", "what is limited: weights, flops = multiply-adds (by sparsity), or time (by speedup)",
+        choices=("weights", "flops", "time"),
+    )
+    speedup: float | None = _option(
+        None, "pruning", "budget time: dense step time / sparse step time to reach, in place of sparsity", type=float,
+        metavar="FACTOR",
     )
     scope: str = _option(
         "global", "pruning", "one ranking over all layers, the same density per layer, or Erdos-Renyi densities",
@@ -73,8 +78,13 @@ class TrainConfig:
     exclude: list = _option([], "pruning", "keep layers whose name matches this pattern dense", type=list, metavar="GLOB")
     samples_per_class: int = _option(10, "pruning", "training images per class to score on", type=int, metavar="N")
     score_batch: int = _option(100, "pruning", "images per scoring micro-batch", type=int, metavar="N")
+    plan: str = _option(
+        "auto", "pruning", "layers run sparse where that is measured to be faster (auto), or where they are thin (density: repeatable)",
+        choices=("auto", "density"),
+    )
     max_density: float | None = _option(
-        None, "pruning", "a layer denser than this keeps its dense kernel", type=float, metavar="SHARE"
+        None, "pruning", "a layer denser than this keeps its dense kernel; nothing is measured then", type=float,
+        metavar="SHARE",
     )
 
     epochs: int = _option(10, "training", "passes over the training images", type=int, metavar="N")
@@ -113,6 +123,9 @@ class TrainConfig:
             ("sparsity", 0 <= self.sparsity < 1, "0 <= sparsity < 1 (0.98 keeps 2 %)"),
             ("min_density", 0 <= self.min_density <= 1, "a share between 0 and 1"),
             ("max_density", self.max_density is None or 0 < self.max_density <= 1, "a share above 0, at most 1"),
+            ("budget", self.budget != "time" or self.speedup is not None or self.masks, "with 'time', a --speedup too"),
+            ("speedup", self.speedup is None or self.speedup > 1, "a factor above 1"),
+            ("speedup", self.speedup is None or self.budget == "time", "none unless --budget time"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("samples_per_class", self.samples_per_class >= 1, "at least 1"),

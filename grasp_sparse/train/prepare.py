@@ -59,6 +59,12 @@ def example_input(config: TrainConfig, data: Data) -> torch.Tensor:
     return torch.zeros(1, *data.shape, device=config.device)
 
 
+def example_batch(config: TrainConfig, data: Data) -> torch.Tensor:
+    """Noise in the shape and layout of a training batch, [batch_size, C, H, W], for measuring what layers and steps cost."""
+    batch = torch.randn(config.batch_size, *data.shape, generator=torch.Generator().manual_seed(0))
+    return batch.to(config.device, memory_format=memory_format(config.memory_format))
+
+
 def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
     """Read --masks, or score `model` on class-balanced training images and choose what to keep."""
     if config.masks is not None:
@@ -75,11 +81,20 @@ def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
         for x, y in data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
     ]
     say(f"scoring {config.model} with {config.criterion} on {sum(len(y) for _, y in batches)} training images")
-    return prune(
-        model, batches, sparsity=config.sparsity, criterion=config.criterion, pattern=config.pattern, scope=config.scope,
-        budget=config.budget, min_density=config.min_density, include=config.include or None, exclude=config.exclude or None,
-        seed=config.seed, **options,
+    if config.budget == "time":
+        say(f"measuring layers and steps at batch {config.batch_size} for a speedup of {config.speedup:g}")
+        goal = {"speedup": config.speedup, "example_input": example_batch(config, data)}
+    else:
+        goal = {"sparsity": config.sparsity}
+    masks = prune(
+        model, batches, criterion=config.criterion, pattern=config.pattern, scope=config.scope, budget=config.budget,
+        min_density=config.min_density, include=config.include or None, exclude=config.exclude or None, seed=config.seed,
+        **goal, **options,
     )
+    if config.budget == "time":
+        dense, sparse = masks.recipe["dense_step_s"], masks.recipe["sparse_step_s"]
+        say(f"a step of these masks: {sparse:.4f} s, dense {dense:.4f} s, {dense / sparse:.2f} times as fast")
+    return masks
 
 
 def pruning_summary(masks: MaskSet, costs: Mapping[str, float], runs: Mapping[str, str]) -> dict[str, Any]:
@@ -101,10 +116,8 @@ def pruning_summary(masks: MaskSet, costs: Mapping[str, float], runs: Mapping[st
 
 def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet, data: Data) -> dict[str, Any]:
     """Make the layers of `model` sparse in place, print the table, return its pruning summary."""
-    example = example_input(config, data)
-    costs = weight_costs(model, example, include=list(masks))
-    options = {} if config.max_density is None else {"max_density": config.max_density}
-    report = sparsify_(model, masks, example, **options)
+    costs = weight_costs(model, example_input(config, data), include=list(masks))
+    report = sparsify_(model, masks, example_batch(config, data), config.plan, config.max_density)
     runs = {f"{row.name}.weight": row.runs for row in report.rows}
     summary = pruning_summary(masks, costs, runs)
     say(density_table(summary))

@@ -13,7 +13,7 @@ from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.engine import Interrupted, Position, Trainer
-from grasp_sparse.train.environment import describe_environment
+from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say

@@ -10,6 +10,7 @@ import torch
 from layer_cases import DENSE, pruned, random_mask, sparse_of
 from torch import nn
 
+from grasp_sparse.nn import masked as masked_module
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 
 
@@ -78,6 +79,67 @@ def test_wrong_mask_is_refused(make):
     for mask in (torch.ones(4, 5).bool(), torch.ones(4, 6), torch.ones(24).bool()):
         with pytest.raises(ValueError, match=r"Expected a bool mask of shape \[4, 6\]"):
             make(dense, mask)
+
+
+@pytest.fixture(params=["few weights", "many weights"])
+def count(request, monkeypatch):
+    """Masked layers mask small and large weights in two ways."""
+    monkeypatch.setattr(masked_module, "_FEW", 1 << 20 if request.param == "few weights" else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_stop_at_the_mask(bad, dtype, count):
+    dense = nn.Linear(6, 4).to(dtype)
+    mask = random_mask(dense)
+    layer = masked_of(dense, mask)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for _ in range(2):
+        layer(torch.full((3, 6), bad, dtype=dtype)).sum().backward()
+        assert layer.weight.grad.dtype == dtype
+        assert (layer.weight.grad[~mask] == 0).all() and not layer.weight.grad[mask].isfinite().any()
+        optimizer.step()
+    assert (layer.weight[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_masked_gradients_are_those_of_a_masked_weight(layout, count):
+    dense = nn.Conv2d(3, 8, 3).to(memory_format=layout)
+    mask = random_mask(dense)
+    layer, x = masked_of(dense, mask), torch.randn(2, 3, 6, 6).to(memory_format=layout)
+    pruned(dense, mask)
+    for module in (layer, dense):
+        module(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, dense.weight.grad * mask)
+
+
+def test_masked_layers_have_second_derivatives(count):
+    layer = masked_of(nn.Linear(5, 4).double(), torch.rand(4, 5) < 0.5)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,)).tanh()
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    masked = weight.detach().clone().requires_grad_()
+    gradient = torch.autograd.grad(function(x, weight, layer.bias).sum(), weight, create_graph=True)[0]
+    second = torch.autograd.grad(gradient.square().sum(), weight)[0]
+    gradient = torch.autograd.grad(nn.functional.linear(x, masked, layer.bias).tanh().sum(), masked, create_graph=True)[0]
+    expected = torch.autograd.grad((gradient * layer.mask).square().sum(), masked)[0] * layer.mask
+    torch.testing.assert_close(second, expected)
+
+
+def test_a_masked_layer_works_under_functional_transforms(count):
+    layer, x = masked_of(nn.Linear(5, 4), torch.rand(4, 5) < 0.5), torch.randn(3, 5)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sum()), in_dims=(None, 0))
+    torch.testing.assert_close(each(parameters, x)["weight"], x[:, None].expand(3, 4, 5) * layer.mask)
+
+
+def test_a_frozen_masked_layer_gives_no_gradient():
+    dense = nn.Linear(6, 4, bias=False)
+    dense.weight.requires_grad_(False)
+    assert not masked_of(dense, random_mask(dense))(torch.ones(3, 6)).requires_grad
 
 
 def test_values_are_the_only_weight():

@@ -39,7 +39,7 @@ def test_a_recipe_file_is_read_and_named_after_itself(tmp_path: Path) -> None:
         ("epochs = 'ten'", "Expected epochs in .* to be int, got 'ten'"),
         ("epochs = 2.5", "Expected epochs in .* to be int"),
         ("nesterov = 1", "Expected nesterov in .* to be bool"),
-        ("budget = 'time'", "Expected budget in .* to be one of weights, flops"),
+        ("budget = 'steps'", "Expected budget in .* to be one of weights, flops, time"),
         ("epochs = ", "not valid TOML"),
         ("milestones = ['a']", "Expected every element of milestones in .* to be float, got 'a'"),
         ("include = [1]", "Expected every element of include in .* to be str, got 1"),

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from grasp_sparse import _extension
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
@@ -43,7 +45,7 @@ def with_aux(num_classes: int, in_channels: int) -> nn.Module:
 def _config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, model=f"{__name__}:dropout_net",
-        sparsity=0.7, samples_per_class=2, timing_rounds=0,
+        sparsity=0.7, samples_per_class=2, timing_rounds=0, plan="density",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 
@@ -148,6 +150,27 @@ def test_a_run_learns_and_tells_what_it_kept(tmp_path: Path) -> None:
     sparse = sum(result["memory"]["sparse"].values()) - result["memory"]["sparse"]["indices"]
     assert sparse < sum(result["memory"]["dense"].values()) and result["memory"]["sparse"]["indices"] > 0
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+@pytest.mark.skipif(not _extension.status().loaded, reason="without compiled kernels nothing is measured")
+def test_layers_are_measured_at_the_batch_of_the_run_and_a_resumed_run_keeps_what_was_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def sparse_is_faster(layer, mask, given):
+        seen.append(given)
+        return Times(2e-3, 2e-3, 1e-3)
+
+    monkeypatch.setattr(measure, "measure_layer", sparse_is_faster)
+    _after_steps(6, _ctrl_c, monkeypatch)
+    with pytest.raises(Interrupted):
+        start_run(_config(plan="auto", sparsity=0.3), tmp_path)
+    assert {given.shape[0] for given in seen} == {16}
+    monkeypatch.setattr(measure, "measure_layer", lambda *_: pytest.fail("a resumed run measured"))
+    result = resume_run(tmp_path, {})
+    assert {layer["runs"] for layer in result["pruning"]["layers"]} == {"sparse"}
+    assert any(name.endswith(".values") for name in load_checkpoint(tmp_path)["model"])
 
 
 def test_given_masks_are_used_and_scoring_is_skipped(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Measured times, kept for the process and, between processes, in one JSON file.
+
+The file is ``grasp_sparse/layer-times.json`` in the user's cache folder (XDG_CACHE_HOME where it is set), or in the folder
+that GRASP_SPARSE_CACHE names; GRASP_SPARSE_CACHE=0 (or empty) keeps nothing on the disk. A file that is damaged, of another
+version or not to be written is done without.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from grasp_sparse import _extension
+from grasp_sparse.environment import allocator, cpu_model, version_of
+from grasp_sparse.files import write_atomically
+from grasp_sparse.planning.inputs import LayerInput
+from grasp_sparse.planning.measure import Times
+
+_FORMAT = 1
+_NEAR = 0.02  # times at a count of kept weights this near, as a share, are taken for those of this one
+_MAX_KEYS = 4096  # a file that many have written into starts anew
+
+# key -> [(kept weights, times)]
+_Store = dict[str, list[tuple[int, Times]]]
+_memory: _Store = {}
+_unsaved: set[str] = set()
+
+
+def recall(key: str, kept: int) -> Times | None:
+    """The times measured for ``key`` at ``kept`` weights or within 2 % of them, or None."""
+    if key not in _memory:
+        _memory[key] = _read().get(key, [])
+    near = [(abs(other - kept), times) for other, times in _memory[key] if abs(other - kept) <= _NEAR * kept]
+    return min(near)[1] if near else None
+
+
+def remember(key: str, kept: int, times: Times) -> None:
+    """Keeps ``times`` for this process; :func:`save` keeps them for the next ones."""
+    _memory.setdefault(key, []).append((kept, times))
+    _unsaved.add(key)
+
+
+def save() -> None:
+    """Adds what this process has measured to the file."""
+    path = cache_file()
+    if path is None or not _unsaved:
+        return
+    store = _read()
+    store = {**(store if len(store) < _MAX_KEYS else {}), **{key: _memory[key] for key in _unsaved}}
+    data = json.dumps({"format": _FORMAT, "times": store}).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(data))
+    except OSError:
+        pass  # a read-only or full disk: the next process measures again
+    _unsaved.clear()
+
+
+def cache_file() -> Path | None:
+    """Where times are kept between processes; None when GRASP_SPARSE_CACHE says nowhere."""
+    folder = os.environ.get("GRASP_SPARSE_CACHE")
+    if folder in ("", "0"):
+        return None
+    if folder is None:
+        folder = _platform_folder() / "grasp_sparse"
+    return Path(folder).expanduser() / "layer-times.json"
+
+
+def _platform_folder() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches")
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local"))
+    return Path("~/.cache")
+
+
+def layer_key(layer: nn.Module, given: LayerInput) -> str:
+    """Everything the times of a layer depend on, but the number of its kept weights."""
+    device = layer.weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    facts = [
+        *_machine(), device, torch.get_num_threads(), autocast, type(layer).__name__, tuple(layer.weight.shape),
+        layer.weight.stride(), layer.weight.dtype, layer.weight.requires_grad, layer.bias is not None, *given,
+    ]  # fmt: skip
+    if isinstance(layer, nn.Conv2d):
+        facts += [layer.stride, layer.padding, layer.dilation, layer.padding_mode]
+    return "|".join(map(str, facts))
+
+
+@functools.cache
+def _machine() -> tuple[str, ...]:
+    """What holds for the whole process: processor, kernels, versions, allocator."""
+    return (cpu_model(), _extension.status().isa, _kernels(), str(torch.__version__), version_of("grasp_sparse"), allocator())
+
+
+def _kernels() -> str:
+    """Tells one build of the compiled library from another."""
+    library = sys.modules.get("grasp_sparse._C")
+    return str(os.stat(library.__file__).st_mtime_ns) if library is not None else "none"
+
+
+def _read() -> _Store:
+    """What the file holds; nothing if it is missing, damaged or foreign."""
+    path = cache_file()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            return {}
+        return {key: [(int(kept), _times(times)) for kept, times in rows] for key, rows in content["times"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _times(seconds: list[float]) -> Times:
+    times = Times(*map(float, seconds))
+    if not all(0 < value < math.inf for value in times):
+        raise ValueError("Expected positive times")
+    return times

@@ -1,0 +1,93 @@
+"""Seconds of one layer, forward and backward: dense as the model has it, masked, and sparse, in turns in one process."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+from grasp_sparse.planning.inputs import LayerInput
+from grasp_sparse.timing import interleaved
+
+ROUNDS = 60
+_USUAL_ROUNDS = 15
+_LONG_ENOUGH = 1.0  # seconds of calls after which, from _USUAL_ROUNDS on, measuring ends
+_TOO_LONG = 5.0  # … at any rate
+_CLEAR = 1.5  # one way this much faster: no more rounds are needed
+_SETTLED = 1.1  # … if the two fastest calls of each are this near
+_BRIEF = 1e-3  # seconds; calls shorter than this get one unmeasured call each before the measured one
+
+
+class Times(NamedTuple):
+    """Seconds of forward + backward, the fastest of the rounds: whatever else a shared machine does only ever adds."""
+
+    dense: float
+    masked: float
+    sparse: float
+
+    def __add__(self, other: Times) -> Times:
+        return Times(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __mul__(self, calls: int) -> Times:
+        return Times(*(seconds * calls for seconds in self))
+
+
+def measure_layer(layer: nn.Module, mask: Tensor, given: LayerInput, rounds: int = ROUNDS) -> Times:
+    """Times of ``layer``, a dense ``nn.Linear`` or ``nn.Conv2d`` with one group, under ``mask`` on inputs like ``given``.
+
+    The layer is copied; its gradients and hooks stay out of it. Data are random: zeros would be cheaper.
+    """
+    masked_kind, sparse_kind = (
+        (MaskedLinear, SparseLinear) if isinstance(layer, nn.Linear) else (MaskedConv2d, SparseConv2d)
+    )
+    dense = masked_kind.from_dense(layer, mask).to_dense()
+    if dense.bias is not None:
+        dense.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
+    device, generator = dense.weight.device, torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        arms = {
+            name: _arm(arm, given.random(device, generator), generator)
+            for name, arm in (
+                ("dense", dense),
+                ("masked", masked_kind.from_dense(dense, mask)),
+                ("sparse", sparse_kind.from_dense(dense, mask)),
+            )
+        }
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        first = interleaved(arms, 2, warmup=1, synchronize=synchronize)
+        lead_in = int(max(timing.best for timing in first.values()) < _BRIEF)
+        timings = interleaved(arms, rounds, warmup=0, lead_in=lead_in, synchronize=synchronize, enough=_decided)
+    return Times(*(timings[name].best for name in Times._fields))
+
+
+def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[], None]:
+    """One forward and backward of ``layer`` on ``x``, with random gradients in the layout of its output."""
+    parameters = [x, *layer.parameters()]
+    y = layer(x)
+    grad = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) if y.requires_grad else None
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        y = layer(x)
+        if grad is not None:
+            y.backward(grad)
+
+    return run
+
+
+def _decided(seconds: dict[str, list[float]]) -> bool:
+    """Whether it is clear who is faster, or has taken too long to become so."""
+    spent = sum(map(sum, seconds.values()))
+    if spent > (_LONG_ENOUGH if len(seconds["sparse"]) >= _USUAL_ROUNDS else _TOO_LONG):
+        return True
+    fastest = {name: heapq.nsmallest(2, taken) for name, taken in seconds.items()}
+    settled = all(second <= _SETTLED * first for first, second in fastest.values())
+    # Masked does what dense does and a little more; where it seems much slower, that may be the machine.
+    wins = fastest["sparse"][0] * _CLEAR < min(fastest["dense"][0], fastest["masked"][0])
+    loses = fastest["sparse"][0] > _CLEAR * fastest["masked"][0]
+    return settled and (wins or loses)

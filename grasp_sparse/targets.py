@@ -1,0 +1,105 @@
+"""What surgery is about to change: each masked weight with every layer that holds it, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+
+DENSE = (nn.Linear, nn.Conv2d)
+CHANGED = (SparseLinear, SparseConv2d, MaskedLinear, MaskedConv2d)
+_READ_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class Target(NamedTuple):
+    """One weight that has a mask."""
+
+    names: tuple[str, ...]  # of the parameter, as in masks; several when the weight is shared and has several masks
+    layers: dict[str, nn.Module]  # module name -> every layer that holds the weight
+    mask: Tensor  # on the weight's device
+    kept: int
+    runs: str | None  # "dense" or "masked" where nothing else is possible, None where there is a choice
+    reason: str  # why there is none
+
+    @property
+    def density(self) -> float:
+        """Kept weights as a share of all."""
+        return self.kept / max(1, self.mask.numel())
+
+
+def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
+    """The masked weights of ``model``, in the order of ``masks``, shared ones once; changes nothing.
+
+    Raises:
+        ValueError: a mask that fits no parameter or not its shape, different masks for one weight, or a layer that cannot
+            be changed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in masks if name not in parameters]
+    if unknown:
+        hint = "; its layers are sparse already, call densify_ first" if any(isinstance(m, CHANGED) for m in model.modules()) else ""
+        raise ValueError(f"Expected masks named after parameters of the model, got {', '.join(unknown)}{hint}.")
+    holders = parameter_holders(model)
+    read_elsewhere = {
+        child: type(module).__name__
+        for module in model.modules()
+        if isinstance(module, _READ_WEIGHTS_OF_CHILDREN)
+        for child in module.children()
+    }
+    targets: dict[nn.Parameter, Target] = {}
+    for name, mask in masks.items():
+        weight = parameters[name]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name}: Expected a bool mask of shape {list(weight.shape)}, got {got}.")
+        if weight in targets:
+            target = targets[weight]
+            if not torch.equal(target.mask, mask.to(weight.device)):
+                raise ValueError(f"{name}: Expected the same mask for every name of a shared weight, got different ones.")
+            targets[weight] = target._replace(names=(*target.names, name))
+            continue
+        for holder in holders[weight]:
+            _check_changeable(*holder)
+        layers = {module_name: module for module_name, module, _ in holders[weight]}
+        mask = mask.to(weight.device)
+        kept = int(mask.count_nonzero())
+        reader = next((read_elsewhere[layer] for layer in layers.values() if layer in read_elsewhere), None)
+        groups = max(getattr(layer, "groups", 1) for layer in layers.values())
+        runs, reason = None, ""
+        if kept == mask.numel():
+            runs, reason = "dense", "nothing pruned"
+        elif groups > 1:
+            runs, reason = "masked", f"{groups} groups"
+        elif reader:
+            runs, reason = "masked", f"{reader} reads the weight"
+        targets[weight] = Target((name,), layers, mask, kept, runs, reason)
+    return list(targets.values())
+
+
+def parameter_holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module, str]]]:
+    """Every parameter with the (module name, module, attribute) triples that hold it; shared ones have several."""
+    holders: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(parameter, []).append((name, module, attribute))
+    return holders
+
+
+def _check_changeable(name: str, module: nn.Module, attribute: str) -> None:
+    """Raises ValueError for a layer whose behaviour would not survive a change of kind."""
+    what = f"{name or 'the model itself'} ({type(module).__name__})"
+    if isinstance(module, CHANGED):
+        raise ValueError(f"{what}: Expected a dense layer, got one that is pruned already; call densify_ first.")
+    if type(module) not in DENSE or attribute != "weight":
+        raise ValueError(f"{what}: Expected nn.Linear or nn.Conv2d to hold the masked {attribute!r}; leave its weight out of the masks.")
+    if "forward" in vars(module):
+        raise ValueError(f"{what}: Expected the forward of its class, got one set on the module; remove it first.")
+    if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
+        raise ValueError(f"{what}: Expected only a weight and a bias, got more parameters, buffers or children; remove them first.")
+    if module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
+        raise ValueError(f"{what}: Expected no hooks on the weight Parameter, which will be replaced; remove them first.")

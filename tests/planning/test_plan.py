@@ -1,0 +1,305 @@
+"""Who runs sparse is what was measured to be faster; what was measured once is not measured again."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import grasp_sparse as gs
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+from grasp_sparse.planning import Times, cache, layer_inputs, measure
+from grasp_sparse.planning.inputs import LayerInput, describe_input
+
+
+class Net(nn.Module):
+    """Two convolutions, the second called twice, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.second(self.second(self.first(x).relu()).relu())
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    return {name: (torch.randperm(p.numel()) < density * p.numel()).view(p.shape) for name, p in weights.items()}
+
+
+@pytest.fixture
+def stopwatch(monkeypatch):
+    """Measuring by rule: a call of `stopwatch.set(rule)` makes rule(layer, kept, given) the times; `measured` is what was asked."""
+
+    class Stopwatch:
+        def __init__(self) -> None:
+            self.measured: list = []
+
+        def set(self, rule) -> None:
+            def measure_layer(layer, mask, given):
+                self.measured.append((layer, int(mask.sum()), given))
+                return rule(layer, int(mask.sum()), given)
+
+            monkeypatch.setattr(measure, "measure_layer", measure_layer)
+
+    watch = Stopwatch()
+    watch.set(lambda layer, kept, given: Times(2e-3, 2e-3, 1e-3))
+    return watch
+
+
+pytestmark = pytest.mark.skipif(not gs._extension.status().loaded, reason="without compiled kernels nothing is measured")
+X = torch.randn(4, 3, 6, 6)
+
+
+class TestDecision:
+    def test_the_faster_way_is_taken(self, net, stopwatch):
+        stopwatch.set(lambda layer, kept, given: Times(5e-3, 4e-3, 1e-3 if isinstance(layer, nn.Conv2d) else 9e-3))
+        masks = masks_of(net)
+        report = gs.sparsify_(net, masks, X)
+        assert [type(m) for m in (net.first, net.second, net.head)] == [SparseConv2d, SparseConv2d, MaskedLinear]
+        assert [row.runs for row in report.rows] == ["sparse", "sparse", "masked"]
+        assert report.rows[2].reason == "sparse takes 2.25 of the masked time"
+
+    @pytest.mark.parametrize("sparse, runs", [(0.96e-3, "sparse"), (0.98e-3, "masked"), (1.5e-3, "masked")])
+    def test_sparse_has_to_win_by_more_than_noise(self, net, stopwatch, sparse, runs):
+        stopwatch.set(lambda layer, kept, given: Times(1e-3, 1e-3, sparse))
+        assert set(gs.plan(net, masks_of(net), X).values()) == {runs}
+
+    def test_calls_and_layers_of_one_weight_are_added_up(self, stopwatch):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        model[2].weight = model[0].weight
+        stopwatch.set(lambda layer, kept, given: Times(1e-3, 2e-3, 3e-3 if given.needs_grad else 1e-4))
+        row = gs.plan(model, {"0.weight": masks_of(model)["0.weight"]}, torch.randn(3, 8)).rows[0]
+        assert row.times == pytest.approx((2e-3, 4e-3, 3.1e-3)) and row.layers == ("0", "2") and row.runs == "sparse"
+        row = next(row for row in gs.plan(Net(), masks_of(Net()), X).rows if row.layers == ("second",))
+        assert row.times == pytest.approx((2e-3, 4e-3, 6e-3)) and row.runs == "masked"
+
+    def test_what_has_no_choice_is_not_measured(self, stopwatch):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 4))
+        masks = {"0.weight": masks_of(model)["0.weight"], "2.weight": torch.ones(4, 64, dtype=torch.bool)}
+        plan = gs.plan(model, masks, torch.randn(2, 4, 6, 6))
+        assert dict(plan) == {"0.weight": "masked", "2.weight": "dense"} and not stopwatch.measured
+
+    def test_a_layer_that_is_not_called_goes_by_density_and_says_so(self, net, stopwatch):
+        net.spare = nn.Linear(8, 8)
+        row = gs.plan(net, masks_of(net, 0.5), X).rows[-1]
+        assert (row.runs, row.reason, row.times) == ("masked", "density above 0.3; not measured: not called on the example", None)
+
+    def test_without_kernels_density_decides_and_the_reason_says_so(self, net, stopwatch, monkeypatch):
+        monkeypatch.setattr(gs._extension, "_status", gs._extension.ExtensionStatus(False, "test", "reference", (), {}))
+        report = gs.sparsify_(net, masks_of(net), X)
+        assert {row.runs for row in report.rows} == {"sparse"} and not stopwatch.measured
+        assert {row.reason for row in report.rows} == {"not measured: no compiled kernels for cpu"}
+
+    @pytest.mark.parametrize("arguments", [{}, {"plan": "density", "example_input": X}, {"max_density": 0.3, "example_input": X}])
+    def test_density_decides_when_asked_and_without_an_example(self, net, stopwatch, arguments):
+        report = gs.sparsify_(net, masks_of(net), **arguments)
+        assert {row.runs for row in report.rows} == {"sparse"} and not stopwatch.measured
+
+
+class TestGivenPlan:
+    def test_a_plan_is_carried_out_without_measuring(self, net, stopwatch):
+        masks = masks_of(net)
+        stopwatch.set(lambda layer, kept, given: Times(1e-3, 1e-3, 2e-3))
+        plan = gs.plan(net, masks, X)
+        stopwatch.measured.clear()
+        report = gs.sparsify_(net, masks, plan=plan)
+        assert isinstance(net.first, MaskedConv2d) and not stopwatch.measured
+        assert report.rows[0].times == plan.rows[0].times and report.rows[0].reason == plan.rows[0].reason
+
+    def test_a_plan_of_ones_own(self, net):
+        masks = masks_of(net)
+        gs.sparsify_(net, masks, plan=json.loads(json.dumps({name: "masked" for name in masks} | {"head.weight": "sparse"})))
+        assert isinstance(net.second, MaskedConv2d) and isinstance(net.head, SparseLinear)
+
+    @pytest.mark.parametrize(
+        "plan, message",
+        [
+            ({"first.weight": "sparse"}, "second.weight: Expected a plan that says 'sparse' or 'masked', got none"),
+            ({name: "fast" for name in ("first.weight", "second.weight", "head.weight")}, "first.weight: .* got 'fast'"),
+            ("fast", "Expected plan to be \"auto\", \"density\" or a mapping from parameter names, got 'fast'"),
+            (3, "Expected plan to be .*, got 3"),
+        ],
+    )
+    def test_refusal_comes_before_any_change(self, net, plan, message):
+        with pytest.raises(ValueError, match=message):
+            gs.sparsify_(net, masks_of(net), plan=plan)
+        assert type(net.first) is nn.Conv2d
+
+    def test_what_is_not_possible_is_refused(self):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+        with pytest.raises(ValueError, match=r"says 'masked' \(2 groups\), got 'sparse'"):
+            gs.sparsify_(model, masks_of(model), plan={"0.weight": "sparse"})
+
+    def test_a_plan_and_a_limit_are_refused(self, net):
+        with pytest.raises(ValueError, match="Expected a plan or max_density, got both"):
+            gs.sparsify_(net, masks_of(net), plan={}, max_density=0.5)
+
+
+def test_tables_show_what_was_measured(net, stopwatch):
+    masks = masks_of(net)
+    plan = gs.plan(net, masks, X)
+    line = next(line for line in str(plan).splitlines() if line.startswith("second"))
+    assert line.split() == ["second", "8x8x3x3", "4x8x6x6", "nchw", "116", "20.14%", "4.000", "4.000", "2.000", "0.50", "sparse"]
+    text = str(gs.sparsify_(net, masks, X))
+    assert "masked ms" in text and "4.000" in text
+    assert "masked ms" not in str(gs.sparsify_(Net(), masks))
+
+
+class TestInputs:
+    def test_what_layers_are_given(self, net):
+        seen = layer_inputs(net, X)
+        assert seen["first"] == {LayerInput((4, 3, 6, 6), "nchw", torch.float32, False): 1}
+        assert seen["second"] == {LayerInput((4, 8, 6, 6), "nchw", torch.float32, True): 2}
+        assert next(iter(layer_inputs(net, X.to(memory_format=torch.channels_last))["first"])).layout == "channels_last"
+
+    def test_behind_frozen_layers_no_gradient_is_needed(self, net):
+        net.first.requires_grad_(False)
+        assert [given.needs_grad for given in layer_inputs(net, X)["second"]] == [False, True]  # called twice
+        assert not net.first.weight.requires_grad and net.second.weight.requires_grad
+
+    @pytest.mark.parametrize(
+        "x, layout",
+        [
+            (torch.empty(4, 3, 5, 6), "nchw"),
+            (torch.empty(4, 3, 5, 6).to(memory_format=torch.channels_last), "channels_last"),
+            (torch.empty(3, 5, 6, 4).permute(3, 0, 1, 2), "batch-innermost"),
+            (torch.empty(4, 6), "row-major"),
+            (torch.empty(6, 4).t(), "feature-major"),
+            (torch.empty(2, 4, 6), "row-major"),
+        ],
+    )
+    @pytest.mark.parametrize("needs_grad", [False, True])
+    def test_random_data_have_shape_layout_and_gradient_of_the_input(self, x, layout, needs_grad):
+        given = describe_input(x.requires_grad_(needs_grad))
+        made = given.random(x.device, torch.Generator())
+        assert given.layout == layout and describe_input(made) == given
+        assert made.stride() == x.stride() and made.is_leaf and made.detach().count_nonzero() == made.numel()
+
+
+class TestMeasuring:
+    @pytest.mark.parametrize("layer, shape", [(nn.Linear(6, 4), (3, 6)), (nn.Conv2d(2, 4, 3, bias=False), (2, 2, 5, 5))])
+    def test_the_model_is_not_touched(self, layer, shape):
+        layer.register_forward_hook(lambda *_: pytest.fail("a hook of the model ran"))
+        mask = torch.rand_like(layer.weight) < 0.5
+        before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+        times = measure.measure_layer(layer, mask, LayerInput(shape, "row-major", torch.float32, True), rounds=2)
+        assert all(0 < seconds < 10 for seconds in times)
+        assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
+        assert all(parameter.grad is None for parameter in layer.parameters()) and torch.equal(torch.get_rng_state(), state)
+
+    def test_half_precision_and_frozen_layers_can_be_measured(self, net):
+        net.bfloat16()
+        net.first.requires_grad_(False)
+        plan = gs.plan(net, masks_of(net), X)
+        assert all(row.times and row.runs in ("sparse", "masked") for row in plan.rows)
+
+    @pytest.mark.parametrize(
+        "milliseconds, ends",
+        [
+            ({"dense": [3, 3, 3], "masked": [3, 3.1, 9], "sparse": [1, 1.05, 5]}, True),
+            ({"dense": [1, 1, 1], "masked": [1, 1, 1], "sparse": [2, 2, 2]}, True),
+            ({"dense": [1.4] * 3, "masked": [1.4] * 3, "sparse": [1, 1, 1]}, False),  # near
+            ({"dense": [3, 3, 3], "masked": [3, 9, 9], "sparse": [1, 1, 1]}, False),  # unsettled
+            ({"dense": [1, 1, 1], "masked": [3, 3, 3], "sparse": [1.2, 1.2, 1.2]}, False),  # masked three times dense: is it?
+            ({"dense": [30] * 15, "masked": [30] * 15, "sparse": [30] * 15}, True),  # enough is enough
+            ({"dense": [30] * 14, "masked": [30] * 14, "sparse": [30] * 14}, False),
+            ({"dense": [2000] * 3, "masked": [2000] * 3, "sparse": [2000] * 3}, True),
+        ],
+    )
+    def test_rounds_end_when_the_answer_is_clear_or_took_long(self, milliseconds, ends):
+        assert measure._decided({name: [ms / 1e3 for ms in taken] for name, taken in milliseconds.items()}) is ends
+
+
+class TestCache:
+    def test_the_same_layer_is_measured_once(self, net, stopwatch):
+        masks = masks_of(net)
+        first = gs.plan(net, masks, X)
+        count = len(stopwatch.measured)
+        assert count == 3 and gs.plan(net, masks, X).rows == first.rows and len(stopwatch.measured) == count
+
+    @pytest.mark.parametrize("kept, again", [(1000, False), (1019, False), (981, False), (1030, True), (500, True)])
+    def test_near_counts_of_weights_share_a_measurement(self, stopwatch, kept, again):
+        model = nn.Sequential(nn.Linear(64, 64))
+        for count in (1000, kept):
+            gs.plan(model, {"0.weight": (torch.randperm(4096) < count).view(64, 64)}, torch.randn(8, 64))
+        assert len(stopwatch.measured) == 1 + again
+
+    @pytest.mark.parametrize("change", ["batch", "threads", "layout", "gradient", "stride"])
+    def test_anything_else_is_measured_anew(self, stopwatch, change):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3))
+        masks, x = masks_of(model), torch.randn(8, 4, 6, 6)
+        gs.plan(model, masks, x)
+        if change == "batch":
+            x = x[:4]
+        elif change == "threads":
+            torch.set_num_threads(2)
+        elif change == "layout":
+            x = x.to(memory_format=torch.channels_last)
+        elif change == "gradient":
+            model[0].weight.requires_grad_(False)
+        else:
+            model[0].stride = (2, 2)
+        gs.plan(model, masks, x)
+        assert len(stopwatch.measured) == 2
+
+    @pytest.fixture
+    def on_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("GRASP_SPARSE_CACHE", str(tmp_path / "deep" / "cache"))
+        return tmp_path / "deep" / "cache" / "layer-times.json"
+
+    def test_another_process_does_not_measure_again(self, net, stopwatch, on_disk):
+        masks = masks_of(net)
+        first = gs.plan(net, masks, X)
+        cache._memory.clear()
+        assert gs.plan(net, masks, X).rows == first.rows and len(stopwatch.measured) == 3
+        assert [path.name for path in on_disk.parent.iterdir()] == [on_disk.name]
+
+    def test_files_of_two_processes_are_joined(self, stopwatch, on_disk):
+        for model in (nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 6))):
+            cache._memory.clear()
+            gs.plan(model, masks_of(model), torch.randn(2, 8))
+        assert len(json.loads(on_disk.read_text())["times"]) == 2
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 99, "times": {}}', b'{"format": 1, "times": []}', "bad rows", "bad times"],
+    )
+    def test_a_damaged_or_foreign_file_is_measured_over(self, stopwatch, on_disk, content):
+        model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)
+        masks = masks_of(model)
+        key = cache.layer_key(model[0], LayerInput((2, 8), "row-major", torch.float32, False))
+        if content == "bad rows":
+            content = json.dumps({"format": 1, "times": {key: [7]}}).encode()
+        elif content == "bad times":
+            content = json.dumps({"format": 1, "times": {key: [[6, [1, -1, 0]]]}}).encode()
+        on_disk.parent.mkdir(parents=True)
+        on_disk.write_bytes(content)
+        gs.plan(model, masks, x)
+        assert len(stopwatch.measured) == 1 and key in json.loads(on_disk.read_text())["times"]
+
+    def test_a_folder_that_cannot_be_written_is_done_without(self, net, stopwatch, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("GRASP_SPARSE_CACHE", str(tmp_path / "file"))
+        gs.plan(net, masks_of(net), X)
+        assert len(stopwatch.measured) == 3
+
+    def test_where_the_file_is(self, monkeypatch):
+        for value in ("", "0"):
+            monkeypatch.setenv("GRASP_SPARSE_CACHE", value)
+            assert cache.cache_file() is None
+        monkeypatch.delenv("GRASP_SPARSE_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+        assert str(cache.cache_file()) == "/somewhere/grasp_sparse/layer-times.json"
