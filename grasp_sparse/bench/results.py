@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grasp_sparse.environment import describe_environment
 from grasp_sparse.files import write_atomically
 from grasp_sparse.timing import Timing
-from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 
 DENSE, SPARSE = "dense", "sparse"  # first word of an arm's name
