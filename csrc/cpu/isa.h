@@ -1,5 +1,5 @@
 // The border between the operations (linear.cpp, conv2d.cpp: torch tensors, threads, validation) and the loops that are
-// compiled once per instruction set (kernels.cpp): plain structs and three function pointers per element type.
+// compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
 //
 // Activations are worked on in slices of L batch lanes, L * sizeof(T) = 64 bytes, packed as [channel][row][column][L].
 // Every kept weight then multiplies one contiguous vector, whatever its place: the weight is a (value, offset) pair and a
@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "norm_args.h"
 
 namespace grasp_sparse {
 
@@ -66,6 +68,7 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
+  NormKernels<T> norm;
 };
 
 struct IsaBody {

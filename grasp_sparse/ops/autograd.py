@@ -5,11 +5,16 @@ With L a scalar, G = dL/dy and everything bilinear:
 * y = fprop(v, x) + b   dv = wgrad(G, x)    dx = dgrad(v, G)    db = ΣG
 * x = dgrad(v, g)       dv = wgrad(g, G)    dg = fprop(v, G)
 * v = wgrad(g, x)       dg = fprop(G, x)    dx = dgrad(G, g)
+
+Batch norm has a fused backward; where that must itself be differentiated (``create_graph=True``), the same gradients are
+computed by ordinary torch operations instead.
 """
 
 from __future__ import annotations
 
 import torch
+
+from grasp_sparse.ops import reference
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -109,6 +114,32 @@ def _wgrad_backward(ctx, grad):
     )
 
 
+def _setup_batch_norm(ctx, inputs, output):
+    x, residual, weight, bias, ctx.eps, ctx.relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)  # they serve the running statistics and the backward
+    # Without a residual the backward sees from x where the ReLU was open, and nothing keeps y alive.
+    ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, weight, bias, mean, var)
+
+
+def _batch_norm_backward(ctx, grad, _mean, _var):
+    x, y, weight, bias, mean, var = ctx.saved_tensors
+    backward = _ops.batch_norm_backward
+    if torch.is_grad_enabled():
+        backward = reference.batch_norm_backward
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    gx, g_residual, g_weight, g_bias = backward(grad, x, y, weight, bias, mean, var, ctx.eps, ctx.relu)
+    needs = ctx.needs_input_grad
+    return (
+        gx if needs[0] else None,
+        (grad if y is None else g_residual) if needs[1] else None,
+        g_weight if needs[2] else None,
+        g_bias if needs[3] else None,
+        None,
+        None,
+    )
+
+
 for _name, _backward, _setup in (
     ("csr_spmm", _spmm_backward, _setup_spmm),
     ("csr_spmm_t", _spmm_t_backward, _setup_spmm_t),
@@ -116,5 +147,6 @@ for _name, _backward, _setup in (
     ("csr_conv2d_fprop", _fprop_backward, _setup_fprop),
     ("csr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
+    ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
 ):
     torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)

@@ -1,4 +1,4 @@
-"""Schemas of the sparse operations; the one place where their names and arguments are written down.
+"""Schemas of the operations; the one place where their names and arguments are written down.
 
 W is a weight matrix of which only ``values [1, nnz]`` are stored. ``crow_indices … permutation`` are the five tensors of
 :class:`grasp_sparse.formats.CsrIndices`. Two closed families: in each, the gradient of every member is another member, so
@@ -12,6 +12,16 @@ derivatives of any order exist.
 ``csr_conv2d_dgrad`` transposed convolution      g ``[N, O, H', W']``
 ``csr_conv2d_wgrad`` weight gradient             ``[1, nnz]``
 ===================  ==========================  =======================================================
+
+And batch norm by the statistics of the batch, with what follows it in a network done on the way:
+
+=======================  ==========================================================  ==================================
+``batch_norm_train``     y = relu?((x - mean) / sqrt(var + eps) · w + b + residual)  x, residual, y ``[N, C, H, W]``
+``batch_norm_backward``  the gradients of x, residual, w, b                          mean, var (biased), w, b ``[C]``
+=======================  ==========================================================  ==================================
+
+``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
+compute (otherwise it is g, and an empty tensor is returned).
 
 ``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
 feature-major for linear; NCHW, channels_last or batch-innermost (CHWN) strides for conv.
@@ -31,6 +41,9 @@ SCHEMAS = {
     "csr_conv2d_fprop": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, {_WINDOW}) -> Tensor",
     "csr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt[] input_size, {_WINDOW}) -> Tensor",
     "csr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> Tensor",
+    "batch_norm_train": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward": "(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+    "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 # The layout of the result follows the strides of the argument, so a compiler must not change them on the way in.
