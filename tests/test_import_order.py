@@ -25,6 +25,7 @@ ORDER = [
     "formats",
     "ops",
     "nn",
+    "fusion",
     "surgery_report",
     "surgery",
     "train",

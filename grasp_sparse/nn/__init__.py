@@ -3,7 +3,7 @@
 from grasp_sparse.nn.conv import SparseConv2d
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.masked import MaskedConv2d, MaskedLinear
-from grasp_sparse.nn.norm import BatchNorm2d
+from grasp_sparse.nn.norm import BatchNorm2d, norm_relu
 from grasp_sparse.nn.sparse import SparseLayer
 
-__all__ = ["BatchNorm2d", "MaskedConv2d", "MaskedLinear", "SparseConv2d", "SparseLayer", "SparseLinear"]
+__all__ = ["BatchNorm2d", "MaskedConv2d", "MaskedLinear", "SparseConv2d", "SparseLayer", "SparseLinear", "norm_relu"]

@@ -66,3 +66,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu=True" if self.relu else super().extra_repr()
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + residual)``, in one operation if ``norm`` is a :class:`BatchNorm2d` that applies ReLU itself.
+
+    A module that calls some of its norms through this, and not otherwise, names them in a class attribute ``fusible_norms``:
+    ``grasp_sparse.fusion`` then may have them apply the ReLU.
+    """
+    if isinstance(norm, BatchNorm2d) and norm.relu:
+        return norm(x, residual)
+    return F.relu(norm(x) if residual is None else norm(x) + residual)
