@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kParts = 32;           // of the sums in channels_last
 constexpr int64_t kPartBytes = 64 << 10;  // at least, of x
-constexpr int64_t kStepBytes = 32 << 10;  // of x, in one call of a loop of the second pass
-constexpr int64_t kWideBytes = 256;      // columns the loops like: four AVX-512 vectors
+constexpr int64_t kStepBytes = 256 << 10;  // of x, in one call of a loop of the second pass
+constexpr int64_t kWideBytes = 512;        // columns the loops like: eight AVX-512 vectors
 constexpr int64_t kMostColumns = 512;
 
 // Above this a result is written past the cache.

@@ -1,5 +1,5 @@
 // Batch norm, one sheet at a time. Every loop is bound by memory, so each is one pass with as much done in it as can be:
-// four vectors of columns stay in registers while up to kRun rows pass by. Sums run in the type of x over those rows only
+// some vectors of columns stay in registers while up to kRun rows pass by. Sums run in the type of x over those rows only
 // and are then added up in double; the moments of a run are taken about its own first row, so that the digits of the
 // spread survive a mean of any size: the value they are taken about is at most sqrt(kRun) deviations from the run's mean.
 #pragma once
@@ -13,7 +13,8 @@ namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
 constexpr int kRun = 32;
-constexpr int kNormVectors = 4;
+constexpr int kNormVectors = kCanStream ? 8 : 4;  // what the registers hold, about: up to five values for each
+constexpr int kRowsAhead = 8;  // fetched early: two or three streams of strided rows are more than the hardware follows
 
 template <int K>
 using Count = std::integral_constant<int, K>;
@@ -52,15 +53,23 @@ GRASP_SPARSE_INLINE void for_blocks(const NormArgs<T>& p, const Block& block) {
   }
 }
 
+// The k-th vector at p, whose rows are `stride` apart; asks for the line of a later row as well, once per line.
+template <class T, class Lanes>
+GRASP_SPARSE_INLINE Native<T> load_ahead(const Lanes& lanes, const T* p, int k, int64_t stride) {
+  const T* at = p + k * kNativeLanes<T>;
+  if (k * GRASP_SPARSE_NATIVE_BYTES % kSliceBytes == 0) __builtin_prefetch(at + kRowsAhead * stride);
+  return lanes.load(at);
+}
+
 template <class T, int K, class Lanes>
 GRASP_SPARSE_INLINE void load_columns(Native<T> (&v)[K], const Lanes& lanes, const T* p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k) v[k] = lanes.load(p + k * kNativeLanes<T>);
 }
 
 template <class T, int K, class Lanes>
 GRASP_SPARSE_INLINE void store_columns(T* p, const Lanes& lanes, const Native<T> (&v)[K]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k) lanes.template store<false>(p + k * kNativeLanes<T>, v[k]);
 }
 
@@ -72,12 +81,12 @@ void norm_moments(const NormArgs<T>& p) {
     const T* x = p.x + row * p.stride + col;
     Native<T> about[K], first[K], second[K];
     load_columns(about, lanes, x);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) first[k] = second[k] = Native<T>{};
     for (int i = 1; i < rows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        const Native<T> d = lanes.load(x + i * p.stride + k * n) - about[k];
+        const Native<T> d = load_ahead(lanes, x + i * p.stride, k, p.stride) - about[k];
         first[k] += d;
         second[k] += d * d;
       }
@@ -109,10 +118,10 @@ void norm_apply_loop(const NormArgs<T>& p) {
     load_columns(mean, lanes, p.mean + col), load_columns(scale, lanes, p.scale + col), load_columns(bias, lanes, p.bias + col);
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.stride + col;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        Native<T> v = (lanes.load(p.x + at + k * n) - mean[k]) * scale[k] + bias[k];
-        if constexpr (Residual) v += lanes.load(p.residual + at + k * n);
+        Native<T> v = (load_ahead(lanes, p.x + at, k, p.stride) - mean[k]) * scale[k] + bias[k];
+        if constexpr (Residual) v += load_ahead(lanes, p.residual + at, k, p.stride);
         if constexpr (Relu) v = positive<T>(v, v);
         lanes.template store<Stream>(p.out + at + k * n, v);
       }
@@ -131,17 +140,17 @@ void norm_sums_loop(const NormArgs<T>& p) {
     Native<T> mean[K], scale[K], bias[K], first[K], second[K];
     load_columns(mean, lanes, p.mean + col);
     if constexpr (Masked == Mask::from_x) load_columns(scale, lanes, p.scale + col), load_columns(bias, lanes, p.bias + col);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) first[k] = second[k] = Native<T>{};
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.stride + col;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        const Native<T> d = lanes.load(p.x + at + k * n) - mean[k];
-        Native<T> g = lanes.load(p.g + at + k * n);
+        const Native<T> d = load_ahead(lanes, p.x + at, k, p.stride) - mean[k];
+        Native<T> g = load_ahead(lanes, p.g + at, k, p.stride);
         if constexpr (Masked == Mask::from_x) g = positive<T>(d * scale[k] + bias[k], g);
         if constexpr (Masked == Mask::from_y) {
-          g = positive<T>(lanes.load(p.y + at + k * n), g);
+          g = positive<T>(load_ahead(lanes, p.y + at, k, p.stride), g);
           lanes.template store<Stream>(p.out + at + k * n, g);
         }
         first[k] += g;
@@ -167,10 +176,10 @@ void norm_input_grad_loop(const NormArgs<T>& p) {
     if constexpr (Relu) load_columns(bias, lanes, p.bias + col);
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.stride + col;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        const Native<T> d = lanes.load(p.x + at + k * n) - mean[k];
-        Native<T> g = lanes.load(p.g + at + k * n);
+        const Native<T> d = load_ahead(lanes, p.x + at, k, p.stride) - mean[k];
+        Native<T> g = load_ahead(lanes, p.g + at, k, p.stride);
         if constexpr (Relu) g = positive<T>(d * scale[k] + bias[k], g);
         lanes.template store<Stream>(p.out + at + k * n, g * scale[k] - offset[k] - d * slope[k]);
       }
