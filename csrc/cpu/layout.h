@@ -29,7 +29,8 @@ inline Layout layout_of(const Tensor& t) {
 inline Tensor empty_images(const Tensor& like, Layout layout, int64_t channels, int64_t height, int64_t width) {
   const int64_t n = like.size(0);
   const Sizes sizes{n, channels, height, width};
-  if (layout == Layout::channels_last) return empty_strided(like, sizes, {height * width * channels, 1, width * channels, channels});
+  if (layout == Layout::channels_last)
+    return empty_strided(like, sizes, {height * width * channels, 1, width * channels, channels});
   if (layout == Layout::chwn) return empty_strided(like, sizes, {1, height * width * n, width * n, n});
   return empty_strided(like, sizes, {channels * height * width, height * width, width, 1});
 }
@@ -40,8 +41,10 @@ inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t height,
 
 // t if its elements lie as this layout says (a tensor of one image or one channel lies in several), else a copy that does.
 inline Tensor in_layout(const Tensor& t, Layout layout) {
-  if (layout == Layout::channels_last ? lies_as(t, {0, 2, 3, 1}) : layout == Layout::chwn ? lies_as(t, {1, 2, 3, 0}) : t.is_contiguous())
-    return t;
+  const bool lies_so = layout == Layout::channels_last ? lies_as(t, {0, 2, 3, 1})
+                       : layout == Layout::chwn        ? lies_as(t, {1, 2, 3, 0})
+                                                       : t.is_contiguous();
+  if (lies_so) return t;
   Tensor copy = empty_images(t, layout, t.size(1), t.size(2), t.size(3));
   return torch::stable::copy_(copy, t);
 }

@@ -83,9 +83,11 @@ def sweep_large() -> None:
 
 def sweep_batch_norm() -> None:
     """Rows shorter than a vector, rows with rests, folded rows, several parts; the large one is written past the cache."""
-    shapes, large = ((3, 5, 7, 7), (33, 67, 4, 4), (2, 2, 40, 41), (130, 24, 2, 2), (6, 130, 13, 13)), (33, 64, 25, 24)
-    cases = [*product(shapes, NORM_CASES), (large, (False, True, True)), (large, (True, True, True))]
-    for dtype, (shape, (residual, relu, affine)), layout in product(DTYPES, cases, ("NCHW", "channels_last", "CHWN", "sliced")):
+    shapes = ((3, 5, 7, 7), (33, 67, 4, 4), (2, 2, 40, 41), (130, 24, 2, 2), (6, 130, 13, 13), (20, 16, 30, 30))
+    cases = [*product(DTYPES, shapes, NORM_CASES, ("NCHW", "channels_last", "CHWN", "sliced"))]
+    large = (("float32", (33, 64, 48, 44)), ("float64", (33, 32, 48, 44)))
+    cases += [(*of, (True, True, True), layout) for of, layout in product(large, ("NCHW", "channels_last", "CHWN"))]
+    for dtype, shape, (residual, relu, affine), layout in cases:
         lay, rest = IMAGE_LAYOUTS[layout][0], (1e-5, relu)
         case = f"batch norm, {dtype} {shape} {layout} residual {residual} relu {relu} affine {affine}"
         # Rounded first, and y given to both: otherwise a value next to zero may lie on either side of the ReLU.
