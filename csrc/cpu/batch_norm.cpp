@@ -63,7 +63,7 @@ NormArgs<T> on_sheet(const Norm<T>& norm, const Columns<T>& columns, const Sheet
   return args;
 }
 
-// Whether `rows` of a sheet start on lines, and the whole is large.
+// Whether the whole is large and every row of this sheet starts on a cache line.
 template <class T>
 bool may_stream(const T* out, const Cut& cut, const Sheet& sheet) {
   const int64_t bytes = cut.channels * cut.per_channel * cut.element_bytes;
