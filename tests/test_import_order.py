@@ -27,6 +27,7 @@ ORDER = [
     "formats",
     "ops",
     "nn",
+    "fusion",
     "optim",
     "targets",
     "planning",

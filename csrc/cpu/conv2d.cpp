@@ -1,5 +1,6 @@
 // csr_conv2d_fprop, _dgrad, _wgrad, _backward: checks, layouts, and the call of the pass.
 #include "isa.h"
+#include "layout.h"
 #include "tensors.h"
 
 namespace grasp_sparse {
@@ -45,28 +46,6 @@ int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
 template <class T>
 Image<T> image_of(T* data, const Tensor& t) {
   return {data, t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-// Whether t, with its dimensions in this order (outermost first), is dense. Dimensions of one entry have any stride.
-bool lies_as(const Tensor& t, const int (&order)[4]) {
-  int64_t expected = 1;
-  for (int i = 3; i >= 0; --i) {
-    const int d = order[i];
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
-// [N, channels, height, width] in the layout of `like`. The rule of ops/layout.py.
-Tensor empty_images(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  const int64_t n = like.size(0);
-  const Sizes sizes{n, channels, height, width};
-  if (like.numel() > 0 && !like.is_contiguous()) {
-    if (lies_as(like, {0, 2, 3, 1})) return empty_strided(like, sizes, {height * width * channels, 1, width * channels, channels});
-    if (lies_as(like, {1, 2, 3, 0})) return empty_strided(like, sizes, {1, height * width * n, width * n, n});
-  }
-  return empty_strided(like, sizes, {channels * height * width, height * width, width, 1});
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The border between the operations (linear.cpp, conv2d.cpp, update.cpp: torch tensors, threads, validation) and the loops
-// that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
+// The border between the operations (linear.cpp, conv2d.cpp, batch_norm.cpp, update.cpp: torch tensors, threads, validation) and
+// the loops that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
 //
 // Activations are worked on in slices of L batch lanes, L * sizeof(T) = 64 bytes, packed as [channel][row][column][L].
 // Every kept weight then multiplies one contiguous vector, whatever its place: the weight is a (value, offset) pair and a
@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "norm_args.h"
 
 namespace grasp_sparse {
 
@@ -96,8 +98,8 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
-  void (*sgd)(const SgdArgs<T>&);
-  void (*adamw)(const AdamwArgs<T>&);
+// The border between the operations (linear.cpp, conv2d.cpp, batch_norm.cpp, update.cpp: torch tensors, threads, validation) and
+// the loops that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
 };
 
 struct IsaBody {

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with GRASP_SPARSE_ISA naming the namespace (setup.py has the flags).
 // Cuts an image into tiles of R x C pixels, R*C <= kMaxTile, and calls the loop compiled for exactly that tile.
 #include "isa.h"
+#include "norm.h"
 #include "pack.h"
 #include "product.h"
 #include "sampled.h"
@@ -69,8 +70,8 @@ void sampled(const SampledArgs<T>& p) {
 extern const IsaBody body;
 const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>},
-    {&pack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>},
+    {&pack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>, kNormKernels<float>},
+    {&pack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>, kNormKernels<double>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

@@ -131,6 +131,35 @@ GRASP_SPARSE_INLINE void store_first(T* p, Native<T> v) {
 #endif
 }
 
+// The first `count` lanes (1 … n); the others are zero, and nothing is read or written for them.
+template <class T>
+GRASP_SPARSE_INLINE Native<T> load_part(const T* p, int count) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Native<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  else
+    return reinterpret_cast<Native<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+#else
+  Native<T> v{};
+  for (int l = 0; l < count; ++l) v[l] = p[l];
+  return v;
+#endif
+}
+
+template <class T>
+GRASP_SPARSE_INLINE void store_part(T* p, Native<T> v, int count) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+#else
+  for (int l = 0; l < count; ++l) p[l] = v[l];
+#endif
+}
+
 // acc += a * b. Contracts to one fused multiply-add where the instruction set has it.
 template <class T>
 GRASP_SPARSE_INLINE void multiply_add(Vec<T>& acc, const Vec<T>& a, const Vec<T>& b) {

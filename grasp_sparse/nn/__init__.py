@@ -1,8 +1,9 @@
-"""Layers that store only kept weights, and layers that keep a dense kernel on an exactly masked weight."""
+"""Layers that store only kept weights, layers that keep a dense kernel on an exactly masked weight, and a fused batch norm."""
 
 from grasp_sparse.nn.conv import SparseConv2d
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.masked import MaskedConv2d, MaskedLinear
+from grasp_sparse.nn.norm import BatchNorm2d, norm_relu
 from grasp_sparse.nn.sparse import SparseLayer
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "SparseConv2d", "SparseLayer", "SparseLinear"]
+__all__ = ["BatchNorm2d", "MaskedConv2d", "MaskedLinear", "SparseConv2d", "SparseLayer", "SparseLinear", "norm_relu"]

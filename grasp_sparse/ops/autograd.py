@@ -8,11 +8,16 @@ With L a scalar, G = dL/dy and everything bilinear:
 
 The two gradients of the first line are one operation, ``…_backward``, when both are wanted. Its own derivative is the sum of
 the second line (G = Gx), the third (G = Gv) and that of the sum over g.
+
+Batch norm has a fused backward; where that must itself be differentiated (``create_graph=True``), the same gradients are
+computed by ordinary torch operations instead.
 """
 
 from __future__ import annotations
 
 import torch
+
+from grasp_sparse.ops import reference
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -149,6 +154,30 @@ def _conv_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
         else None,
         _ops.csr_conv2d_dgrad(grad_dvalues, *indices, g, x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 4,
+
+def _setup_batch_norm(ctx, inputs, output):
+    x, residual, weight, bias, ctx.eps, ctx.relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)  # they serve the running statistics and the backward
+    # Without a residual the backward sees from x where the ReLU was open, and nothing keeps y alive.
+    ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, weight, bias, mean, var)
+
+
+def _batch_norm_backward(ctx, grad, _mean, _var):
+    x, y, weight, bias, mean, var = ctx.saved_tensors
+    backward = _ops.batch_norm_backward
+    if torch.is_grad_enabled():
+        backward = reference.batch_norm_backward
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    gx, g_residual, g_weight, g_bias = backward(grad, x, y, weight, bias, mean, var, ctx.eps, ctx.relu)
+    needs = ctx.needs_input_grad
+    return (
+        gx if needs[0] else None,
+        (grad if y is None else g_residual) if needs[1] else None,
+        g_weight if needs[2] else None,
+        g_bias if needs[3] else None,
+        None,
+        None,
     )
 
 
@@ -161,5 +190,7 @@ for _name, _backward, _setup in (
     ("csr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
     ("csr_conv2d_backward", _conv_backward_backward, _setup_conv_backward),
+
+    ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
 ):
     torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)

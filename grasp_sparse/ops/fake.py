@@ -64,5 +64,18 @@ def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation,
     return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)
 
 
+@_register("grasp_sparse::batch_norm_train")
+def _(x, residual, weight, bias, eps, relu):
+    torch._check(x.dim() == 4, lambda: f"batch_norm_train: Expected x [N, C, H, W], got {x.dim()}-D")
+    return empty_images(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+@_register("grasp_sparse::batch_norm_backward")
+def _(g, x, y, weight, bias, mean, var, eps, relu):
+    torch._check(g.shape == x.shape, lambda: f"batch_norm_backward: Expected g {tuple(x.shape)}, got {tuple(g.shape)}")
+    residual = x.new_empty(0) if y is None else empty_images(x, x.shape)
+    return empty_images(x, x.shape), residual, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
 for _name in UPDATE_SCHEMAS:
     _register(f"grasp_sparse::{_name}", lambda *_: None)

@@ -1,6 +1,6 @@
 """The definition of every operation in plain torch: the fallback on any device, and what kernels are tested against.
 
-Each one builds the dense weight, so it is right and simple, not fast.
+Each sparse one builds the dense weight, so it is right and simple, not fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
 from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
-from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.ops.schema import NORM_SCHEMAS, SCHEMAS
 
 
 def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
@@ -78,6 +78,45 @@ def csr_conv2d_backward(
     return dx, csr_conv2d_wgrad(*indices, g, x, *window), g.sum((0, 2, 3))
 
 
+def batch_norm_train(x, residual, weight, bias, eps, relu):
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    y = _normalised(x, weight, bias, mean, var, eps)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = y.relu()
+    return empty_images(x, x.shape).copy_(y), mean, var
+
+
+def batch_norm_backward(g, x, y, weight, bias, mean, var, eps, relu):
+    """Also differentiable: with mean and var as functions of x, the derivative of this is the second one of batch norm."""
+    if relu:
+        positive = ~((_normalised(x, weight, bias, mean, var, eps) if y is None else y) <= 0)  # true for NaN, as in torch
+        g = torch.where(positive, g, 0)
+    inverse = _columns((var + eps).rsqrt())
+    unit = (x - _columns(mean)) * inverse
+    g_weight, g_bias = (g * unit).sum((0, 2, 3)), g.sum((0, 2, 3))
+    count = x.numel() // x.shape[1]
+    gx = (g - _columns(g_bias / count) - unit * _columns(g_weight / count)) * inverse
+    if weight is not None:
+        gx = gx * _columns(weight)
+    residual = x.new_empty(0) if y is None else empty_images(x, x.shape).copy_(g)
+    return empty_images(x, x.shape).copy_(gx), residual, g_weight, g_bias
+
+
+def _columns(vector: Tensor) -> Tensor:
+    """``[C]`` as it broadcasts against ``[N, C, H, W]``."""
+    return vector[:, None, None]
+
+
+def _normalised(x, weight, bias, mean, var, eps) -> Tensor:
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    y = (x - _columns(mean)) * _columns(scale)
+    return y if bias is None else y + _columns(bias)
+
+
 def _matrix(values: Tensor, indices: CsrIndices) -> Tensor:
     return scatter_values(values, indices, indices.shape)
 
@@ -103,17 +142,18 @@ def _conv_backward(g, x, weight, stride, dilation, wanted: tuple[bool, bool]):
     return dx, dw
 
 
-def _without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _without_autocast(function: Callable) -> Callable:
     """The caller has chosen the dtype; autocast must not choose another one inside."""
 
     @functools.wraps(function)
     def run(*args):
-        with torch.autocast(args[1].device.type, enabled=False):
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with torch.autocast(device.type, enabled=False):
             return function(*args)
 
     return run
 
 
 _library = torch.library.Library("grasp_sparse", "IMPL")
-for _name in SCHEMAS:
+for _name in SCHEMAS | NORM_SCHEMAS:
     _library.impl(_name, _without_autocast(globals()[_name]), "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""Schemas of the sparse operations; the one place where their names and arguments are written down.
+"""Schemas of the operations; the one place where their names and arguments are written down.
 
 W is a weight matrix of which only ``values [1, nnz]`` are stored. ``crow_indices … permutation`` are the five tensors of
 :class:`grasp_sparse.formats.CsrIndices`. Two closed families: in each, the gradient of every member is another member, so
@@ -15,6 +15,16 @@ derivatives of any order exist.
 
 ``csr_spmm_backward`` and ``csr_conv2d_backward`` give what the backward pass of a layer asks for, (dx, dvalues, dbias), from
 one walk over g and x; they are the transposed product, the sampled product and the sum of g.
+
+And batch norm by the statistics of the batch, with what follows it in a network done on the way:
+
+=======================  ==========================================================  ==================================
+``batch_norm_train``     y = relu?((x - mean) / sqrt(var + eps) · w + b + residual)  x, residual, y ``[N, C, H, W]``
+``batch_norm_backward``  the gradients of x, residual, w, b                          mean, var (biased), w, b ``[C]``
+=======================  ==========================================================  ==================================
+
+``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
+compute (otherwise it is g, and an empty tensor is returned).
 
 ``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
 feature-major for linear; NCHW, channels_last or batch-innermost (CHWN) strides for conv.
@@ -36,6 +46,12 @@ SCHEMAS = {
     "csr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt[] input_size, {_WINDOW}) -> Tensor",
     "csr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> Tensor",
     "csr_conv2d_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
+}
+
+NORM_SCHEMAS = {
+    "batch_norm_train": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward": "(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+    "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 # One optimizer step of a list of tensors of one dtype and device, in place. They belong to no family: nobody differentiates
@@ -62,5 +78,5 @@ UPDATE_SCHEMAS = {
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
 
 _library = torch.library.Library("grasp_sparse", "DEF")
-for _name, _schema in (SCHEMAS | UPDATE_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | NORM_SCHEMAS | UPDATE_SCHEMAS).items():
     _library.define(_name + _schema, tags=_TAGS)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from grasp_sparse.nn import norm_relu
 from grasp_sparse.train.errors import UserError
 
 
@@ -77,6 +77,8 @@ def vgg_small(
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (1x1 convolution where the shape changes)."""
 
+    fusible_norms = ("bn1", "bn2")
+
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
@@ -89,12 +91,14 @@ class _BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(y), self.shortcut(x))
 
 
 class ResNet32(nn.Module):
     """The paper's ResNet32: three stages of five blocks, widths 32/64/128; 1,855,584 prunable weights for ten classes."""
+
+    fusible_norms = ("bn1",)
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, widths: Sequence[int] = (32, 64, 128), blocks: int = 5):
         super().__init__()
@@ -111,7 +115,7 @@ class ResNet32(nn.Module):
         _paper_init_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        x = self.stages(norm_relu(self.bn1, self.conv1(x)))
         return self.classifier(self.pool(x).flatten(1))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from op_cases import DTYPES, IMAGE_LAYOUTS, ROW_LAYOUTS, WINDOWS, close, sparse_matrix
+from op_cases import DTYPES, IMAGE_LAYOUTS, NORM_CASES, ROW_LAYOUTS, WINDOWS, close, norm_inputs, sparse_matrix
 from torch import Tensor
 
 from grasp_sparse import _extension
@@ -20,17 +20,23 @@ def check(name: str, case: str, dtype: torch.dtype, lay, weights: tuple, activat
     expected = getattr(reference, name)(*weights, *activations, *rest)
     cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in weights]
     arguments = (*cast, *(lay(a.to(dtype)) for a in activations), *rest)
-    torch.set_num_threads(1)
-    one = getattr(ops, name)(*arguments)
-    torch.set_num_threads(2)
-    two = getattr(ops, name)(*arguments)
-    torch.set_num_threads(1)
     if isinstance(expected, Tensor):
-        expected, one, two = (expected,), (one,), (two,)
-    for result, again, wanted in zip(one, two, expected, strict=True):
+        expected = (expected,)
+    for result, wanted in zip(both_threads(name, case, arguments), expected, strict=True):
         close(result, wanted, f"{name}, {case}")
-        if not torch.equal(result, again):
-            raise AssertionError(f"{name}, {case}: two threads give other bits than one.")
+
+
+def both_threads(name: str, case: str, arguments: tuple) -> tuple[Tensor, ...]:
+    """The results of an operation, which are the same bits with one thread and with two."""
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        result = getattr(ops, name)(*arguments)
+        results.append(result if isinstance(result, tuple) else (result,))
+    torch.set_num_threads(1)
+    if not all(torch.equal(one, two) for one, two in zip(*results, strict=True)):
+        raise AssertionError(f"{name}, {case}: two threads give other bits than one.")
+    return results[0]
 
 
 def sweep_linear() -> None:
@@ -80,9 +86,32 @@ def sweep_large() -> None:
         check("csr_conv2d_backward", *common, (values, *indices), (g, x), geometry)
 
 
+def sweep_batch_norm() -> None:
+    """Rows shorter than a vector, rows with rests, folded rows, several parts; the large one is written past the cache."""
+    shapes = ((3, 5, 7, 7), (33, 67, 4, 4), (2, 2, 40, 41), (130, 24, 2, 2), (6, 130, 13, 13))
+    cases = [*product(DTYPES, shapes, NORM_CASES, ("NCHW", "channels_last", "CHWN", "sliced"))]
+    large = (("float32", (33, 64, 48, 44)), ("float64", (33, 32, 48, 44)))
+    cases += [(*of, (True, True, True), layout) for of, layout in product(large, ("NCHW", "channels_last", "CHWN"))]
+    for dtype, shape, (residual, relu, affine), layout in cases:
+        lay, rest = IMAGE_LAYOUTS[layout][0], (1e-5, relu)
+        case = f"batch norm, {dtype} {shape} {layout} residual {residual} relu {relu} affine {affine}"
+        # Rounded first, and y given to both: otherwise a value next to zero may lie on either side of the ReLU.
+        exact = [t if t is None else t.to(DTYPES[dtype]).double() for t in norm_inputs(shape, residual, affine)]
+        x, r, *affine_parameters = (t if t is None else t.to(DTYPES[dtype]) for t in exact)
+        y, mean, var = both_threads("batch_norm_train", case, (lay(x), None if r is None else lay(r), *affine_parameters, *rest))
+        for got, want in zip((y, mean, var), reference.batch_norm_train(*exact, *rest), strict=True):
+            close(got, want, case)
+        g, y = torch.randn(shape).to(DTYPES[dtype]), y if residual and relu else None
+        saved = (y, *affine_parameters, mean, var, *rest)
+        expected = reference.batch_norm_backward(g.double(), exact[0], *(t.double() if isinstance(t, Tensor) else t for t in saved))
+        for got, want in zip(both_threads("batch_norm_backward", case, (lay(g), lay(x), *saved)), expected, strict=True):
+            close(got, want, case)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     sweep_linear()
     sweep_conv2d()
     sweep_large()
+    sweep_batch_norm()
     print(_extension.status().isa)

@@ -128,3 +128,15 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
 
 
 OPERATIONS = tuple(SCHEMAS)
+
+
+NORM_CASES = [(residual, relu, affine) for residual in (False, True) for relu in (False, True) for affine in (True, False)]
+
+
+def norm_inputs(shape, residual: bool, affine: bool, dtype=torch.float64, mean: float = 0.0) -> tuple[Tensor | None, ...]:
+    """x, residual, weight, bias of batch_norm_train, None where left out; some weights are negative, one is zero."""
+    channels = shape[1]
+    spread = torch.linspace(0.5, 3.0, channels, dtype=dtype)[:, None, None]
+    x = torch.randn(shape, dtype=dtype) * spread + mean
+    weight = torch.linspace(-1.0, 1.0, channels, dtype=dtype) if affine else None
+    return x, torch.randn(shape, dtype=dtype) if residual else None, weight, torch.randn(channels, dtype=dtype) if affine else None

@@ -1,0 +1,110 @@
+"""Batch norms of a whole model replaced, in place, by fused ones that also add the residual and apply the ReLU behind them.
+
+Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
+are, and so does the state_dict. A ReLU is taken into the norm before it only where the structure says that nothing else
+sees what lies between the two.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from grasp_sparse.nn import BatchNorm2d
+
+
+class FusedBatchNorm2d(BatchNorm2d):
+    """What was an ``nn.BatchNorm2d``."""
+
+
+class PassedReLU(nn.ReLU):
+    """What was an ``nn.ReLU`` behind a norm that now applies it; hands on its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def fuse_norms_(model: nn.Module) -> list[str]:
+    """Replaces every plain ``nn.BatchNorm2d`` in ``model``; returns their names.
+
+    The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
+    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`). Not where a forward or backward hook, a
+    ``forward`` set on the instance or a second use of the module might see the difference. Code that takes single layers out
+    of an ``nn.Sequential`` would: hooks and features that want the value between norm and ReLU need the model as it was.
+
+    Subclasses of ``nn.BatchNorm2d`` and other norms are left alone. Whoever replaces norms afterwards (SyncBatchNorm) calls
+    :func:`unfuse_norms_` first: the ReLU would go with them.
+    """
+    uses = Counter(child for module in model.modules() for child in module._modules.values() if child is not None)
+    names = {module: name for name, module in model.named_modules() if _is_stock(module, nn.BatchNorm2d)}
+    with_relu: dict[nn.Module, bool] = dict.fromkeys(names, False)
+    relus, blocks = [], {}
+    counterparts = {stock: ours for ours, stock in _torchvision_classes().items()}
+
+    def may_change(module: nn.Module, kind: type[nn.Module]) -> bool:
+        return _is_stock(module, kind) and uses[module] == 1 and not _has_hooks(module)
+
+    for module in model.modules():
+        if vars(module).keys() & {"forward", "_forward_impl"}:
+            continue
+        if type(module).forward is nn.Sequential.forward:
+            for norm, relu in pairwise(module._modules.values()):
+                if may_change(norm, nn.BatchNorm2d) and may_change(relu, nn.ReLU):
+                    with_relu[norm] = True
+                    relus.append(relu)
+            continue
+        kind = counterparts.get(type(module), type(module))
+        if kind is not type(module) and not (_is_stock(module.relu, nn.ReLU) and not _has_hooks(module.relu)):
+            continue
+        norms = [norm for norm in _fusible_norms(module, kind) if may_change(norm, nn.BatchNorm2d)]
+        with_relu |= dict.fromkeys(norms, True)
+        if norms and kind is not type(module):
+            blocks[module] = kind
+
+    for norm, relu in with_relu.items():
+        norm.__class__, norm.relu = FusedBatchNorm2d, relu
+    for relu in relus:
+        relu.__class__ = PassedReLU
+    for block, kind in blocks.items():
+        block.__class__ = kind
+    return list(names.values())
+
+
+def unfuse_norms_(model: nn.Module) -> nn.Module:
+    """Gives every module that :func:`fuse_norms_` changed its own class back; returns ``model``."""
+    stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, PassedReLU: nn.ReLU, **_torchvision_classes()}
+    for module in model.modules():
+        if type(module) in stock_classes:
+            module.__class__ = stock_classes[type(module)]
+            if type(module) is nn.BatchNorm2d:
+                del module.relu
+    return model
+
+
+def _is_stock(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Exactly of this class and with its behaviour."""
+    return type(module) is kind and "forward" not in vars(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, hooks) for hooks in kinds)
+
+
+def _fusible_norms(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module | None]:
+    """The children of ``module`` that the forward of ``kind`` calls through norm_relu; none if a subclass has its own forward."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return (module._modules.get(name) for name in vars(owner).get("fusible_norms", ()))
+
+
+def _torchvision_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Our class -> torchvision's; empty while nobody has imported torchvision's, since then no model is made of it."""
+    if "torchvision.models.resnet" not in sys.modules:
+        return {}
+    from grasp_sparse.nn import torchvision_resnet
+
+    return torchvision_resnet.STOCK

@@ -1,0 +1,79 @@
+"""Batch norm that adds a residual and applies ReLU while it is at it: fewer passes over memory than one layer after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grasp_sparse import _extension
+
+_COMPILED = _extension.status().loaded
+_COMPUTE = (torch.float32, torch.float64)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d``, then plus ``residual`` if one is given, then ReLU if ``relu``; the output has the layout of the input.
+
+    Parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``. One fused operation runs in training
+    on the CPU in float32 and float64; everything else (evaluation, CUDA, other dtypes) is computed by torch's own operations.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``nn.BatchNorm2d``.
+        relu: whether the result is ``max(…, 0)``.
+    """
+
+    def __init__(self, num_features: int, *args, relu: bool = False, **kwargs) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.relu = relu
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = input
+        self._check_input_dim(x)
+        momentum = self._count_batch()
+        running = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
+        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        if batch_statistics and self._fusible(x, residual):
+            y, mean, var = torch.ops.grasp_sparse.batch_norm_train(x, residual, self.weight, self.bias, self.eps, self.relu)
+            self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
+            return y
+        y = F.batch_norm(x, *running, self.weight, self.bias, batch_statistics, momentum, self.eps)
+        if residual is not None:
+            y += residual  # in place, as residual networks do: batch norm does not keep its output
+        return F.relu(y, inplace=True) if self.relu else y
+
+    def _count_batch(self) -> float:
+        """How much of the running statistics this batch replaces; counts it."""
+        if not self.training or not self.track_running_stats or self.num_batches_tracked is None:
+            return self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _fusible(self, x: Tensor, residual: Tensor | None) -> bool:
+        if not _COMPILED or x.device.type != "cpu" or x.dtype not in _COMPUTE or x.numel() <= x.shape[1]:
+            return False  # one value per channel: torch refuses it, in its own words
+        if any(t is not None and t.dtype != x.dtype for t in (self.weight, self.bias, residual)):
+            return False
+        return residual is None or residual.shape == x.shape
+
+    @staticmethod
+    @torch.no_grad()
+    def _follow(running: tuple[Tensor | None, Tensor | None], momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
+        if running[0] is not None:
+            running[0].mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running[1] is not None:
+            running[1].mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))  # running_var is unbiased
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu=True" if self.relu else super().extra_repr()
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + residual)``, in one operation if ``norm`` is a :class:`BatchNorm2d` that applies ReLU itself.
+
+    A module that calls some of its norms through this, and not otherwise, names them in a class attribute ``fusible_norms``:
+    ``grasp_sparse.fusion`` then may have them apply the ReLU.
+    """
+    if isinstance(norm, BatchNorm2d) and norm.relu:
+        return norm(x, residual)
+    return F.relu(norm(x) if residual is None else norm(x) + residual)

@@ -1,0 +1,134 @@
+"""The fused batch norm layer is nn.BatchNorm2d, an add and a ReLU: same numbers, same state, in every mode."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from grasp_sparse import _extension
+from grasp_sparse.nn import BatchNorm2d
+
+KINDS = {
+    "default": {},
+    "cumulative average": dict(momentum=None),
+    "not affine": dict(affine=False),
+    "no running statistics": dict(track_running_stats=False),
+    "momentum 0.7": dict(momentum=0.7, eps=1e-2),
+}
+
+
+def pair(kind: str = "default", dtype=torch.float64, relu: bool = True) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
+    """Ours and torch's with the same random state."""
+    ours = BatchNorm2d(5, **KINDS[kind], relu=relu, dtype=dtype)
+    for tensor in (*ours.parameters(), *ours.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 2.0)
+    stock = nn.BatchNorm2d(5, **KINDS[kind], dtype=dtype)
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+def images(dtype=torch.float64, batch: int = 4) -> torch.Tensor:
+    return (torch.randn(batch, 5, 6, 7, dtype=torch.float64) * 3 + 2).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_equals_torch(dtype, tolerance, kind, training, relu, with_residual):
+    ours, stock = pair(kind, dtype, relu)
+    ours.train(training), stock.train(training)
+    for batch in (4, 2, 9):  # the running statistics follow over several steps
+        x, residual = images(dtype, batch), images(dtype, batch) if with_residual else None
+        expected = stock(x)
+        expected = expected + residual if with_residual else expected
+        expected = expected.relu() if relu else expected
+        y = ours(x, residual)
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+        inputs = [x, *([residual] if with_residual else []), *ours.parameters()]
+        stock_inputs = [x, *([residual] if with_residual else []), *stock.parameters()]
+        g = torch.randn_like(y)
+        for got, want in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, stock_inputs, g), strict=True):
+            torch.testing.assert_close(got, want, rtol=tolerance * 10, atol=tolerance * 10)
+    for name, value in stock.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not _extension.status().loaded, reason="compiled kernels are not loaded")
+def test_training_runs_the_fused_operation():
+    ours, _ = pair(dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        ours(images(torch.float32), images(torch.float32)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"grasp_sparse::batch_norm_train", "grasp_sparse::batch_norm_backward"} <= names
+    assert not names & {"aten::native_batch_norm", "aten::relu", "aten::threshold_backward"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_run_torchs_own(dtype):
+    ours, stock = pair(dtype=torch.float32)
+    x, residual = images(dtype), images(dtype)
+    torch.testing.assert_close(ours(x, residual), (stock(x) + residual).relu())
+
+
+def test_a_residual_that_broadcasts():
+    ours, stock = pair()
+    x, residual = images(), torch.randn(5, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(ours(x, residual), (stock(x) + residual).relu())
+
+
+def test_refuses_what_torch_refuses():
+    ours, stock = pair()
+    for x in (torch.randn(4, 5, dtype=torch.float64), torch.randn(1, 5, 1, 1, dtype=torch.float64)):
+        with pytest.raises(ValueError) as expected:
+            stock(x)
+        with pytest.raises(ValueError) as got:
+            ours(x)
+        assert str(got.value) == str(expected.value)
+    assert BatchNorm2d(5).eval()(torch.randn(0, 5, 2, 2)).shape == (0, 5, 2, 2)
+
+
+def test_second_derivatives():
+    ours, stock = pair()
+    x, residual = images(), images()
+    results = []
+    for y in (ours(x, residual), (stock(x) + residual).relu()):
+        (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gx.square().sum(), (x, residual)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_copies_pickles_and_state_dicts():
+    ours, stock = pair()
+    x = images()
+    expected = copy.deepcopy(ours)(x)
+    for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert clone.relu and torch.equal(clone(x), expected)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert "relu=True" in repr(ours) and "relu" not in repr(BatchNorm2d(5))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiles_to_one_graph(layout):
+    torch._dynamo.reset()
+    ours, _ = pair(dtype=torch.float32)
+    twin = copy.deepcopy(ours)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    x, residual = images(torch.float32), images(torch.float32)
+    g = torch.randn(4, 5, 6, 7)
+    results = []
+    for module, plain in ((compiled, ours), (twin, twin)):
+        y = module(x.to(memory_format=layout), residual)
+        results.append((y, *torch.autograd.grad(y, (x, residual, *plain.parameters()), g)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    for got, want in zip(ours.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+    torch._dynamo.reset()

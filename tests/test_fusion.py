@@ -1,0 +1,254 @@
+"""Fused norms change how a model computes, not what; and every module can have its own class back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
+
+from grasp_sparse.fusion import FusedBatchNorm2d, PassedReLU, fuse_norms_, unfuse_norms_
+from grasp_sparse.nn import BatchNorm2d
+from grasp_sparse.train.models import ResNet32, vgg_small
+
+
+class Mixed(nn.Module):
+    """Norms before and after pools, without a ReLU, behind a function, in a nested Sequential subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.ReLU())
+        self.body = Conv2dNormActivation(8, 12, 3)
+        self.tail = nn.Sequential(nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6, affine=False))
+        self.norm = nn.BatchNorm2d(6, momentum=None)
+
+    def forward(self, x):
+        return self.norm(self.tail(self.body(self.stem(x)))).relu().mean((2, 3))
+
+
+MODELS = {  # name -> (factory, number of norms, of which take a ReLU in, image size)
+    "resnet18": (lambda: models.resnet18(num_classes=5), 20, 17, 40),
+    "resnet50": (lambda: models.ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5), 20, 16, 40),
+    "resnet32": (lambda: ResNet32(5, widths=(4, 8, 8), blocks=2), 15, 13, 12),
+    "vgg_small": (lambda: vgg_small(5, 3, stem=4, widths=(8, 8)), 5, 5, 16),
+    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=5).features, 8, 8, 32),
+    "densenet": (lambda: models.DenseNet(8, (2, 2), 16, num_classes=5), 11, 2, 36),
+    "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=5).features[:4], 9, 0, 20),
+    "mixed": (Mixed, 4, 1, 20),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    """A float64 model in training with norms that are not the identity, its counts and an input."""
+    factory, norms, with_relu, size = MODELS[request.param]
+    model = factory().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model, norms, with_relu, torch.randn(4, 3, size, size, dtype=torch.float64)
+
+
+def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, input gradient, parameter gradients and buffers after one training step, and the output in evaluation."""
+    x = x.detach().requires_grad_()
+    y = model.train()(x)
+    gradients = torch.autograd.grad(y.square().sum(), (x, *model.parameters()))
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with torch.no_grad():
+        return [y, *gradients, *buffers, model.eval()(x)]
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def norms_with_relu(model: nn.Module) -> int:
+    return sum(isinstance(module, FusedBatchNorm2d) and module.relu for module in model.modules())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_same_numbers(case, layout):
+    model, norms, with_relu, x = case
+    stock = copy.deepcopy(model)
+    names = fuse_norms_(model)
+    assert len(names) == norms == sum(isinstance(m, FusedBatchNorm2d) for m in model.modules())
+    assert all(type(model.get_submodule(name)) is FusedBatchNorm2d for name in names)
+    assert norms_with_relu(model) == with_relu
+    x = x.to(memory_format=layout)
+    for got, want in zip(step(model, x), step(stock, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_to_rounding(case):
+    """The fused float32 model is as near to the float64 one as the stock float32 model is, up to a small factor."""
+    model, _, _, x = case
+    exact, stock = step(copy.deepcopy(model), x)[0], step(copy.deepcopy(model).float(), x.float())[0]
+    fuse_norms_(model.float())
+    error, allowed = ((step(model, x.float())[0] - exact).abs().max(), (stock - exact).abs().max())
+    assert error <= 4 * allowed + 1e-6
+
+
+def test_nothing_but_classes_changes(case):
+    model, _, _, x = case
+    before, modules = classes(model), list(model.modules())
+    state, objects = copy.deepcopy(model.state_dict()), [*model.parameters(), *model.buffers()]
+    attributes = [dict(vars(module)) for module in modules]
+    model.eval()
+    fuse_norms_(model)
+    assert [*model.modules()] == modules and not model.training
+    assert all(one is other for one, other in zip(objects, [*model.parameters(), *model.buffers()], strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert unfuse_norms_(model.train()) is model
+    assert classes(model) == before and [vars(module).keys() for module in modules] == [a.keys() for a in attributes]
+
+
+def test_fused_models_copy_pickle_and_load(case):
+    model, _, _, x = case
+    fresh = copy.deepcopy(model)
+    fuse_norms_(model)
+    clones = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    nn.init.zeros_(next(fresh.parameters()))
+    fresh.load_state_dict(model.state_dict())  # stock and fused state_dicts are the same
+    expected = step(model, x)
+    for clone in (*clones, fresh):
+        for got, want in zip(step(clone, x), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert norms_with_relu(clones[1]) == norms_with_relu(model)
+
+
+def test_twice_is_once(case):
+    model, _, _, x = case
+    fuse_norms_(model)
+    fused = classes(model)
+    assert fuse_norms_(model) == [] and classes(model) == fused
+
+
+def sequential() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).double()
+
+
+def _hook(index, register):
+    def change(model):
+        getattr(model[index], register)(lambda *_: None)
+        return model
+
+    return change
+
+
+def _shared_relu(model):
+    return nn.Sequential(model, nn.Conv2d(4, 4, 1).double(), model[2])
+
+
+def _shared_norm(model):
+    return nn.Sequential(model, nn.Conv2d(4, 4, 1).double(), model[1])
+
+
+def _own_forward(model):
+    model[1].forward = model[1].forward
+    return model
+
+
+class Tapped(nn.Sequential):
+    def forward(self, x):
+        before = self[1](self[0](x))
+        return before + self[2](before)
+
+
+def _tapped(model):
+    return Tapped(*model)
+
+
+def _leaky(model):
+    model[2] = nn.LeakyReLU()
+    return model
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def _own_norm(model):
+    model[1] = OwnNorm(4).double()
+    return model
+
+
+LEFT = {
+    "hook on the norm": _hook(1, "register_forward_hook"),
+    "pre-hook on the ReLU": _hook(2, "register_forward_pre_hook"),
+    "backward hook on the norm": _hook(1, "register_full_backward_hook"),
+    "ReLU used twice": _shared_relu,
+    "norm used twice": _shared_norm,
+    "forward on the instance": _own_forward,
+    "forward of its own": _tapped,
+    "another activation": _leaky,
+    "a subclass of BatchNorm2d": _own_norm,
+}
+
+
+@pytest.mark.parametrize("change", LEFT.values(), ids=LEFT)
+def test_relu_stays_where_the_difference_could_be_seen(change):
+    model = change(sequential())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    fuse_norms_(model)
+    assert norms_with_relu(model) == 0 and not any(isinstance(m, PassedReLU) for m in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def _copied(value):
+    """What a hook was given last: the output, or the tuple of inputs; before a ReLU in place changes it."""
+    return (value[0] if isinstance(value, tuple) else value).clone()
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_inside_a_block_still_see_what_they_saw(register):
+    block = BasicBlock(4, 4).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for name in ("bn1", "relu"):
+        seen: list[list[torch.Tensor]] = []
+        for fuse in (False, True):
+            model = copy.deepcopy(block)
+            here: list[torch.Tensor] = []
+            getattr(model.get_submodule(name), register)(lambda module, *values, here=here: here.append(_copied(values[-1])))
+            if fuse:
+                fuse_norms_(model)
+            model(x)
+            seen.append(here)
+        assert len(seen[0]) == len(seen[1]) > 0
+        for one, other in zip(*seen, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_norm_of_the_users_own_is_not_unfused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4, relu=True))
+    assert fuse_norms_(model) == []
+    unfuse_norms_(model)
+    assert type(model[1]) is BatchNorm2d and model[1].relu
+
+
+def test_a_subclass_with_its_own_forward_does_not_inherit_the_promise():
+    class Other(ResNet32):
+        def forward(self, x):
+            return self.bn1(self.conv1(x))
+
+    model = Other(5, widths=(4, 4), blocks=1)
+    fuse_norms_(model)
+    assert not model.bn1.relu and model.stages[0][0].bn1.relu
+
+
+def test_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    fuse_norms_(model)
+    twin, x = copy.deepcopy(model), torch.randn(3, 3, 40, 40)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), twin(x))
+    torch._dynamo.reset()
