@@ -7,12 +7,14 @@ the place or places where it is registered stay as they are. Everything is check
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grasp_sparse.formats import mask_from_csr
+from grasp_sparse.fusion import fuse_norms_, unfuse_norms_
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.nn.sparse import STORED, stored_structure
 from grasp_sparse.planning import MAX_DENSITY, density_plan, given_plan, layer_inputs, measured_plan
@@ -48,7 +50,8 @@ def sparsify_(
 ) -> SurgeryReport:
     """Turns the masked ``nn.Linear`` and ``nn.Conv2d`` layers of ``model`` into sparse ones, in place.
 
-    Create the optimizer afterwards: the weights are new Parameters. Layers that share a weight share its values. A layer
+    Create the optimizer afterwards: the weights are new Parameters. Layers that share a weight share its values. Batch norms
+    are replaced by fused ones (:func:`grasp_sparse.fusion.fuse_norms_`): next to sparse convolutions they take their time. A layer
     then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where
     that is faster, for grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned).
 
@@ -89,7 +92,7 @@ def sparsify_(
     decided = {layer: row for target, row in zip(targets, chosen.rows, strict=True) for layer in target.layers.values()}
     report = report_layers(model, decided, dict(getattr(masks, "skipped", ())), inputs)
     _swap(replacements)
-    return report
+    return replace(report, fused_norms=len(fuse_norms_(model)) if replacements else 0)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -105,7 +108,7 @@ def densify_(model: nn.Module) -> nn.Module:
             dense.weight = weights.setdefault(layer.values if isinstance(layer, SparseLayer) else layer.weight, dense.weight)
             replacements[layer] = dense
     _swap(replacements)
-    return model
+    return unfuse_norms_(model)
 
 
 def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
@@ -138,6 +141,8 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
             wanted |= replacements[module].state_dict(prefix=prefix)
     _raise_if(_differences(wanted, state_dict))
     _swap(replacements)
+    if replacements:
+        fuse_norms_(model)
     model.load_state_dict(state_dict)
     return model
 

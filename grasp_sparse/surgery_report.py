@@ -40,6 +40,7 @@ class SurgeryReport:
     rows: tuple[LayerReport, ...]
     kept: int
     weights: int
+    fused_norms: int = 0  # batch norms replaced by fused ones
 
     @property
     def density(self) -> float:
@@ -62,7 +63,10 @@ class SurgeryReport:
         hidden |= set() if measured else {"masked ms", "sparse ms"}
         lines = [[entry for entry, column in zip(line, columns, strict=True) if column not in hidden] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        if self.fused_norms:
+            table.append(f"and {self.fused_norms} batch norms fused with what follows them")
+        return "\n".join(table)
 
 
 def report_layers(

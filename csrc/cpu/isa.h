@@ -98,8 +98,9 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
-// The border between the operations (linear.cpp, conv2d.cpp, batch_norm.cpp, update.cpp: torch tensors, threads, validation) and
-// the loops that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
+  void (*sgd)(const SgdArgs<T>&);
+  void (*adamw)(const AdamwArgs<T>&);
+  NormKernels<T> norm;
 };
 
 struct IsaBody {

@@ -62,9 +62,17 @@ def layouts_of(x: Tensor) -> list[str]:
 
 
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """An ordinary dense copy of `model` with zeros where pruned."""
+    """An ordinary dense copy of `model` with zeros where pruned, and biases of norms away from zero.
+
+    Behind a channel without weights a norm gives its bias and rounding; with a bias of zero, as networks begin, rounding alone
+    would decide whether a ReLU lets gradients through, and no two kernels would agree.
+    """
     model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.bias is not None:
+                module.bias.add_(torch.empty(module.bias.shape).normal_(0, 0.1, generator=generator).to(module.bias.device))
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
     return model

@@ -154,6 +154,8 @@ def _conv_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
         else None,
         _ops.csr_conv2d_dgrad(grad_dvalues, *indices, g, x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 4,
+    )
+
 
 def _setup_batch_norm(ctx, inputs, output):
     x, residual, weight, bias, ctx.eps, ctx.relu = inputs
@@ -190,7 +192,6 @@ for _name, _backward, _setup in (
     ("csr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
     ("csr_conv2d_backward", _conv_backward_backward, _setup_conv_backward),
-
     ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
 ):
     torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)
