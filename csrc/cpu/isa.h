@@ -53,7 +53,7 @@ struct ProductArgs {
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel], and, if wanted,
-// channel_sums[channel][lane] += sum over pixels of g[channel][pixel].
+// channel_sums[channel] += sum over pixels and lanes of g[channel][pixel].
 template <class T>
 struct SampledArgs {
   const T* packed;
@@ -65,7 +65,7 @@ struct SampledArgs {
   const int32_t *row_begin, *row_end;
   int channel_begin, channel_end;
   T* sums;
-  T* channel_sums;  // [channels][L] or null
+  T* channel_sums;  // [channels] or null
 };
 
 // One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in

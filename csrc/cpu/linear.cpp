@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "isa.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace grasp_sparse {
@@ -27,9 +28,12 @@ struct Piece {
   int64_t first, panels, columns, lanes;
 };
 
-// Whole panels, the columns left over, the rows left over.
+// Whole panels, the columns left over, the rows left over. Of a small batch two narrow panels rather than one: threads that
+// share a panel pack it twice.
 std::vector<Piece> pieces(int64_t rows, int64_t columns, int64_t L) {
-  const int64_t groups = rows / L, panels = groups / columns, rest = groups % columns;
+  const int64_t groups = rows / L;
+  columns = std::clamp<int64_t>(ceil_div(groups, 2), 4, columns);
+  const int64_t panels = groups / columns, rest = groups % columns;
   std::vector<Piece> out;
   if (panels) out.push_back({0, panels, columns, L});
   if (rest) out.push_back({panels * columns * L, 1, rest, L});
@@ -137,17 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
   for_type(x, "csr_spmm_backward", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x), md = matrix_of(dx);
-    // The two walks gather from different matrices; together, the wider one would make the panels of both narrow.
-    const int64_t dx_columns = panel_columns(mg.features), dv_columns = panel_columns(mx.features);
-    if (dx_columns == dv_columns) {
-      for (const Piece& p : pieces(mx.rows, dx_columns, kLanes<T>))
-        image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p),
-                          image_of(mutable_data<T>(dx), md, p), mutable_data<T>(sums), mutable_data<T>(bias_sums));
-      return;
-    }
-    for (const Piece& p : pieces(mx.rows, dx_columns, kLanes<T>))
+    // One walk for both, as convolutions have it, gained nothing here: the two gather from different matrices, and the wider
+    // one would make the panels of both narrow.
+    for (const Piece& p : pieces(mx.rows, panel_columns(mg.features), kLanes<T>))
       image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), point(p), image_of(mutable_data<T>(dx), md, p));
-    for (const Piece& p : pieces(mx.rows, dv_columns, kLanes<T>))
+    for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
       image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums),
                      mutable_data<T>(bias_sums));
   });

@@ -31,6 +31,16 @@ GRASP_SPARSE_INLINE void interleave_sums(Native<T>* s) {
   }
 }
 
+// Halves added to one another until one lane is left.
+template <class T, int Bit = kNativeLanes<T> / 2>
+GRASP_SPARSE_INLINE T sum_of_lanes(Native<T> v) {
+  if constexpr (Bit > 0) {
+    return sum_of_lanes<T, Bit / 2>(take<T, Bit, false>(v, v) + take<T, Bit, true>(v, v));
+  } else {
+    return v[0];
+  }
+}
+
 template <class T, int R, int C>
 GRASP_SPARSE_INLINE Native<T> place_dot(const Vec<T>* g, const T* at, int64_t row_step) {
   constexpr int L = kLanes<T>;
@@ -58,11 +68,10 @@ void sampled_strip(const SampledArgs<T>& p, int row, int col) {
       for (int c = 0; c < C; ++c) g[r * C + c] = load(from + r * p.g_row_step + c * L);
     }
     if (p.channel_sums) {
-      T* to = p.channel_sums + channel * L;
-      Vec<T> sum = load(to);
+      Vec<T> sum = g[0];
 #pragma GCC unroll 16
-      for (int i = 0; i < R * C; ++i) add(sum, g[i]);
-      store(to, sum);
+      for (int i = 1; i < R * C; ++i) add(sum, g[i]);
+      p.channel_sums[channel] += sum_of_lanes<T>(fold(sum));
     }
     for (int32_t j = begin; j < end; j += B) {
       const int count = end - j < B ? end - j : B;

@@ -40,8 +40,8 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
   int32_t* offsets = call.offsets.template reserve<int32_t>(csr.nnz);
   build_row_list(by_row(csr), input.column_places(csr.cols).data(), offsets);
 
-  // A group's sums: the weights, then a line of lanes for each channel of g.
-  const int64_t lanes = bias_sums ? csr.rows * L : 0, width = ceil_div(csr.nnz, L) * L + lanes;
+  // A group's sums: the weights, then the channels of g.
+  const int64_t width = ceil_div(csr.nnz + (bias_sums ? csr.rows : 0), L) * L;
   const int64_t affordable = std::max<int64_t>(1, kSumBytes / (width * static_cast<int64_t>(sizeof(T))));
   const int64_t groups = std::min({tasks, kMaxGroups, affordable});
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
@@ -54,9 +54,9 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, part = item % parts;
       T* mine = partial + group * width;
-      T* mine_lanes = bias_sums ? mine + width - lanes : nullptr;
+      T* mine_channels = bias_sums ? mine + csr.nnz : nullptr;
       std::fill(mine + csr.crow[cut[part]], mine + csr.crow[cut[part + 1]], T(0));
-      if (bias_sums) std::fill(mine_lanes + cut[part] * L, mine_lanes + cut[part + 1] * L, T(0));
+      if (bias_sums) std::fill(mine_channels + cut[part], mine_channels + cut[part + 1], T(0));
       for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
         const int64_t slice = task / bands, row = task % bands * rows, count = std::min(rows, g.h - row);
         SampledArgs<T> args{};
@@ -79,7 +79,7 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
         for (int64_t b = 0; b < blocks.count; ++b) {
           input.pack(blocks.channels(x, b), slice, row, packed);
           args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
-          args.channel_sums = b == 0 ? mine_lanes : nullptr;
+          args.channel_sums = b == 0 ? mine_channels : nullptr;
           kernels<T>().sampled(args);
         }
       }
@@ -91,17 +91,8 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
       for (int64_t j = begin; j < end; ++j) sums[j] += from[j];
     }
   });
-  if (!bias_sums) return;
-  parallel_for(0, csr.rows, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      T line[L] = {};
-      for (int64_t group = 0; group < groups; ++group) {
-        const T* from = partial + (group + 1) * width - lanes + row * L;
-        for (int64_t l = 0; l < L; ++l) line[l] += from[l];
-      }
-      for (int64_t l = 0; l < L; ++l) bias_sums[row] += line[l];
-    }
-  });
+  for (int64_t group = 0; bias_sums && group < groups; ++group)
+    for (int64_t row = 0; row < csr.rows; ++row) bias_sums[row] += partial[group * width + csr.nnz + row];
 }
 
 }  // namespace

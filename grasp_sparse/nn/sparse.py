@@ -46,7 +46,7 @@ class SparseLayer(nn.Module):
     @property
     def indices(self) -> CsrIndices:
         """The five index buffers, in the order that the operations take them."""
-        return CsrIndices(self.crow_indices, self.col_indices, self.ccol_indices, self.row_indices, self.permutation)
+        return CsrIndices(*map(self._buffers.__getitem__, CsrIndices._fields))  # past __getattr__, which costs as much as a small layer
 
     @property
     def nnz(self) -> int:
