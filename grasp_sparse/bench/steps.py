@@ -26,8 +26,9 @@ Batch = tuple[Tensor, Tensor]
 # A small rate: hundreds of steps on one batch must stay among ordinary numbers.
 STEP = TrainConfig(lr=1e-4, momentum=0.9, nesterov=False, weight_decay=5e-4)
 # A layer's gradient may differ from the dense one's by this share of its norm, or of NEGLIGIBLE times the whole gradient's
-# if that is more: fp32 sums in another order differ by 1e-6 a layer, and a unit near zero then switches in a ReLU.
-GRADIENT_TOLERANCE = 1e-2
+# if that is more: fp32 sums in another order differ by 1e-6 a layer, and a unit near zero then switches in a ReLU. The dense
+# gradient of a VGG-19 in fp32 is itself 2e-2 away from its own in fp64 (where sparse and dense agree to 1e-12).
+GRADIENT_TOLERANCE = 5e-2
 NEGLIGIBLE = 1e-3
 # … or by this many times what the dense gradient itself moves when the samples change places and the input its last bits:
 # norm layers of nearly empty channels magnify rounding, and a bias that feeds a norm has no gradient but rounding.
