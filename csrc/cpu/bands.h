@@ -29,9 +29,9 @@ inline int64_t band_rows(int64_t rows, int64_t halo, int64_t row_bytes) {
 // convolutional steps showed no difference.
 constexpr int64_t kStreamBytes = 1 << 20;
 
-template <class T>
-bool streams(const Image<T>& out) {
-  return out.n * out.c * out.h * out.w * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+template <class S>
+bool streams(const Image<S>& out) {
+  return out.n * out.c * out.h * out.w * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
 }
 
 // The distance of two packed channels: an odd number of lines. Channels a power of two apart would meet in the same few sets
@@ -74,14 +74,14 @@ inline int64_t used(const std::vector<int64_t>& places) {
 }
 
 // Packs rows of one slice of x by these places.
-template <class T>
-void pack_slice(const Image<const T>& x, int64_t slice, const std::vector<int64_t>& row_places,
-                const std::vector<int64_t>& col_places, bool zero_first, int64_t channel_size, T* dst) {
-  constexpr int64_t L = kLanes<T>;
+template <class S>
+void pack_slice(const Image<const S>& x, int64_t slice, const std::vector<int64_t>& row_places,
+                const std::vector<int64_t>& col_places, bool zero_first, int64_t channel_size, Compute<S>* dst) {
+  constexpr int64_t L = kLanes<Compute<S>>;
   auto used = [](int64_t place) { return place >= 0; };
   const int64_t begin = std::find_if(row_places.begin(), row_places.end(), used) - row_places.begin();
   const int64_t end = row_places.rend() - std::find_if(row_places.rbegin(), row_places.rend(), used);
-  PackArgs<T> args{};
+  PackArgs<S> args{};
   args.src = x.data + slice * L * x.sn;
   args.sn = x.sn, args.sc = x.sc, args.sh = x.sh, args.sw = x.sw;
   args.lanes = static_cast<int>(std::min<int64_t>(L, x.n - slice * L));
@@ -90,7 +90,7 @@ void pack_slice(const Image<const T>& x, int64_t slice, const std::vector<int64_
   args.width = static_cast<int>(x.w);
   args.row_place = row_places.data() + args.row_begin, args.col_place = col_places.data();
   args.dst = dst, args.channel_size = channel_size, args.zero_first = zero_first;
-  kernels<T>().pack(args);
+  kernels<S>().pack(args);
 }
 
 }  // namespace grasp_sparse

@@ -56,15 +56,16 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_images(x, input_channels(csr, kernel_size), "x");
-  check_values(values, csr, x.scalar_type());
+  check_values(values, csr, compute_type(x));
   const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  check_bias(bias, csr, x.scalar_type());
+  check_bias(bias, csr, compute_type(x));
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
   const Tensor y = empty_images(x, csr.rows, window.h.output, window.w.output);
-  for_type(x, "csr_conv2d_fprop", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    image_fprop<T>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<T>(x), x), window,
-                   image_of(mutable_data<T>(y), y));
+  for_storage(x, "csr_conv2d_fprop", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    image_fprop<S>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<S>(x), x), window,
+                   image_of(mutable_data<S>(y), y));
   });
   return y;
 }
@@ -75,15 +76,16 @@ Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& 
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_images(g, csr.rows, "g");
-  check_values(values, csr, g.scalar_type());
+  check_values(values, csr, compute_type(g));
   check_pair(input_size, 2, 0, "input_size");
   const Window window = window_of(input_size[0], input_size[1], kernel_size, stride, padding, dilation);
   check_output(g, window);
   const Tensor v = dense(values);
   const Tensor dx = empty_images(g, input_channels(csr, kernel_size), input_size[0], input_size[1]);
-  for_type(g, "csr_conv2d_dgrad", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), g), window, image_of(mutable_data<T>(dx), dx));
+  for_storage(g, "csr_conv2d_dgrad", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), g), window, image_of(mutable_data<S>(dx), dx));
   });
   return dx;
 }
@@ -109,9 +111,10 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
   const CsrView& csr = indices.view();
   const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
   const Tensor sums = zeros(x, {1, csr.nnz});
-  for_type(x, "csr_conv2d_wgrad", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    image_wgrad<T>(csr, image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window, mutable_data<T>(sums), nullptr);
+  for_storage(x, "csr_conv2d_wgrad", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    image_wgrad<S>(csr, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window, mutable_data<T>(sums), nullptr);
   });
   return sums;
 }
@@ -123,13 +126,14 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
-  check_values(values, csr, x.scalar_type());
+  check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));
   const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
-  for_type(x, "csr_conv2d_backward", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    image_backward<T>(csr, const_data<T>(v), image_of(const_data<T>(g), g), image_of(const_data<T>(x), x), window,
-                      image_of(mutable_data<T>(dx), dx), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+  for_storage(x, "csr_conv2d_backward", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    image_backward<S>(csr, const_data<T>(v), image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window,
+                      image_of(mutable_data<S>(dx), dx), mutable_data<T>(sums), mutable_data<T>(bias_sums));
   });
   return {dx, sums, bias_sums};
 }

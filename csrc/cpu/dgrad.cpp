@@ -3,12 +3,13 @@
 
 namespace grasp_sparse {
 
-template <class T>
-void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, const Window& window, const Image<T>& dx) {
+template <class S>
+void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (dx.n == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0) return;
-  if (is_pointwise(window)) return image_product(by_column(csr), values, static_cast<const T*>(nullptr), g, window, dx);
-  TransposedProduct<T> product(window, dx, g.c);
+  if (is_pointwise(window)) return image_product<S>(by_column(csr), values, static_cast<const T*>(nullptr), g, window, dx);
+  TransposedProduct<S> product(window, dx, g.c);
   const int64_t slices = ceil_div(dx.n, L), places = product.h().count();
   product.limit_band(std::max<int64_t>(window.h.halo() ? 4 : 1, ceil_div(places, ceil_div(num_threads(), slices))));
   product.build(csr, values);
@@ -28,7 +29,8 @@ void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, c
   });
 }
 
-template void image_dgrad(const CsrView&, const float*, const Image<const float>&, const Window&, const Image<float>&);
-template void image_dgrad(const CsrView&, const double*, const Image<const double>&, const Window&, const Image<double>&);
+template void image_dgrad<float>(const CsrView&, const float*, const Image<const float>&, const Window&, const Image<float>&);
+template void image_dgrad<double>(const CsrView&, const double*, const Image<const double>&, const Window&, const Image<double>&);
+template void image_dgrad<Bf16>(const CsrView&, const float*, const Image<const Bf16>&, const Window&, const Image<Bf16>&);
 
 }  // namespace grasp_sparse

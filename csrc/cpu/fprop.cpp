@@ -5,8 +5,10 @@
 
 namespace grasp_sparse {
 
-template <class T>
-void image_product(const Walk& walk, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y) {
+template <class S>
+void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
+                   const Image<S>& y) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
   const ChannelBlocks blocks(walk, x.c, window);
@@ -26,7 +28,7 @@ void image_product(const Walk& walk, const T* values, const T* bias, const Image
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
-      ProductArgs<T> args{};
+      ProductArgs<S> args{};
       args.packed = packed, args.row_step = input.row_step();
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
       args.values = values, args.offsets = offsets, args.bias = bias;
@@ -39,21 +41,26 @@ void image_product(const Walk& walk, const T* values, const T* bias, const Image
         if (blocks.count > 1 || band != held) input.pack(blocks.channels(x, b), slice, row, packed);
         args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
         args.first = b == 0, args.last = b == blocks.count - 1;
-        kernels<T>().product(args);
+        kernels<S>().product(args);
       }
       held = band;
     }
   });
 }
 
-template <class T>
-void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y) {
-  image_product(by_row(csr), values, bias, x, window, y);
+template <class S>
+void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
+                 const Image<S>& y) {
+  image_product<S>(by_row(csr), values, bias, x, window, y);
 }
 
-template void image_product(const Walk&, const float*, const float*, const Image<const float>&, const Window&, const Image<float>&);
-template void image_product(const Walk&, const double*, const double*, const Image<const double>&, const Window&, const Image<double>&);
-template void image_fprop(const CsrView&, const float*, const float*, const Image<const float>&, const Window&, const Image<float>&);
-template void image_fprop(const CsrView&, const double*, const double*, const Image<const double>&, const Window&, const Image<double>&);
+#define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
+  template void image_product<S>(const Walk&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,      \
+                                 const Image<S>&);                                                                              \
+  template void image_fprop<S>(const CsrView&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,     \
+                               const Image<S>&);
+GRASP_SPARSE_FOR_STORAGE(float)
+GRASP_SPARSE_FOR_STORAGE(double)
+GRASP_SPARSE_FOR_STORAGE(Bf16)
 
 }  // namespace grasp_sparse

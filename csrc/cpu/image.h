@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "window.h"
 
 namespace grasp_sparse {
@@ -29,19 +30,23 @@ inline Walk by_row(const CsrView& csr) { return {csr.rows, csr.cols, csr.nnz, cs
 inline Walk by_column(const CsrView& csr) { return {csr.cols, csr.rows, csr.nnz, csr.ccol, csr.row, csr.permutation}; }
 
 // Each throws std::runtime_error, before it writes, when an index lies outside the weight it claims to index.
+// S is how activations are stored; values, bias and their sums are Compute<S>.
 // y = conv(x, walked weight) + bias; fprop, and dgrad where that is a plain product too.
-template <class T>
-void image_product(const Walk& walk, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
-template <class T>
-void image_fprop(const CsrView& csr, const T* values, const T* bias, const Image<const T>& x, const Window& window, const Image<T>& y);
-template <class T>
-void image_dgrad(const CsrView& csr, const T* values, const Image<const T>& g, const Window& window, const Image<T>& dx);
+template <class S>
+void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
+                   const Image<S>& y);
+template <class S>
+void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
+                 const Image<S>& y);
+template <class S>
+void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx);
 // sums [nnz] += the sampled product; bias_sums [rows] += the sums of g, unless null.
-template <class T>
-void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums, T* bias_sums);
+template <class S>
+void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
+                 Compute<S>* bias_sums);
 // All three gradients in one walk over g and x, where their bands agree.
-template <class T>
-void image_backward(const CsrView& csr, const T* values, const Image<const T>& g, const Image<const T>& x, const Window& window,
-                    const Image<T>& dx, T* sums, T* bias_sums);
+template <class S>
+void image_backward(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Image<const S>& x,
+                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums);
 
 }  // namespace grasp_sparse

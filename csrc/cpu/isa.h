@@ -14,27 +14,45 @@ namespace grasp_sparse {
 
 constexpr int kSliceBytes = 64;
 
+// How a bfloat16 lies in a tensor. Tensors of it are computed in float: it exists in memory only.
+struct Bf16 {
+  uint16_t bits;
+};
+
+// What elements stored as S are packed and computed as.
+template <class S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<Bf16> {
+  using type = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
 template <class T>
 constexpr int kLanes = kSliceBytes / static_cast<int>(sizeof(T));
 
 // Copies source rows [row_begin, row_end) of one slice into its packed image, which is zeroed first.
-template <class T>
+template <class S>
 struct PackArgs {
-  const T* src;            // first lane, channel 0, row 0, column 0
+  const S* src;            // first lane, channel 0, row 0, column 0
   int64_t sn, sc, sh, sw;  // strides in elements: lane, channel, row, column
   int lanes;               // valid lanes, 1 … L; the rest are packed as zeros
   int channels;
   int row_begin, row_end, width;
   const int64_t* row_place;  // [row - row_begin] place of a source row within a packed channel, in elements; -1: unused
   const int64_t* col_place;  // [width] what a source column adds to it; -1: unused
-  T* dst;
+  Compute<S>* dst;
   int64_t channel_size;  // elements of one packed channel
   bool zero_first;       // some packed places have no source (padding)
 };
 
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[offset + place of the pixel].
-template <class T>
+template <class S>
 struct ProductArgs {
+  using T = Compute<S>;
   const T* packed;   // at the first pixel
   int64_t row_step;  // elements between vertically neighbouring pixels; horizontal neighbours are L apart
   int rows, cols;
@@ -43,7 +61,7 @@ struct ProductArgs {
   const int32_t *row_begin, *row_end;  // [channels] the channel's entries
   int channel_begin, channel_end;
   const T* bias;  // [channels] or null
-  T* out;         // at the first pixel
+  S* out;         // at the first pixel
   int64_t on, oc, oh, ow;
   int lanes;
   bool stream;  // the output is too large to stay in cache: write past it where whole lines are written
@@ -103,10 +121,18 @@ struct Kernels {
   NormKernels<T> norm;
 };
 
+// Only activations are bfloat16.
+template <>
+struct Kernels<Bf16> {
+  void (*pack)(const PackArgs<Bf16>&);
+  void (*product)(const ProductArgs<Bf16>&);
+};
+
 struct IsaBody {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  Kernels<Bf16> bf16;
 };
 
 // The body in use: the best this CPU has, or the one GRASP_SPARSE_ISA names. Throws std::invalid_argument with the
@@ -119,5 +145,7 @@ template <>
 inline const Kernels<float>& kernels<float>() { return active_isa().f32; }
 template <>
 inline const Kernels<double>& kernels<double>() { return active_isa().f64; }
+template <>
+inline const Kernels<Bf16>& kernels<Bf16>() { return active_isa().bf16; }
 
 }  // namespace grasp_sparse

@@ -72,6 +72,7 @@ const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
     {&pack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>, kNormKernels<float>},
     {&pack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>, kNormKernels<double>},
+    {&pack<Bf16>, &product<Bf16>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

@@ -43,7 +43,7 @@ std::vector<Piece> pieces(int64_t rows, int64_t columns, int64_t L) {
 
 template <class T>
 Image<T> image_of(T* data, const Matrix& m, const Piece& p) {
-  constexpr int64_t L = kLanes<std::remove_const_t<T>>;
+  constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
   return {data + p.first * m.row_stride, p.lanes, m.features, p.panels, p.columns,
           m.row_stride, m.feature_stride, p.columns * L * m.row_stride, L * m.row_stride};
 }
@@ -71,16 +71,17 @@ Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, con
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrix(x, csr.cols, "x");
-  check_values(values, csr, x.scalar_type());
-  check_bias(bias, csr, x.scalar_type());
+  check_values(values, csr, compute_type(x));
+  check_bias(bias, csr, compute_type(x));
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
   const Tensor y = empty_rows(x, csr.rows);
-  for_type(x, "csr_spmm", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  for_storage(x, "csr_spmm", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
     const Matrix in = matrix_of(x), out = matrix_of(y);
     for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
-      image_fprop<T>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<T>(x), in, p), point(p),
-                     image_of(mutable_data<T>(y), out, p));
+      image_fprop<S>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<S>(x), in, p), point(p),
+                     image_of(mutable_data<S>(y), out, p));
   });
   return y;
 }
@@ -90,14 +91,15 @@ Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, c
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrix(g, csr.rows, "g");
-  check_values(values, csr, g.scalar_type());
+  check_values(values, csr, compute_type(g));
   const Tensor v = dense(values);
   const Tensor dx = empty_rows(g, csr.cols);
-  for_type(g, "csr_spmm_t", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  for_storage(g, "csr_spmm_t", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
     const Matrix in = matrix_of(g), out = matrix_of(dx);
     for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
-      image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), in, p), point(p), image_of(mutable_data<T>(dx), out, p));
+      image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), in, p), point(p), image_of(mutable_data<S>(dx), out, p));
   });
   return dx;
 }
@@ -119,11 +121,12 @@ Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, cons
   const CsrView& csr = indices.view();
   check_matrices(csr, g, x);
   const Tensor sums = zeros(x, {1, csr.nnz});
-  for_type(x, "csr_sddmm", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  for_storage(x, "csr_sddmm", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x);
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
-      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums),
+      image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
                      nullptr);
   });
   return sums;
@@ -135,18 +138,19 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrices(csr, g, x);
-  check_values(values, csr, x.scalar_type());
+  check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_rows(g, csr.cols);
   const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
-  for_type(x, "csr_spmm_backward", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  for_storage(x, "csr_spmm_backward", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x), md = matrix_of(dx);
     // One walk for both, as convolutions have it, gained nothing here: the two gather from different matrices, and the wider
     // one would make the panels of both narrow.
     for (const Piece& p : pieces(mx.rows, panel_columns(mg.features), kLanes<T>))
-      image_dgrad<T>(csr, const_data<T>(v), image_of(const_data<T>(g), mg, p), point(p), image_of(mutable_data<T>(dx), md, p));
+      image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), mg, p), point(p), image_of(mutable_data<S>(dx), md, p));
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
-      image_wgrad<T>(csr, image_of(const_data<T>(g), mg, p), image_of(const_data<T>(x), mx, p), point(p), mutable_data<T>(sums),
+      image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
                      mutable_data<T>(bias_sums));
   });
   return {dx, sums, bias_sums};

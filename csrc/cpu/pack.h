@@ -9,12 +9,13 @@ namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
 // Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes.
-template <class T>
-void pack_pixel_runs(const PackArgs<T>& p) {
+template <class S>
+void pack_pixel_runs(const PackArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t pixels = static_cast<int64_t>(p.row_end - p.row_begin) * p.width;
   for (int c = 0; c < p.channels; ++c) {
-    const T* src = p.src + c * p.sc + p.row_begin * p.sh;
+    const S* src = p.src + c * p.sc + p.row_begin * p.sh;
     T* dst = p.dst + c * p.channel_size;
     for (int64_t q = 0; q < pixels; q += L) {
       // The last run is shifted back: packing a pixel twice is harmless, reading past the image is not.
@@ -33,15 +34,16 @@ void pack_pixel_runs(const PackArgs<T>& p) {
 }
 
 // Channels innermost: transpose L channels x L lanes of one pixel.
-template <class T>
-void pack_channel_runs(const PackArgs<T>& p) {
+template <class S>
+void pack_channel_runs(const PackArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int row = p.row_begin; row < p.row_end; ++row) {
     const int64_t row_place = p.row_place[row - p.row_begin];
     if (row_place < 0) continue;
     for (int col = 0; col < p.width; ++col) {
       if (p.col_place[col] < 0) continue;
-      const T* src = p.src + row * p.sh + col * p.sw;
+      const S* src = p.src + row * p.sh + col * p.sw;
       T* dst = p.dst + row_place + p.col_place[col];
       for (int c = 0; c < p.channels; c += L) {
         const int first = c + L <= p.channels ? c : p.channels - L;
@@ -54,8 +56,9 @@ void pack_channel_runs(const PackArgs<T>& p) {
 
 // Channels innermost and fewer than L of them (an image's colours): rows lie whole, so transpose runs of L elements x L
 // lanes, whatever pixels and channels they are.
-template <class T>
-void pack_element_runs(const PackArgs<T>& p) {
+template <class S>
+void pack_element_runs(const PackArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t elements = static_cast<int64_t>(p.width) * p.channels;
   for (int row = p.row_begin; row < p.row_end; ++row) {
@@ -75,8 +78,9 @@ void pack_element_runs(const PackArgs<T>& p) {
   }
 }
 
-template <class T>
-void pack_lanes(const PackArgs<T>& p) {
+template <class S>
+void pack_lanes(const PackArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int c = 0; c < p.channels; ++c) {
     for (int row = p.row_begin; row < p.row_end; ++row) {
@@ -84,20 +88,24 @@ void pack_lanes(const PackArgs<T>& p) {
       if (row_place < 0) continue;
       for (int col = 0; col < p.width; ++col) {
         if (p.col_place[col] < 0) continue;
-        const T* src = p.src + c * p.sc + row * p.sh + col * p.sw;
+        const S* src = p.src + c * p.sc + row * p.sh + col * p.sw;
         T* dst = p.dst + c * p.channel_size + row_place + p.col_place[col];
         if (p.sn == 1 && p.lanes == L) {
-          store(dst, load_unaligned(src));
+          Vec<T> v;
+#pragma GCC unroll 4
+          for (int i = 0; i < kNatives; ++i) v.part[i] = load_native(src + i * kNativeLanes<T>);
+          store(dst, v);
         } else {
-          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? src[l * p.sn] : T(0);
+          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? to_compute(src[l * p.sn]) : T(0);
         }
       }
     }
   }
 }
 
-template <class T>
-void pack(const PackArgs<T>& p) {
+template <class S>
+void pack(const PackArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   if (p.zero_first) std::memset(p.dst, 0, sizeof(T) * p.channel_size * p.channels);
   if (p.sn != 1 && p.sw == 1 && p.sh == p.width && static_cast<int64_t>(p.row_end - p.row_begin) * p.width >= L) {

@@ -45,7 +45,8 @@ class PackedInput {
   }
 
   // Packs what output rows [row, row + rows()) of one slice read.
-  void pack(const Image<const T>& x, int64_t slice, int64_t row, T* dst) const {
+  template <class S>
+  void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, height_, row_step(), row_places);
     axis_places(window_.w, col_phases_, phase_size_, 0, width_, L, col_places);

@@ -10,8 +10,8 @@ namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
 // Starts from the tile at `from`, or from the bias if that is null.
-template <class T, int R, int C>
-GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, int channel, const T* from, T* tile) {
+template <class T, int R, int C, class S>
+GRASP_SPARSE_INLINE void product_tile(const ProductArgs<S>& p, const T* packed, int channel, const T* from, T* tile) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R * C];
   if (from) {
@@ -36,17 +36,17 @@ GRASP_SPARSE_INLINE void product_tile(const ProductArgs<T>& p, const T* packed, 
 }
 
 // Whether every whole vector this tile writes is one aligned line.
-template <class T>
-GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<T>& p, const T* out, bool channels_last, bool runs) {
+template <class T, class S>
+GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, bool channels_last, bool runs) {
   const auto aligned = [](int64_t elements) { return elements % kLanes<T> == 0; };
-  if (!kCanStream || !p.stream || reinterpret_cast<uintptr_t>(out) % kSliceBytes != 0) return false;
+  if (sizeof(S) != sizeof(T) || !kCanStream || !p.stream || reinterpret_cast<uintptr_t>(out) % kSliceBytes != 0) return false;
   if (channels_last) return aligned(p.on) && aligned(p.oh) && aligned(p.ow) && p.channel_begin % kLanes<T> == 0;
   if (runs) return aligned(p.on) && aligned(p.oc) && aligned(p.oh);
   return aligned(p.oc) && aligned(p.oh) && aligned(p.ow);
 }
 
-template <class T, bool Stream, int R, int C>
-GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* packed, const T* partial, T* out, bool channels_last,
+template <class T, bool Stream, int R, int C, class S>
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* partial, S* out, bool channels_last,
                                           bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
   const int64_t partial_size = static_cast<int64_t>(p.rows) * p.cols * L;
@@ -67,7 +67,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* pack
   const bool one_run = runs && (R == 1 || p.oh == C);
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
     product_tile<T, R, C>(p, packed, channel, from(channel), tiles);
-    T* to = out + channel * p.oc;
+    S* to = out + channel * p.oc;
     if (one_run) {
       unpack_pixel_run<T, Stream, R * C>(tiles, to, p.on, p.lanes);
     } else if (runs) {
@@ -81,10 +81,11 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<T>& p, const T* pack
 }
 
 // All channels of one tile whose first pixel is (row, col).
-template <class T, int R, int C>
-void product_strip(const ProductArgs<T>& p, int row, int col) {
+template <class S, int R, int C>
+void product_strip(const ProductArgs<S>& p, int row, int col) {
+  using T = Compute<S>;
   const T* packed = p.packed + row * p.row_step + col * kLanes<T>;
-  T* out = p.out + row * p.oh + col * p.ow;
+  S* out = p.out + row * p.oh + col * p.ow;
   // The strips of these R rows share R * cols pixels of a partial image, one after the other.
   T* partial = p.partial ? p.partial + (static_cast<int64_t>(row) * p.cols + col * R) * kLanes<T> : nullptr;
   if (partial && !p.last) {
@@ -96,7 +97,7 @@ void product_strip(const ProductArgs<T>& p, int row, int col) {
   }
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
-    if (writes_lines(p, out, channels_last, runs)) {
+    if (writes_lines<T>(p, out, channels_last, runs)) {
       product_channels<T, true, R, C>(p, packed, partial, out, channels_last, runs);
       return stream_fence();
     }

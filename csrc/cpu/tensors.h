@@ -67,10 +67,16 @@ inline Tensor dense(const Tensor& t) {
   return torch::stable::contiguous(t);
 }
 
-inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides) {
+// What values, bias and their gradients are beside activations of this type.
+inline ScalarType compute_type(const Tensor& activations) {
+  return activations.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : activations.scalar_type();
+}
+
+inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, bool compute = false) {
   AtenTensorHandle handle;
   int32_t type, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  if (compute && compute_type(like) != like.scalar_type()) type = aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
                                                   like.get_device(), &handle));
@@ -82,8 +88,14 @@ template <class F>
 auto for_type(const Tensor& t, const char* op, F&& f) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
-                  ": Expected float32 or float64 activations; convert them, or call the layer, which does.");
+                  ": Expected float32 or float64; convert, or call the layer, which does.");
   return type == ScalarType::Float ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
+}
+
+// The same for activations, which may be bfloat16.
+template <class F>
+auto for_storage(const Tensor& t, const char* op, F&& f) {
+  return t.scalar_type() == ScalarType::BFloat16 ? f(static_cast<Bf16*>(nullptr)) : for_type(t, op, f);
 }
 
 template <class T>
@@ -95,11 +107,11 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Contiguous zeros of the type of `like`.
+// Contiguous zeros, of the type that sums beside activations `like` have.
 inline Tensor zeros(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  Tensor out = empty_strided(like, sizes, strides);
+  Tensor out = empty_strided(like, sizes, strides, true);
   return torch::stable::zero_(out);
 }
 

@@ -30,8 +30,9 @@ struct Butterfly<T, 64> {
 
 // Source rows from `rows` on are not read and count as zero; they are `step` elements apart and need no alignment.
 // put(j, i, part) receives the native vector src[i … i + n][j] for every j in [0, L) and i = 0, n, 2n, … < L.
-template <class T, class Put>
-GRASP_SPARSE_INLINE void transpose_parts(const T* src, int64_t step, int rows, const Put& put) {
+template <class S, class Put>
+GRASP_SPARSE_INLINE void transpose_parts(const S* src, int64_t step, int rows, const Put& put) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>, L = kLanes<T>;
 #pragma GCC unroll 1
   for (int i0 = 0; i0 < L; i0 += n) {
@@ -40,12 +41,11 @@ GRASP_SPARSE_INLINE void transpose_parts(const T* src, int64_t step, int rows, c
       Native<T> block[n];
       if (i0 + n <= rows) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
+        for (int i = 0; i < n; ++i) block[i] = load_native(src + (i0 + i) * step + j0);
       } else {
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
-          block[i] = Native<T>{};
-          if (i0 + i < rows) std::memcpy(&block[i], src + (i0 + i) * step + j0, sizeof block[i]);
+          block[i] = i0 + i < rows ? load_native(src + (i0 + i) * step + j0) : Native<T>{};
         }
       }
       Butterfly<T, 1>::run(block);
@@ -56,8 +56,9 @@ GRASP_SPARSE_INLINE void transpose_parts(const T* src, int64_t step, int rows, c
 }
 
 // place(j)[i] = src[i][j], i and j in [0, L).
-template <class T, bool Stream = false, class Place>
-GRASP_SPARSE_INLINE void transpose(const T* src, int64_t step, int rows, const Place& place) {
+template <class S, bool Stream = false, class Place>
+GRASP_SPARSE_INLINE void transpose(const S* src, int64_t step, int rows, const Place& place) {
+  using T = Compute<S>;
   transpose_parts(src, step, rows, [&](int j, int i, Native<T> part) { put_native<T, Stream>(place(j) + i, part); });
 }
 

@@ -55,13 +55,14 @@ struct TapGroups {
   std::vector<int64_t> ptr{0, 0}, taps;
 };
 
-template <class T>
+template <class S>
 class TransposedProduct {
  public:
+  using T = Compute<S>;
   static constexpr int64_t L = kLanes<T>;
 
   // dx is not empty.
-  TransposedProduct(const Window& window, const Image<T>& dx, int64_t g_channels)
+  TransposedProduct(const Window& window, const Image<S>& dx, int64_t g_channels)
       : window_(window), dx_(dx), h_(window.h), w_(window.w), groups_(h_, w_), g_channels_(g_channels),
         row_step_((w_.count() + window.w.halo()) * L) {
     set_rows(band_rows(h_.count(), window.h.halo(), g_channels * row_step_ * static_cast<int64_t>(sizeof(T))));
@@ -99,7 +100,7 @@ class TransposedProduct {
   }
 
   // Packs what places [begin, begin + rows()) of one slice read.
-  void pack(const Image<const T>& g, int64_t slice, int64_t begin, T* packed) const {
+  void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     h_.places(begin, rows_, row_step_, row_places);
     w_.places(w_.first, w_.count(), L, col_places);
@@ -114,7 +115,7 @@ class TransposedProduct {
       const int64_t top = std::max(begin, window_.h.first_place(phase_h)), bottom = std::min(end, window_.h.end_place(phase_h));
       const int64_t left = window_.w.first_place(phase_w), right = window_.w.end_place(phase_w);
       if (top >= bottom || left >= right) continue;
-      ProductArgs<T> args{};
+      ProductArgs<S> args{};
       args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
       args.values = lists_.values, args.offsets = lists_.offsets, args.row_begin = lists_.row_ptr + group * (dx_.c + 1);
@@ -125,7 +126,7 @@ class TransposedProduct {
       args.out = dx_.data + slice * L * dx_.sn + y0 * dx_.sh + x0 * dx_.sw;
       args.on = dx_.sn, args.oc = dx_.sc, args.oh = window_.h.stride * dx_.sh, args.ow = window_.w.stride * dx_.sw;
       args.lanes = static_cast<int>(std::min(L, dx_.n - slice * L)), args.stream = streams(dx_);
-      kernels<T>().product(args);
+      kernels<S>().product(args);
     }
   }
 
@@ -137,7 +138,7 @@ class TransposedProduct {
   }
 
   Window window_;
-  Image<T> dx_;
+  Image<S> dx_;
   GradAxis h_, w_;
   TapGroups groups_;
   int64_t g_channels_, row_step_, rows_, channel_size_;

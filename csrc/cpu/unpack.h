@@ -9,8 +9,8 @@ namespace GRASP_SPARSE_ISA {
 
 // P pixels of one channel that lie one after the other in the output (NCHW). P is known at compile time, so a rest is one
 // masked store, or a move or two.
-template <class T, bool Stream, int P>
-GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int lanes) {
+template <class T, bool Stream, int P, class S>
+GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, S* out, int64_t on, int lanes) {
   constexpr int n = kNativeLanes<T>, L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
   for (int q = 0; q < kWhole; q += L) {
     if (lanes == L) {
@@ -24,7 +24,7 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, T* out, int64_t on, int
   if constexpr (kRest > 0) {
     transpose_parts(tile + kWhole * L, L, kRest, [&](int l, int i, Native<T> part) {
       if (l >= lanes) return;
-      T* to = out + l * on + kWhole + i;
+      S* to = out + l * on + kWhole + i;
       if (i + n <= kRest) {
         put_native<T, false>(to, part);
       } else if (i < kRest) {
@@ -41,8 +41,8 @@ constexpr int kStagedBlocks = 4;
 // for one set of the first-level cache. So blocks are staged and written lane by lane, several lines of a lane in a row:
 // with 1024 features that unpacks three times as fast. (For NCHW it costs a tenth: there, few weights pass between two
 // blocks, and stores that come in bursts wait.)
-template <class T, bool Stream>
-GRASP_SPARSE_INLINE void unpack_channel_runs(const T* tiles, int64_t tile_size, int channels, T* out, int64_t on, int lanes) {
+template <class T, bool Stream, class S>
+GRASP_SPARSE_INLINE void unpack_channel_runs(const T* tiles, int64_t tile_size, int channels, S* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>;
   alignas(64) T stage[L][kStagedBlocks][L];
   const int blocks = channels / L, rest = channels % L;
@@ -56,19 +56,19 @@ GRASP_SPARSE_INLINE void unpack_channel_runs(const T* tiles, int64_t tile_size, 
 #pragma GCC unroll 4
       for (int i = 0; i < kNatives; ++i) put_native<T, Stream>(out + l * on + q * L + i * kNativeLanes<T>, row.part[i]);
     }
-    for (int c = 0; c < rest; ++c) out[l * on + blocks * L + c] = stage[l][blocks][c];
+    for (int c = 0; c < rest; ++c) put(out + l * on + blocks * L + c, stage[l][blocks][c]);
   }
 }
 
-template <class T, bool Stream>
-GRASP_SPARSE_INLINE void unpack_lanes(const T* tile, T* out, int64_t on, int lanes) {
+template <class T, bool Stream, class S>
+GRASP_SPARSE_INLINE void unpack_lanes(const T* tile, S* out, int64_t on, int lanes) {
   constexpr int L = kLanes<T>;
   if (on == 1 && lanes == L) {
     const Vec<T> v = load(tile);
 #pragma GCC unroll 4
     for (int i = 0; i < kNatives; ++i) put_native<T, Stream>(out + i * kNativeLanes<T>, v.part[i]);
   } else {
-    for (int l = 0; l < lanes; ++l) out[l * on] = tile[l];
+    for (int l = 0; l < lanes; ++l) put(out + l * on, tile[l]);
   }
 }
 

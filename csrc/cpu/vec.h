@@ -91,6 +91,43 @@ GRASP_SPARSE_INLINE void store_unaligned(T* p, const Vec<T>& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// One native vector of what is stored at p, any alignment.
+template <class S>
+GRASP_SPARSE_INLINE Native<S> load_native(const S* p) {
+  Native<S> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+typedef uint32_t Words __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES / 2)));
+
+GRASP_SPARSE_INLINE Native<float> load_native(const Bf16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return reinterpret_cast<Native<float>>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Rounded to nearest, ties to even; a NaN stays one.
+GRASP_SPARSE_INLINE Halves to_halves(Native<float> v) {
+  const Words bits = reinterpret_cast<Words>(v), nan = reinterpret_cast<Words>(v != v);
+  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(((nan & (bits | 0x400000)) | (~nan & rounded)) >> 16, Halves);
+}
+
+template <class T>
+GRASP_SPARSE_INLINE T to_compute(T value) { return value; }
+GRASP_SPARSE_INLINE float to_compute(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <class T>
+GRASP_SPARSE_INLINE void put(T* p, T value) { *p = value; }
+GRASP_SPARSE_INLINE void put(Bf16* p, float value) { p->bits = to_halves(value - Native<float>{})[0]; }
+
 // Whether a store past the cache exists that fills one line at once: only then is it worth having.
 constexpr bool kCanStream = kNatives == 1 && GRASP_SPARSE_NATIVE_BYTES == 64;
 
@@ -107,6 +144,12 @@ GRASP_SPARSE_INLINE void put_native(T* p, Native<T> v) {
   }
 #endif
   std::memcpy(p, &v, sizeof v);
+}
+
+template <class T, bool Stream>
+GRASP_SPARSE_INLINE void put_native(Bf16* p, Native<T> v) {
+  const Halves halves = to_halves(v);
+  std::memcpy(p, &halves, sizeof halves);
 }
 
 // Makes streamed stores visible to other threads.
@@ -158,6 +201,12 @@ GRASP_SPARSE_INLINE void store_part(T* p, Native<T> v, int count) {
 #else
   for (int l = 0; l < count; ++l) p[l] = v[l];
 #endif
+}
+
+template <class T, int Count>
+GRASP_SPARSE_INLINE void store_first(Bf16* p, Native<T> v) {
+  const Halves halves = to_halves(v);
+  std::memcpy(p, &halves, sizeof(Bf16) * Count);
 }
 
 // acc += a * b. Contracts to one fused multiply-add where the instruction set has it.

@@ -12,12 +12,13 @@ namespace {
 constexpr int64_t kMaxGroups = 16, kSumBytes = 64 << 20;
 
 // Where the sampled product finds output row `row` of a packed g, and how it packs it.
-template <class T>
+template <class S>
 struct PlainGradient {
+  using T = Compute<S>;
   static constexpr int64_t L = kLanes<T>;
-  PlainGradient(const Image<const T>& g, int64_t rows) : rows(rows), row_step(g.w * L), channel_size(spread(rows * row_step, L)) {}
+  PlainGradient(const Image<const S>& g, int64_t rows) : rows(rows), row_step(g.w * L), channel_size(spread(rows * row_step, L)) {}
 
-  void pack(const Image<const T>& g, int64_t slice, int64_t row, T* packed) const {
+  void pack(const Image<const S>& g, int64_t slice, int64_t row, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     row_places.assign(g.h, -1), col_places.resize(g.w);
     for (int64_t i = 0; i < std::min(rows, g.h - row); ++i) row_places[row + i] = i * row_step;
@@ -28,11 +29,13 @@ struct PlainGradient {
 };
 
 // With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
-template <class T>
-void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const ChannelBlocks& blocks,
-                    const PackedInput<T>& input, const TransposedProduct<T>* product, T* sums, T* bias_sums) {
+template <class S>
+void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const ChannelBlocks& blocks,
+                    const PackedInput<Compute<S>>& input, const TransposedProduct<S>* product, Compute<S>* sums,
+                    Compute<S>* bias_sums) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
-  const PlainGradient<T> plain(g, input.rows());
+  const PlainGradient<S> plain(g, input.rows());
   const int64_t rows = input.rows(), slices = ceil_div(g.n, L);
   const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
   const int64_t g_size = product ? product->size() : g.c * plain.channel_size;
@@ -97,17 +100,18 @@ void sampled_passes(const CsrView& csr, const Image<const T>& g, const Image<con
 
 }  // namespace
 
-template <class T>
-void image_wgrad(const CsrView& csr, const Image<const T>& g, const Image<const T>& x, const Window& window, T* sums, T* bias_sums) {
+template <class S>
+void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
+                 Compute<S>* bias_sums) {
   if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) return;
   const ChannelBlocks blocks(by_row(csr), x.c, window);
-  const PackedInput<T> input(blocks.size, window);
-  sampled_passes<T>(csr, g, x, blocks, input, nullptr, sums, bias_sums);
+  const PackedInput<Compute<S>> input(blocks.size, window);
+  sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums);
 }
 
-template <class T>
-void image_backward(const CsrView& csr, const T* values, const Image<const T>& g, const Image<const T>& x, const Window& window,
-                    const Image<T>& dx, T* sums, T* bias_sums) {
+template <class S>
+void image_backward(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Image<const S>& x,
+                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums) {
   const bool empty = g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0;
   // A band of places of dx holds the pixels of g that are sampled with it: true for any usual padding.
   const auto holds = [](const Axis& axis) {
@@ -115,23 +119,25 @@ void image_backward(const CsrView& csr, const T* values, const Image<const T>& g
     return places.first >= 0 && places.first <= axis.halo() && places.count() >= axis.output && places.end >= axis.output;
   };
   if (empty || !holds(window.h) || !holds(window.w)) {
-    image_dgrad<T>(csr, values, g, window, dx);
-    return image_wgrad<T>(csr, g, x, window, sums, bias_sums);
+    image_dgrad<S>(csr, values, g, window, dx);
+    return image_wgrad<S>(csr, g, x, window, sums, bias_sums);
   }
   const ChannelBlocks blocks(by_row(csr), x.c, window);
-  PackedInput<T> input(blocks.size, window);
-  TransposedProduct<T> product(window, dx, g.c);
+  PackedInput<Compute<S>> input(blocks.size, window);
+  TransposedProduct<S> product(window, dx, g.c);
   product.limit_band(input.rows());
   input.limit_band(product.rows());
   product.build(csr, values);
-  sampled_passes<T>(csr, g, x, blocks, input, &product, sums, bias_sums);
+  sampled_passes<S>(csr, g, x, blocks, input, &product, sums, bias_sums);
 }
 
-template void image_wgrad(const CsrView&, const Image<const float>&, const Image<const float>&, const Window&, float*, float*);
-template void image_wgrad(const CsrView&, const Image<const double>&, const Image<const double>&, const Window&, double*, double*);
-template void image_backward(const CsrView&, const float*, const Image<const float>&, const Image<const float>&, const Window&,
-                             const Image<float>&, float*, float*);
-template void image_backward(const CsrView&, const double*, const Image<const double>&, const Image<const double>&, const Window&,
-                             const Image<double>&, double*, double*);
+#define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
+  template void image_wgrad<S>(const CsrView&, const Image<const S>&, const Image<const S>&, const Window&, Compute<S>*,       \
+                               Compute<S>*);                                                                                    \
+  template void image_backward<S>(const CsrView&, const Compute<S>*, const Image<const S>&, const Image<const S>&,             \
+                                  const Window&, const Image<S>&, Compute<S>*, Compute<S>*);
+GRASP_SPARSE_FOR_STORAGE(float)
+GRASP_SPARSE_FOR_STORAGE(double)
+GRASP_SPARSE_FOR_STORAGE(Bf16)
 
 }  // namespace grasp_sparse

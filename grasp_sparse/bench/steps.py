@@ -25,14 +25,13 @@ Batch = tuple[Tensor, Tensor]
 
 # A small rate: hundreds of steps on one batch must stay among ordinary numbers.
 STEP = TrainConfig(lr=1e-4, momentum=0.9, nesterov=False, weight_decay=5e-4)
-# A layer's gradient may differ from the dense one's by this share of its norm, or of NEGLIGIBLE times the whole gradient's
-# if that is more: fp32 sums in another order differ by 1e-6 a layer, and a unit near zero then switches in a ReLU. The dense
-# gradient of a VGG-19 in fp32 is itself 2e-2 away from its own in fp64 (where sparse and dense agree to 1e-12).
-GRADIENT_TOLERANCE = 5e-2
-NEGLIGIBLE = 1e-3
-# … or by this many times what the dense gradient itself moves when the samples change places and the input its last bits:
-# norm layers of nearly empty channels magnify rounding, and a bias that feeds a norm has no gradient but rounding.
-NOISE_MARGIN, LAST_BITS = 10, 1e-6
+# A layer's gradient in float64 may differ from the dense one's by this share of its norm, or of NEGLIGIBLE times the whole
+# gradient's if that is more. In float32 deep networks cannot be compared: the dense gradient of a VGG-19 is 2e-2 away from its
+# own in float64, some layers of a ResNet-50 at 98 % sparsity move by half when the last bits of the input change.
+GRADIENT_TOLERANCE, NEGLIGIBLE = 1e-6, 1e-3
+EXACT_SAMPLES = 8
+# Two dense paths in float32, of networks shallow enough.
+DENSE_TOLERANCE = 5e-2
 LOSS_TOLERANCE = 1e-3
 
 
@@ -104,43 +103,52 @@ def sparse_steps(masked: nn.Module, masks: MaskSet, batch: Batch) -> tuple[dict[
 
 
 def check_steps(steps: Mapping[str, Step], masks: Mapping[str, Tensor]) -> float:
-    """Loss and every gradient of each step against the dense one's in the same memory format, on memory poisoned with NaN.
+    """Each step against the dense one in the same memory format, on memory poisoned with NaN.
 
-    In the same format, because torch's own norm kernels differ from format to format by more than ours from theirs.
+    In float32, on the whole batch: the loss, and gradients that are finite. In float64, on its first samples: every gradient.
+    (That the float32 kernels are right is checked layer by layer, :func:`grasp_sparse.bench.arms.check_arms`.)
     Returns the largest difference of a layer's gradient as a share of its norm. Raises WrongResultError when one is too large.
     """
     worst = 0.0
     with poisoned_memory():
         for layout in dict.fromkeys(step.layout for step in steps.values()):
             (reference, dense), *others = [(name, step) for name, step in steps.items() if step.layout == layout]
-            loss, expected = _loss_and_gradients(dense.model, dense, masks)
-            moved = _loss_and_gradients(dense.model, _nudged(dense), masks)[1]
-            whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+            loss, rounded = _loss_and_gradients(dense.model, dense, masks)
+            exact = _loss_and_gradients(dense.model, _exact(dense), masks)[1]
             for name, step in others:
                 got_loss, got = _loss_and_gradients(dense.model, step, masks)
                 if not abs(got_loss - loss) <= LOSS_TOLERANCE * abs(loss):
                     raise WrongResultError(f"{name}: loss {got_loss:.6g}, {reference}: {loss:.6g}; nothing is measured")
-                for layer, gradient in expected.items():
-                    scale = torch.maximum(gradient.norm(), NEGLIGIBLE * whole)
-                    error = float((got[layer] - gradient).norm() / scale)
-                    allowed = max(GRADIENT_TOLERANCE, NOISE_MARGIN * float((moved[layer] - gradient).norm() / scale))
-                    if not error <= allowed:  # also when it is NaN
-                        raise WrongResultError(
-                            f"{name}: gradient of {layer} differs from {reference}'s by {error:.1e} of its norm "
-                            f"(allowed {allowed:.0e}); nothing is measured"
-                        )
-                    worst = max(worst, error)
+                if unfinished := [layer for layer, gradient in got.items() if not gradient.isfinite().all()]:
+                    raise WrongResultError(f"{name}: gradient of {unfinished[0]} is not finite; nothing is measured")
+                if kind_of(name) == SPARSE:
+                    got = _loss_and_gradients(dense.model, _exact(step), masks)[1]
+                    worst = max(worst, _compare(name, got, reference, exact, GRADIENT_TOLERANCE))
+                else:
+                    _compare(name, got, reference, rounded, DENSE_TOLERANCE)
     return worst
 
 
-def _nudged(step: Step) -> Step:
-    """The same step on the same samples in another order, the last bits of the input changed: equal but for rounding."""
+def _compare(name: str, got: Mapping[str, Tensor], reference: str, expected: Mapping[str, Tensor], allowed: float) -> float:
+    """The largest difference of a layer's gradient. Raises WrongResultError where it is more than allowed."""
+    worst, whole = 0.0, torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for layer, gradient in expected.items():
+        error = float((got[layer] - gradient).norm() / torch.maximum(gradient.norm(), NEGLIGIBLE * whole))
+        if not error <= allowed:  # also when it is NaN
+            raise WrongResultError(
+                f"{name}: gradient of {layer} differs from {reference}'s by {error:.1e} of its norm "
+                f"(allowed {allowed:.0e}); nothing is measured"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _exact(step: Step) -> Step:
+    """The same step in float64 on the first samples of the batch, as a copy."""
     x, y = step.batch
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(x.shape, generator=generator).mul_(LAST_BITS).add_(1)
-    order = torch.randperm(len(y), generator=generator)
-    nudged = torch.empty_like(x).copy_((x * noise)[order])  # in the memory format of x
-    return replace(step, batch=(nudged, y[order]))
+    few = x[:EXACT_SAMPLES].double()
+    few = few.contiguous(memory_format=LAYOUTS[step.layout]) if step.layout in LAYOUTS else few
+    return replace(step, model=copy.deepcopy(step.model).double(), batch=(few, y[:EXACT_SAMPLES]))
 
 
 def _loss_and_gradients(dense: nn.Module, step: Step, masks: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:

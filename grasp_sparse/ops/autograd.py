@@ -37,7 +37,7 @@ def _spmm_backward(ctx, grad):
     return (
         _ops.csr_sddmm(*indices, grad, x) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        grad.sum(0) if needs[6] else None,
+        grad.sum(0, dtype=values.dtype) if needs[6] else None,
         _ops.csr_spmm_t(values, *indices, grad) if needs[7] else None,
     )
 
@@ -100,7 +100,7 @@ def _fprop_backward(ctx, grad):
     return (
         _ops.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        grad.sum((0, 2, 3)) if needs[6] else None,
+        grad.sum((0, 2, 3), dtype=values.dtype) if needs[6] else None,
         _ops.csr_conv2d_dgrad(values, *indices, grad, x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 4,
     )

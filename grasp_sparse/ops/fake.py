@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
 from grasp_sparse.ops.schema import UPDATE_SCHEMAS
 
@@ -25,13 +26,14 @@ def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation,
 @_register("grasp_sparse::csr_sddmm")
 def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_sddmm: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
-    return x.new_empty(1, col_indices.shape[0])
+    return x.new_empty(1, col_indices.shape[0], dtype=compute_dtype(x.dtype))
 
 
 @_register("grasp_sparse::csr_spmm_backward")
 def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_spmm_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
-    return empty_rows(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)
+    dtype = compute_dtype(x.dtype)
+    return empty_rows(g, x.shape), x.new_empty(1, col_indices.shape[0], dtype=dtype), x.new_empty(crow_indices.shape[0] - 1, dtype=dtype)
 
 
 @_register("grasp_sparse::csr_conv2d_fprop")
@@ -55,13 +57,14 @@ def _(
 @_register("grasp_sparse::csr_conv2d_wgrad")
 def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_wgrad: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
-    return x.new_empty(1, col_indices.shape[0])
+    return x.new_empty(1, col_indices.shape[0], dtype=compute_dtype(x.dtype))
 
 
 @_register("grasp_sparse::csr_conv2d_backward")
 def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_conv2d_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
-    return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0]), x.new_empty(crow_indices.shape[0] - 1)
+    dtype = compute_dtype(x.dtype)
+    return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0], dtype=dtype), x.new_empty(crow_indices.shape[0] - 1, dtype=dtype)
 
 
 @_register("grasp_sparse::batch_norm_train")

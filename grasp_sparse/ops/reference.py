@@ -13,27 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
+from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
 from grasp_sparse.ops.schema import NORM_SCHEMAS, SCHEMAS
 
 
 def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
     weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
-    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(F.linear(x, weight, bias))
+    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(F.linear(_computed(x), weight, bias))
 
 
 def csr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g):
     weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
-    return empty_rows(g, (g.shape[0], weight.shape[1])).copy_(g @ weight)
+    return empty_rows(g, (g.shape[0], weight.shape[1])).copy_(_computed(g) @ weight)
 
 
 def csr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
-    return gather_values(g.t() @ x, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
+    return gather_values(_computed(g).t() @ _computed(x), CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
 
 
 def csr_spmm_backward(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
     indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
-    return csr_spmm_t(values, *indices, g), csr_sddmm(*indices, g, x), g.sum(0)
+    return csr_spmm_t(values, *indices, g), csr_sddmm(*indices, g, x), _computed(g).sum(0)
 
 
 def csr_conv2d_fprop(
@@ -44,7 +45,7 @@ def csr_conv2d_fprop(
     if weight.numel() == 0:  # torch refuses no output channels, and from no input channels makes no output channels
         y = x.new_zeros(size) if bias is None else bias.view(-1, 1, 1).expand(size)
     else:
-        y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation))
+        y = F.conv2d(_pad(_computed(x), padding), weight, bias, tuple(stride), 0, tuple(dilation))
     return empty_images(x, size).copy_(y)
 
 
@@ -54,8 +55,8 @@ def csr_conv2d_dgrad(
     weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
     top, bottom, left, right = padding
     height, width = input_size
-    padded = g.new_zeros(g.shape[0], weight.shape[1], height + top + bottom, width + left + right)
-    dx, _ = _conv_backward(g, padded, weight, stride, dilation, (True, False))
+    padded = weight.new_zeros(g.shape[0], weight.shape[1], height + top + bottom, width + left + right)
+    dx, _ = _conv_backward(_computed(g), padded, weight, stride, dilation, (True, False))
     dx = dx[:, :, top : top + height, left : left + width]
     return empty_images(g, dx.shape).copy_(dx)
 
@@ -64,8 +65,9 @@ def csr_conv2d_wgrad(
     crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation
 ):
     indices = CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation)
+    x = _computed(x)
     weight = x.new_zeros(g.shape[1], x.shape[1], *kernel_size)
-    _, dw = _conv_backward(g, _pad(x, padding), weight, stride, dilation, (False, True))
+    _, dw = _conv_backward(_computed(g), _pad(x, padding), weight, stride, dilation, (False, True))
     return gather_values(dw, indices)
 
 
@@ -75,7 +77,7 @@ def csr_conv2d_backward(
     indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
     window = (kernel_size, stride, padding, dilation)
     dx = csr_conv2d_dgrad(values, *indices, g, x.shape[2:], *window)
-    return dx, csr_conv2d_wgrad(*indices, g, x, *window), g.sum((0, 2, 3))
+    return dx, csr_conv2d_wgrad(*indices, g, x, *window), _computed(g).sum((0, 2, 3))
 
 
 def batch_norm_train(x, residual, weight, bias, eps, relu):
@@ -115,6 +117,10 @@ def _normalised(x, weight, bias, mean, var, eps) -> Tensor:
         scale = scale * weight
     y = (x - _columns(mean)) * _columns(scale)
     return y if bias is None else y + _columns(bias)
+
+
+def _computed(activations: Tensor) -> Tensor:
+    return activations.to(compute_dtype(activations.dtype))
 
 
 def _matrix(values: Tensor, indices: CsrIndices) -> Tensor:

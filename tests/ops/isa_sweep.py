@@ -6,20 +6,22 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from op_cases import DTYPES, IMAGE_LAYOUTS, NORM_CASES, ROW_LAYOUTS, WINDOWS, close, norm_inputs, sparse_matrix
+from op_cases import DTYPES, IMAGE_LAYOUTS, NORM_CASES, ROW_LAYOUTS, STORED, WINDOWS, close, norm_inputs, sparse_matrix
 from torch import Tensor
 
 from grasp_sparse import _extension
 from grasp_sparse.ops import reference
+from grasp_sparse.ops.dtypes import compute_dtype
 
 ops = torch.ops.grasp_sparse
 
 
 def check(name: str, case: str, dtype: torch.dtype, lay, weights: tuple, activations: tuple[Tensor, ...], rest: tuple = ()) -> None:
     """One operation: in ``dtype``, activations in the layout, against the float64 reference; then with two threads."""
-    expected = getattr(reference, name)(*weights, *activations, *rest)
-    cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in weights]
-    arguments = (*cast, *(lay(a.to(dtype)) for a in activations), *rest)
+    activations = tuple(a.to(dtype) for a in activations)
+    expected = getattr(reference, name)(*weights, *(a.double() for a in activations), *rest)
+    cast = [a.to(compute_dtype(dtype)) if isinstance(a, Tensor) and a.is_floating_point() else a for a in weights]
+    arguments = (*cast, *(lay(a) for a in activations), *rest)
     if isinstance(expected, Tensor):
         expected = (expected,)
     for result, wanted in zip(both_threads(name, case, arguments), expected, strict=True):
@@ -41,11 +43,11 @@ def both_threads(name: str, case: str, arguments: tuple) -> tuple[Tensor, ...]:
 
 def sweep_linear() -> None:
     shapes, batches, layouts = ((7, 5), (33, 1), (67, 130)), (1, 9, 16, 33, 200), ("row-major", "feature-major", "sliced")
-    for dtype, shape, density, batch, layout in product(DTYPES, shapes, (0.2, 1.0), batches, layouts):
+    for dtype, shape, density, batch, layout in product(STORED, shapes, (0.2, 1.0), batches, layouts):
         values, indices, _ = sparse_matrix(*shape, density)
         x, g = torch.randn(batch, shape[1]).double(), torch.randn(batch, shape[0]).double()
         bias = torch.randn(shape[0]).double()
-        common = f"{dtype} {shape} density {density} batch {batch} {layout}", DTYPES[dtype], ROW_LAYOUTS[layout][0]
+        common = f"{dtype} {shape} density {density} batch {batch} {layout}", STORED[dtype], ROW_LAYOUTS[layout][0]
         check("csr_spmm", *common, (values, *indices, bias), (x,))
         check("csr_spmm_t", *common, (values, *indices), (g,))
         check("csr_sddmm", *common, indices, (g, x))
@@ -54,14 +56,14 @@ def sweep_linear() -> None:
 
 def sweep_conv2d() -> None:
     cases = list(product(WINDOWS, ((2, 3), (19, 20)), (1, 17, 40), ("NCHW", "channels_last", "CHWN")))
-    for dtype, (window, (channels, filters), batch, layout) in product(DTYPES, cases):
+    for dtype, (window, (channels, filters), batch, layout) in product(STORED, cases):
         kernel, stride, padding, dilation, image = WINDOWS[window]
         values, indices, _ = sparse_matrix(filters, channels * kernel[0] * kernel[1], 0.2)
         bias, x = torch.randn(filters).double(), torch.randn(batch, channels, *image).double()
         geometry = (kernel, stride, padding, dilation)
         g = torch.randn_like(reference.csr_conv2d_fprop(values, *indices, bias, x, *geometry))
         case = f"{dtype} {window} {channels}->{filters} batch {batch} {layout}"
-        common = case, DTYPES[dtype], IMAGE_LAYOUTS[layout][0]
+        common = case, STORED[dtype], IMAGE_LAYOUTS[layout][0]
         check("csr_conv2d_fprop", *common, (values, *indices, bias), (x,), geometry)
         check("csr_conv2d_dgrad", *common, (values, *indices), (g,), (image, *geometry))
         check("csr_conv2d_wgrad", *common, indices, (g, x), geometry)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, csr_from_mask
+from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.schema import SCHEMAS
 
 COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::csr_spmm", "CPU")
@@ -16,7 +17,12 @@ COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::csr_spm
 BATCHES = (0, 1, 3, 17, 33)
 DENSITIES = (0.0, 0.1, 1.0)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.float64: dict(rtol=1e-10, atol=1e-10)}
+STORED = {**DTYPES, "bfloat16": torch.bfloat16}  # of activations; values beside bfloat16 are float32
+TOLERANCE = {
+    torch.bfloat16: dict(rtol=8e-3, atol=1e-3),  # one rounding to 8 bits, at the end
+    torch.float32: dict(rtol=1e-4, atol=1e-4),
+    torch.float64: dict(rtol=1e-10, atol=1e-10),
+}
 
 WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, image
     "1x1": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (7, 5)),
@@ -105,22 +111,23 @@ def close(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def examples(dtype=torch.float64) -> dict[str, tuple]:
-    """A small call of every operation, all arguments that can be differentiated asking for it."""
+    """A small call of every operation on activations of this dtype, all arguments that can be differentiated asking for it."""
 
-    def leaf(*shape: int) -> Tensor:
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
 
-    values, indices, _ = sparse_matrix(4, 5, 0.5, dtype)
-    filter_values, filter_indices, _ = sparse_matrix(3, 12, 0.5, dtype)
+    compute = compute_dtype(dtype)
+    values, indices, _ = sparse_matrix(4, 5, 0.5, compute)
+    filter_values, filter_indices, _ = sparse_matrix(3, 12, 0.5, compute)
     values.requires_grad_(), filter_values.requires_grad_()
     window = ([3, 2], [2, 1], [1, 2, 0, 1], [1, 2])  # kernel, stride, padding, dilation; image 5x4 -> 3x3
     images, grads = leaf(2, 2, 5, 4), leaf(2, 3, 3, 3)
     return {
-        "csr_spmm": (values, *indices, leaf(4), leaf(3, 5)),
+        "csr_spmm": (values, *indices, leaf(4, dtype=compute), leaf(3, 5)),
         "csr_spmm_t": (values, *indices, leaf(3, 4)),
         "csr_sddmm": (*indices, leaf(3, 4), leaf(3, 5)),
         "csr_spmm_backward": (values, *indices, leaf(3, 4), leaf(3, 5)),
-        "csr_conv2d_fprop": (filter_values, *filter_indices, leaf(3), images, *window),
+        "csr_conv2d_fprop": (filter_values, *filter_indices, leaf(3, dtype=compute), images, *window),
         "csr_conv2d_dgrad": (filter_values, *filter_indices, grads, [5, 4], *window),
         "csr_conv2d_wgrad": (*filter_indices, grads, images, *window),
         "csr_conv2d_backward": (filter_values, *filter_indices, grads, images, *window),

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from op_cases import IMAGE_LAYOUTS, ROW_LAYOUTS
+from op_cases import IMAGE_LAYOUTS, ROW_LAYOUTS, STORED
 from torch import Tensor
 
 from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.layout import output_size
 
 # name -> dtype of activations, dtype of values and bias
-PRECISIONS = {"float32": (torch.float32, torch.float32), "float64": (torch.float64, torch.float64)}
+PRECISIONS = {name: (dtype, compute_dtype(dtype)) for name, dtype in STORED.items()}
 
 
 def _off_by_one(x: Tensor) -> Tensor:

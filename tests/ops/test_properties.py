@@ -99,7 +99,8 @@ def check_layer(dense: nn.Module, make: Callable[[nn.Module, Tensor], nn.Module]
     arguments = case.arguments()
     x, g = arguments["x"], arguments["g"]
     mask = MASKS[case.mask](dense.weight.shape[0], dense.weight[0].numel()).view_as(dense.weight)
-    sparse = make(copy.deepcopy(dense).to(x.dtype), mask)
+    dense = dense.to(x.dtype)  # both begin with the same rounded weights
+    sparse = make(copy.deepcopy(dense), mask)
     with torch.no_grad():
         dense.double().weight.mul_(mask)
     inputs = x.detach().requires_grad_(), x.double().detach().requires_grad_()
