@@ -29,9 +29,8 @@ from benchmarks.layers import LEAD_IN, make_arms
 from benchmarks.runner import RESULTS
 from benchmarks.shapes import QUICK, ConvShape, LinearShape, Shape, conv3x3, linear
 from grasp_sparse.bench.arms import Arm
+from grasp_sparse.bench.plots import write_plots
 from grasp_sparse.bench.results import SPARSE, kind_of, machine, write_rows
-from grasp_sparse.report import ACCENT, INK, STYLE, plt
-from grasp_sparse.report import SPARSE as SPARSE_COLOUR
 from grasp_sparse.timing import Timing, interleaved
 
 FITTED = (ConvShape(128, 128, 16, 128), LinearShape(4096, 1024, 512))
@@ -138,30 +137,6 @@ def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, ti
     }
 
 
-def plot_fits(fits: list[tuple[list[dict], Line]], path: Path) -> None:
-    """A column a shape: medians with quartiles and the line; below, how far each median is from it."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(fits), figsize=(4.6 * len(fits), 4.6), layout="constrained", squeeze=False, sharex="col", height_ratios=(3, 1)
-        )
-        for (rows, line), (above, below) in zip(fits, axes.T, strict=True):
-            nnz = [row["nnz"] for row in rows]
-            median, q1, q3 = (numpy.array([float(row[name]) for row in rows]) * 1e3 for name in ("median_s", "q1_s", "q3_s"))
-            ends = numpy.array([0, max(nnz) * 1.05])
-            label = f"{line.a * 1e3:.3g} ms + {line.b * 1e9:.3g} ns per weight, R² {line.r2:.4f}"
-            above.plot(ends, line(ends) * 1e3, color=ACCENT, label=label)
-            above.errorbar(
-                nnz, median, (median - q1, q3 - median), fmt="o", ms=5, color=SPARSE_COLOUR, ecolor=INK, elinewidth=1, capsize=3
-            )
-            above.set(title=rows[0]["shape"], xlim=ends, ylim=(0, max(q3) * 1.25), ylabel="milliseconds (median, quartiles)")
-            above.legend(loc="upper left", fontsize=8.5)
-            below.axhline(0, color=ACCENT, lw=1)
-            below.plot(nnz, (median / 1e3 / line(numpy.array(nnz)) - 1) * 100, "o", ms=5, color=SPARSE_COLOUR)
-            below.set(xlabel="kept weights", ylabel="off the line, %")
-        figure.savefig(path)
-        plt.close(figure)
-
-
 def main(
     arguments: list[str] | None = None,
     fitted: tuple[Shape, ...] = FITTED,
@@ -182,13 +157,12 @@ def main(
     torch.set_num_threads(options.threads)
     quick = [shape for shapes in QUICK.values() for shape in shapes]
     shapes = [shape for shape in threaded if not options.quick or shape in quick]
-    fits, rows = [], []
+    rows = []
     with tqdm(total=len(fitted) + len(shapes), disable=not sys.stderr.isatty(), leave=False) as bar:
         for shape in fitted:
             measured, line = measure_nnz(shape, options.density, rounds, options.seed)
             bar.write(f"{shape}: {line}")
             bar.update()
-            fits.append((measured, line))
             rows += measured
         for shape in shapes:
             measured = measure_threads(shape, THREADS_DENSITY, rounds, options.seed)
@@ -198,8 +172,8 @@ def main(
             rows += measured
     where = machine()
     write_rows(options.out, [{column: row.get(column, "") for column in COLUMNS} | where for row in rows])
-    plot_fits(fits, options.out.with_suffix(".png"))
-    print(f"wrote {options.out} and {options.out.with_suffix('.png').name}")
+    (plot,) = write_plots(options.out)
+    print(f"wrote {options.out} and {plot.name}")
 
 
 if __name__ == "__main__":

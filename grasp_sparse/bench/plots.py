@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from grasp_sparse.bench.layer_plots import layer_lines, plot_crossover, plot_layers
 from grasp_sparse.bench.peer_plots import plot_peers
 from grasp_sparse.bench.results import read_rows
+from grasp_sparse.bench.scaling_plots import plot_fits
 from grasp_sparse.bench.step_plots import plot_breakdown, plot_steps
 from grasp_sparse.report import STYLE
 from grasp_sparse.train.errors import UserError
@@ -16,6 +17,7 @@ from grasp_sparse.train.errors import UserError
 _LAYERS = {"shape", "precision", "sparsity", "arm", "median_s"}
 _PEERS = _LAYERS | {"peer_version"}
 _STEPS = {"model", "budget", "sparsity", "pass", "arm", "median_s"}
+_SCALING = {"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}
 _BREAKDOWN = {"model", "budget", "sparsity", "arm", "category", "seconds"}
 
 
@@ -49,6 +51,8 @@ def _plot(file: Path, folder: Path) -> Path:
             plot_breakdown(rows, target)
         elif columns >= _STEPS:
             plot_steps(rows, target)
+        elif columns >= _SCALING:
+            plot_fits(rows, target)
         elif columns >= _PEERS:
             plot_peers(rows, target)
         elif columns >= _LAYERS:
