@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from grasp_sparse.report import ACCENT, INK, SPARSE
 
@@ -34,5 +35,6 @@ def plot_fits(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         below.axhline(0, color=ACCENT, lw=1)
         below.plot(nnz, (median / fitted - 1) * 100, "o", ms=5, color=SPARSE)
         below.set(xlabel="kept weights", ylabel="off the line, %")
+        below.xaxis.set_major_locator(MaxNLocator(5))
     figure.savefig(path)
     plt.close(figure)
