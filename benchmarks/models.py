@@ -37,7 +37,7 @@ def measure(network: Network, images: Images, masks: MaskSet, case: Row, seconds
     sparse, reports = sparse_steps(masked, masks, batch)
     steps = dense_steps(masked, batch) | sparse
     difference = check_steps(steps, masks)
-    times = interleaved_within(steps, seconds)
+    times = interleaved_within(steps, seconds, lead_in=1)
     reached = {
         "weight_sparsity": f"{masks.sparsity:.5f}",
         "flop_sparsity": f"{masks.flop_sparsity(weight_costs(masked, batch[0][:1], include=list(masks))):.5f}",

@@ -1,31 +1,20 @@
 // Blocks of channels, for bands too large for L2: where even one row of pixels, packed, would not stay there, a block of its
-// channels does, and the pass walks the weights of one block after the other.
+// channels does, and the pass walks the weights of one block after the other. Only where there is one tap: there entries of a
+// row whose columns rise come block after block.
 #pragma once
 
 #include "bands.h"
-#include "lists.h"
-#include "scratch.h"
 
 namespace grasp_sparse {
 
 constexpr int64_t kRowBytes = 1 << 20;  // of a packed row of pixels; smaller ones are not cut
 
-class ChannelBlocks {
- public:
-  // Cuts the walk, in the scratch of the calling thread. `channels` are its columns / taps.
-  ChannelBlocks(const Walk& walk, int64_t channels, const Window& window) : walk_(walk) {
-    const int64_t bytes = channels * (window.w.output + window.w.halo()) * kSliceBytes;
-    if (!window.h.halo() && bytes > kRowBytes && columns_rise(walk)) size = ceil_div(channels, ceil_div(bytes, kBandBytes));
-    else size = channels;
+struct ChannelBlocks {
+  ChannelBlocks(int64_t channels, const Window& window) {
+    const int64_t bytes = channels * window.w.output * kSliceBytes;
+    size = window.taps() == 1 && bytes > kRowBytes ? ceil_div(channels, ceil_div(bytes, kBandBytes)) : channels;
     count = channels ? ceil_div(channels, size) : 1;
-    if (count == 1) return;
-    cuts_ = CallScratch::mine().cuts.reserve<int32_t>((count + 1) * walk.rows);
-    build_cuts(walk, size * window.taps(), count, cuts_);
   }
-
-  // The entries of every row that belong to block b.
-  const int32_t* row_begin(int64_t b) const { return cuts_ ? cuts_ + b * walk_.rows : walk_.ptr; }
-  const int32_t* row_end(int64_t b) const { return cuts_ ? cuts_ + (b + 1) * walk_.rows : walk_.ptr + 1; }
 
   template <class T>
   Image<T> channels(Image<T> image, int64_t b) const {
@@ -33,11 +22,18 @@ class ChannelBlocks {
     return image;
   }
 
-  int64_t size, count;  // channels of a block, blocks
+  // The entries of block b, after those of the blocks before it were walked. `stops` [2 * rows] is kept between the blocks.
+  Entries entries(Entries all, int64_t b, int64_t rows, int32_t* stops, bool* complete) const {
+    if (count > 1) {
+      all.first = static_cast<int32_t>(b * size);
+      if (b > 0) all.begin = stops + (b - 1) % 2 * rows;
+      if (b < count - 1) all.stopped = stops + b % 2 * rows;
+    }
+    if (b == count - 1) all.complete = complete;
+    return all;
+  }
 
- private:
-  Walk walk_;
-  int32_t* cuts_ = nullptr;
+  int64_t size, count;  // channels of a block, blocks
 };
 
 }  // namespace grasp_sparse

@@ -110,11 +110,12 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
-  const Tensor sums = zeros(x, {1, csr.nnz});
+  const Tensor sums = empty_sums(x, {1, csr.nnz});
   for_storage(x, "csr_conv2d_wgrad", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    image_wgrad<S>(csr, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window, mutable_data<T>(sums), nullptr);
+    image_wgrad<S>(csr, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window, mutable_data<T>(sums), nullptr,
+                   false);
   });
   return sums;
 }
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
   const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
   check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));
-  const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
+  const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   for_storage(x, "csr_conv2d_backward", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;

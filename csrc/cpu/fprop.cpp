@@ -1,4 +1,6 @@
 // y = conv(x, W) + b: pack a band of x, walk the weight list of every output channel over it.
+#include <atomic>
+
 #include "blocks.h"
 #include "packed_input.h"
 #include "scratch.h"
@@ -11,27 +13,29 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
-  const ChannelBlocks blocks(walk, x.c, window);
+  const ChannelBlocks blocks(x.c, window);
   PackedInput<T> input(blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
   CallScratch& call = CallScratch::mine();
-  int32_t* offsets = call.offsets.template reserve<int32_t>(walk.nnz);
-  build_row_list(walk, input.column_places(walk.cols).data(), offsets);
+  const Entries entries = input.entries(walk, call.offsets);
   values = walked_values(walk, values, call.values.template reserve<T>(walk.nnz));
 
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, y.c);
   const std::vector<int> cut = balanced_rows(walk.ptr, walk.rows, parts);
+  std::atomic<bool> complete{true};
   parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
+    int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * walk.rows : 0);
     int64_t held = -1;
+    bool all = true;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
       ProductArgs<S> args{};
       args.packed = packed, args.row_step = input.row_step();
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
-      args.values = values, args.offsets = offsets, args.bias = bias;
+      args.values = values, args.bias = bias;
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
       args.out = y.data + slice * L * y.sn + row * y.sh;
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;
@@ -39,13 +43,15 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
       args.partial = partial;
       for (int64_t b = 0; b < blocks.count; ++b) {
         if (blocks.count > 1 || band != held) input.pack(blocks.channels(x, b), slice, row, packed);
-        args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
-        args.first = b == 0, args.last = b == blocks.count - 1;
+        args.entries = blocks.entries(entries, b, walk.rows, stops, &all);
+        args.last = b == blocks.count - 1;
         kernels<S>().product(args);
       }
       held = band;
     }
+    if (!all) complete = false;
   });
+  if (!complete) corrupt("col_indices or row_indices");
 }
 
 template <class S>

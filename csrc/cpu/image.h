@@ -29,7 +29,8 @@ struct Walk {
 inline Walk by_row(const CsrView& csr) { return {csr.rows, csr.cols, csr.nnz, csr.crow, csr.col, nullptr}; }
 inline Walk by_column(const CsrView& csr) { return {csr.cols, csr.rows, csr.nnz, csr.ccol, csr.row, csr.permutation}; }
 
-// Each throws std::runtime_error, before it writes, when an index lies outside the weight it claims to index.
+// Each throws std::runtime_error when an index lies outside the weight it claims to index, or when columns do not rise within
+// their row where that is asked (ChannelBlocks). Nothing outside the results is touched, and those are then void.
 // S is how activations are stored; values, bias and their sums are Compute<S>.
 // y = conv(x, walked weight) + bias; fprop, and dgrad where that is a plain product too.
 template <class S>
@@ -40,10 +41,10 @@ void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>*
                  const Image<S>& y);
 template <class S>
 void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx);
-// sums [nnz] += the sampled product; bias_sums [rows] += the sums of g, unless null.
+// sums [nnz] = the sampled product, or += with `add`; so bias_sums [rows] and the sums of g, unless null.
 template <class S>
 void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
-                 Compute<S>* bias_sums);
+                 Compute<S>* bias_sums, bool add);
 // All three gradients in one walk over g and x, where their bands agree.
 template <class S>
 void image_backward(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Image<const S>& x,

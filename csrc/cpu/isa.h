@@ -49,7 +49,22 @@ struct PackArgs {
   bool zero_first;       // some packed places have no source (padding)
 };
 
-// out[channel][row][column] = bias + sum over the channel's weights of value * packed[offset + place of the pixel].
+// The kept weights that a pass walks, channel after channel. Entry j reads the pixel at packed + place[j] where the places were
+// looked up, and checked, before; else at packed + (place[j] - first) * step, and a walk ends at the first place that is not
+// in [first, first + count): what follows belongs to another block of channels, or the place is corrupt.
+struct Entries {
+  const int32_t* place;
+  const int32_t *begin, *end;  // [channels] the entries of a channel
+  const int32_t* origin;       // [channels] where its walk began, blocks ago
+  bool checked;
+  int32_t first;
+  uint32_t count;
+  int64_t step;
+  int32_t* stopped;  // [channels] where the walks ended, for the next block; or null
+  bool* complete;    // set to false when a walk ends before its end; or null
+};
+
+// out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].
 template <class S>
 struct ProductArgs {
   using T = Compute<S>;
@@ -57,8 +72,7 @@ struct ProductArgs {
   int64_t row_step;  // elements between vertically neighbouring pixels; horizontal neighbours are L apart
   int rows, cols;
   const T* values;
-  const int32_t* offsets;
-  const int32_t *row_begin, *row_end;  // [channels] the channel's entries
+  Entries entries;
   int channel_begin, channel_end;
   const T* bias;  // [channels] or null
   S* out;         // at the first pixel
@@ -67,10 +81,11 @@ struct ProductArgs {
   bool stream;  // the output is too large to stay in cache: write past it where whole lines are written
   // When the packed channels come in blocks: tiles between two blocks, [channels][rows * cols][L]. Null: all at once.
   T* partial;
-  bool first, last;  // this block: start from the bias, write to out
+  bool last;  // block: write to out
 };
 
-// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[offset + place of the pixel], and, if wanted,
+// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the
+// pixel], and, if wanted,
 // channel_sums[channel] += sum over pixels and lanes of g[channel][pixel].
 template <class T>
 struct SampledArgs {
@@ -79,11 +94,11 @@ struct SampledArgs {
   const T* g;  // packed, at the first pixel
   int64_t g_channel_size, g_row_step;
   int rows, cols;
-  const int32_t* offsets;
-  const int32_t *row_begin, *row_end;
+  Entries entries;
   int channel_begin, channel_end;
   T* sums;
   T* channel_sums;  // [channels] or null
+  bool start;       // nothing is in the sums yet: write them
 };
 
 // One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in

@@ -28,16 +28,26 @@ struct Piece {
   int64_t first, panels, columns, lanes;
 };
 
-// Whole panels, the columns left over, the rows left over. Of a small batch two narrow panels rather than one: threads that
-// share a panel pack it twice.
-std::vector<Piece> pieces(int64_t rows, int64_t columns, int64_t L) {
-  const int64_t groups = rows / L;
-  columns = std::clamp<int64_t>(ceil_div(groups, 2), 4, columns);
+// Columns of the panels of a batch: as many as `most`, or somewhat fewer where that leaves less over. Of a small batch two
+// narrow panels rather than one: threads that share a panel pack it twice. It must not depend on the number of threads, sums
+// would; two is what is assumed.
+int64_t panel_width(int64_t groups, int64_t most) {
+  most = std::clamp<int64_t>(ceil_div(groups, 2), 4, most);
+  const auto cost = [&](int64_t width) { return ceil_div(groups / width, 2) * width + groups % width; };
+  int64_t best = most;
+  for (int64_t width = most; width * 4 >= most * 3; --width)
+    if (cost(width) < cost(best)) best = width;
+  return best;
+}
+
+// Whole panels, the columns left over, the rows left over; of no rows, one empty piece.
+std::vector<Piece> pieces(int64_t rows, int64_t most, int64_t L) {
+  const int64_t groups = rows / L, columns = panel_width(groups, most);
   const int64_t panels = groups / columns, rest = groups % columns;
   std::vector<Piece> out;
   if (panels) out.push_back({0, panels, columns, L});
   if (rest) out.push_back({panels * columns * L, 1, rest, L});
-  if (rows % L) out.push_back({groups * L, 1, 1, rows % L});
+  if (rows % L || rows == 0) out.push_back({groups * L, 1, 1, rows % L});
   return out;
 }
 
@@ -120,14 +130,14 @@ Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, cons
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrices(csr, g, x);
-  const Tensor sums = zeros(x, {1, csr.nnz});
+  const Tensor sums = empty_sums(x, {1, csr.nnz});
   for_storage(x, "csr_sddmm", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x);
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
       image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
-                     nullptr);
+                     nullptr, p.first > 0);
   });
   return sums;
 }
@@ -140,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
   check_matrices(csr, g, x);
   check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_rows(g, csr.cols);
-  const Tensor sums = zeros(x, {1, csr.nnz}), bias_sums = zeros(x, {csr.rows});
+  const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   for_storage(x, "csr_spmm_backward", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
@@ -151,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
       image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), mg, p), point(p), image_of(mutable_data<S>(dx), md, p));
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
       image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
-                     mutable_data<T>(bias_sums));
+                     mutable_data<T>(bias_sums), p.first > 0);
   });
   return {dx, sums, bias_sums};
 }

@@ -19,21 +19,22 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   return valid;
 }
 
-// Rows of the walk that are worth a thread.
-int64_t row_grain(const Walk& walk) { return std::max<int64_t>(1, kGrain * walk.rows / std::max<int64_t>(1, walk.nnz)); }
-
 inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
 
-[[noreturn]] void corrupt(const char* what) {
-  throw std::runtime_error(std::string("grasp_sparse: ") + what +
+}  // namespace
+
+void corrupt(const char* indices) {
+  throw std::runtime_error(std::string("grasp_sparse: ") + indices +
                            " point outside the weight; the sparse structure is corrupt. Rebuild it with "
                            "csr_from_mask, or load another checkpoint.");
 }
 
-}  // namespace
+void check_pointers(const Walk& walk) {
+  if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
+}
 
 void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets) {
-  if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
+  check_pointers(walk);
   std::atomic<bool> valid{true};
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
     bool ok = true;
@@ -55,6 +56,7 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
     bool ok = true;
     for (int64_t j = begin; j < end; ++j) {
+      if (j + 48 < end) __builtin_prefetch(values + (inside(walk.permutation[j + 48], walk.nnz) ? walk.permutation[j + 48] : 0));
       const int32_t from = walk.permutation[j];
       const bool in = inside(from, walk.nnz);
       ok &= in;
@@ -64,31 +66,6 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   });
   if (!valid) corrupt("permutation");
   return gathered;
-}
-
-bool columns_rise(const Walk& walk) {
-  if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
-  std::atomic<bool> rise{true};
-  parallel_for(0, walk.rows, row_grain(walk), [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = walk.ptr[row] + 1; j < walk.ptr[row + 1]; ++j) ok &= walk.col[j - 1] < walk.col[j];
-    if (!ok) rise = false;
-  });
-  return rise;
-}
-
-void build_cuts(const Walk& walk, int64_t block, int64_t blocks, int32_t* cuts) {
-  parallel_for(0, walk.rows, row_grain(walk), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int32_t *from = walk.col + walk.ptr[row], *to = walk.col + walk.ptr[row + 1];
-      for (int64_t b = 0; b < blocks; ++b) {
-        from = std::lower_bound(from, to, static_cast<int32_t>(b * block));
-        cuts[b * walk.rows + row] = static_cast<int32_t>(from - walk.col);
-      }
-      cuts[blocks * walk.rows + row] = walk.ptr[row + 1];
-    }
-  });
 }
 
 template <class T>

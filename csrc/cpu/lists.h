@@ -1,11 +1,22 @@
-// Weight lists: from CSR indices to (value, offset into the packed image) pairs. Built at every call in time linear in nnz
-// (a call spends hundreds of times that in the kernels), which is also where every index is checked: a corrupt checkpoint
-// cannot make a kernel read or write out of bounds.
+// Weight lists: from CSR indices to (value, offset into the packed image) pairs. Built at every call in time linear in nnz,
+// which is also where the indices are checked: a corrupt checkpoint cannot make a kernel read or write out of bounds. A window
+// of one tap needs no list of places, its kernels walk the indices themselves (Entries) and check them on the way.
 #pragma once
 
 #include "image.h"
 
 namespace grasp_sparse {
+
+// Throws std::runtime_error that names the indices.
+[[noreturn]] void corrupt(const char* indices);
+
+// Throws unless the pointers of the walk rise from 0 to nnz.
+void check_pointers(const Walk& walk);
+
+// Of a list of places, whose channels begin at row_ptr.
+inline Entries checked_entries(const int32_t* places, const int32_t* row_ptr) {
+  return {places, row_ptr, row_ptr + 1, row_ptr, true, 0, UINT32_MAX, 1, nullptr, nullptr};
+}
 
 // offsets[j] = column_place[col[j]], in the order of the walk. Throws std::runtime_error on an index out of range.
 void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets);
@@ -13,12 +24,6 @@ void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offs
 // The values in the order of the walk: themselves, or gathered into `gathered` [nnz].
 template <class T>
 const T* walked_values(const Walk& walk, const T* values, T* gathered);
-
-// Whether the columns of every row rise: only then do blocks of columns lie together in it.
-bool columns_rise(const Walk& walk);
-
-// cuts[b][row], b in [0, blocks]: the first entry of the row whose column is b * block or more. Columns rise.
-void build_cuts(const Walk& walk, int64_t block, int64_t blocks, int32_t* cuts);
 
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
 // Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.

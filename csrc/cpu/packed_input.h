@@ -2,6 +2,8 @@
 #pragma once
 
 #include "bands.h"
+#include "lists.h"
+#include "scratch.h"
 
 namespace grasp_sparse {
 
@@ -30,18 +32,16 @@ class PackedInput {
   int64_t row_step() const { return width_ * L; }
   int64_t size() const { return channels_ * channel_size_; }
 
-  // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw]; in a block of channels if
-  // only that is packed at a time.
-  std::vector<int32_t> column_places(int64_t cols) const {
-    std::vector<int32_t> places(cols + 1);  // one more: an index that fails its check reads place 0 of an empty weight
-    const int64_t kw = window_.w.kernel, taps = window_.taps();
-    for (int64_t col = 0; col < cols; ++col) {
-      const int64_t channel = col / taps, r = col % taps / kw, s = col % kw;
-      const int64_t row_phase = index_of(row_phases_, window_.h.phase(r)), col_phase = index_of(col_phases_, window_.w.phase(s));
-      places[col] = static_cast<int32_t>(channel % channels_ * channel_size_ + (row_phase * phases_w() + col_phase) * phase_size_ +
-                                         window_.h.shift(r) * row_step() + window_.w.shift(s) * L);
+  // What a pass over the packed channels walks: the columns themselves where there is one tap, else their places, looked up
+  // in `list`. Throws std::runtime_error on corrupt indices, of a single tap on corrupt pointers only.
+  Entries entries(const Walk& walk, AlignedBuffer& list) const {
+    if (window_.taps() == 1) {
+      check_pointers(walk);
+      return {walk.col, walk.ptr, walk.ptr + 1, walk.ptr, false, 0, static_cast<uint32_t>(channels_), channel_size_, nullptr, nullptr};
     }
-    return places;
+    int32_t* places = list.reserve<int32_t>(walk.nnz);
+    build_row_list(walk, column_places().data(), places);
+    return checked_entries(places, walk.ptr);
   }
 
   // Packs what output rows [row, row + rows()) of one slice read.
@@ -56,6 +56,20 @@ class PackedInput {
   }
 
  private:
+  // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw].
+  std::vector<int32_t> column_places() const {
+    std::vector<int32_t> places;
+    places.reserve(channels_ * window_.taps() + 1);
+    for (int64_t channel = 0; channel < channels_; ++channel)
+      for (int64_t r = 0; r < window_.h.kernel; ++r)
+        for (int64_t s = 0; s < window_.w.kernel; ++s) {
+          const int64_t phase = index_of(row_phases_, window_.h.phase(r)) * phases_w() + index_of(col_phases_, window_.w.phase(s));
+          places.push_back(static_cast<int32_t>(channel * channel_size_ + phase * phase_size_ + window_.h.shift(r) * row_step() +
+                                                window_.w.shift(s) * L));
+        }
+    places.push_back(0);  // an index that fails its check reads place 0 of an empty weight
+    return places;
+  }
   int64_t phases_w() const { return static_cast<int64_t>(col_phases_.size()); }
   int64_t row_bytes() const {
     return channels_ * static_cast<int64_t>(row_phases_.size()) * phases_w() * width_ * kSliceBytes;

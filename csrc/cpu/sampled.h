@@ -3,7 +3,7 @@
 // about three operations a weight, and each sum has one fixed order.
 #pragma once
 
-#include "vec.h"
+#include "walk.h"
 
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
@@ -31,13 +31,13 @@ GRASP_SPARSE_INLINE void interleave_sums(Native<T>* s) {
   }
 }
 
-// Halves added to one another until one lane is left.
-template <class T, int Bit = kNativeLanes<T> / 2>
-GRASP_SPARSE_INLINE T sum_of_lanes(Native<T> v) {
-  if constexpr (Bit > 0) {
-    return sum_of_lanes<T, Bit / 2>(take<T, Bit, false>(v, v) + take<T, Bit, true>(v, v));
+// Lanes that are congruent modulo Count added up, in lanes 0 … Count - 1.
+template <class T, int Count, int Bit = kNativeLanes<T> / 2>
+GRASP_SPARSE_INLINE Native<T> fold_lanes(Native<T> v) {
+  if constexpr (Bit >= Count) {
+    return fold_lanes<T, Count, Bit / 2>(take<T, Bit, false>(v, v) + take<T, Bit, true>(v, v));
   } else {
-    return v[0];
+    return v;
   }
 }
 
@@ -53,42 +53,63 @@ GRASP_SPARSE_INLINE Native<T> place_dot(const Vec<T>* g, const T* at, int64_t ro
   return fold(acc);
 }
 
+// The weights of one channel. A function of its own, as product_tile is.
+template <class T, int R, int C, bool Checked>
+__attribute__((noinline)) void sampled_channel(const SampledArgs<T>& p, const T* packed, const T* from, int channel, bool start) {
+  constexpr int L = kLanes<T>, B = kSumBatch<T>;
+  const Entries& e = p.entries;
+  const int32_t* const places = e.place;
+  const int64_t row_step = p.row_step, step = e.step;
+  T* const sums = p.sums;
+  Vec<T> g[R * C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) g[r * C + c] = load(from + r * p.g_row_step + c * L);
+  }
+  if (p.channel_sums) {
+    Vec<T> sum = g[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < R * C; ++i) add(sum, g[i]);
+    p.channel_sums[channel] = fold_lanes<T, 1>(fold(sum))[0] + (start ? T(0) : p.channel_sums[channel]);
+  }
+  if constexpr (!Checked) prefetch_walk<T>(e, start ? nullptr : sums, channel + kPrefetchAhead, p.channel_end);
+  int32_t j = e.begin[channel];
+  const int32_t end = e.end[channel];
+  for (int count = B; count == B; j += count) {
+    count = end - j < B ? end - j : B;
+    if constexpr (!Checked) {
+      const int left = count;
+      for (count = 0; count < left && place_of(e, j + count) < e.count;) ++count;
+    }
+    if (count == 0) break;
+    Native<T> s[B];
+#pragma GCC unroll 8
+    for (int i = 0; i < B; ++i) {
+      s[i] = Native<T>{};
+      if (i >= count) continue;
+      const T* at = packed + (Checked ? places[j + i] : place_of(e, j + i) * step);
+      s[i] = place_dot<T, R, C>(g, at, row_step);
+    }
+    interleave_sums<T, B, 1>(s);
+    Native<T> sum = fold_lanes<T, B>(s[0]);
+    if (!start) sum += load_part(sums + j, count);
+    store_part(sums + j, sum, count);
+  }
+  if constexpr (!Checked) end_walk(e, channel, j);
+}
+
 template <class T, int R, int C>
 void sampled_strip(const SampledArgs<T>& p, int row, int col) {
-  constexpr int L = kLanes<T>, B = kSumBatch<T>, n = kNativeLanes<T>;
+  constexpr int L = kLanes<T>;
   const T* packed = p.packed + row * p.row_step + col * L;
+  const bool start = p.start && row == 0 && col == 0, checked = p.entries.checked;
+  const auto channel_of = checked ? &sampled_channel<T, R, C, true> : &sampled_channel<T, R, C, false>;
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
-    const int32_t begin = p.row_begin[channel], end = p.row_end[channel];
-    if (begin == end && !p.channel_sums) continue;
-    const T* from = p.g + channel * p.g_channel_size + row * p.g_row_step + col * L;
-    Vec<T> g[R * C];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) g[r * C + c] = load(from + r * p.g_row_step + c * L);
-    }
-    if (p.channel_sums) {
-      Vec<T> sum = g[0];
-#pragma GCC unroll 16
-      for (int i = 1; i < R * C; ++i) add(sum, g[i]);
-      p.channel_sums[channel] += sum_of_lanes<T>(fold(sum));
-    }
-    for (int32_t j = begin; j < end; j += B) {
-      const int count = end - j < B ? end - j : B;
-      Native<T> s[B];
-      if (count == B) {
-#pragma GCC unroll 8
-        for (int i = 0; i < B; ++i) s[i] = place_dot<T, R, C>(g, packed + p.offsets[j + i], p.row_step);
-      } else {
-        for (int i = 0; i < B; ++i)
-          s[i] = i < count ? place_dot<T, R, C>(g, packed + p.offsets[j + i], p.row_step) : Native<T>{};
-      }
-      interleave_sums<T, B, 1>(s);
-      for (int i = 0; i < count; ++i) {
-        T sum = s[0][i];
-        for (int l = i + B; l < n; l += B) sum += s[0][l];
-        p.sums[j + i] += sum;
-      }
+    if (p.channel_sums || !is_idle(p.entries, channel)) {
+      channel_of(p, packed, p.g + channel * p.g_channel_size + row * p.g_row_step + col * L, channel, start);
+    } else if (!checked) {
+      end_walk(p.entries, channel, p.entries.begin[channel]);
     }
   }
 }

@@ -52,7 +52,7 @@ class AlignedBuffer {
 
 // Of a worker, while it runs one task.
 struct TaskScratch {
-  AlignedBuffer packed, packed_g, partial;
+  AlignedBuffer packed, packed_g, partial, stops;
   static TaskScratch& mine() {
     static thread_local TaskScratch scratch;
     return scratch;
@@ -61,7 +61,7 @@ struct TaskScratch {
 
 // Of the thread that called the operation, for as long as the operation runs.
 struct CallScratch {
-  AlignedBuffer offsets, values, cuts;
+  AlignedBuffer offsets, values;
   AlignedBuffer transposed_offsets, transposed_values, transposed_row_ptr;
   AlignedBuffer sums;
   static CallScratch& mine() {

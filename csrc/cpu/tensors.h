@@ -107,12 +107,11 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Contiguous zeros, of the type that sums beside activations `like` have.
-inline Tensor zeros(const Tensor& like, const Sizes& sizes) {
+// Contiguous, of the type that sums beside activations `like` have.
+inline Tensor empty_sums(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  Tensor out = empty_strided(like, sizes, strides, true);
-  return torch::stable::zero_(out);
+  return empty_strided(like, sizes, strides, true);
 }
 
 }  // namespace grasp_sparse

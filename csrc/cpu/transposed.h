@@ -118,8 +118,9 @@ class TransposedProduct {
       ProductArgs<S> args{};
       args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
-      args.values = lists_.values, args.offsets = lists_.offsets, args.row_begin = lists_.row_ptr + group * (dx_.c + 1);
-      args.row_end = args.row_begin + 1, args.first = args.last = true;
+      const int32_t* row_ptr = lists_.row_ptr + group * (dx_.c + 1);
+      args.values = lists_.values, args.entries = checked_entries(lists_.offsets, row_ptr);
+      args.last = true;
       args.channel_begin = channel_begin, args.channel_end = channel_end;
       const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;

@@ -1,6 +1,9 @@
 // dvalues = the sampled product of g and x, and with it, from the same packed g, the sums of g and dx.
-// The tasks (slice x band) are dealt to a number of groups that depends on shapes only; each group sums in its own buffer,
-// in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads.
+// The tasks (slice x band) are dealt to a number of groups that depends on shapes and nnz only; each group sums in its own
+// buffer, in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads. Where
+// there are fewer groups than threads, threads share a group, each with channels of g, and so weights, of its own.
+#include <atomic>
+
 #include "blocks.h"
 #include "packed_input.h"
 #include "transposed.h"
@@ -9,7 +12,14 @@ namespace grasp_sparse {
 
 namespace {
 
-constexpr int64_t kMaxGroups = 16, kSumBytes = 64 << 20;
+// A second group costs another pass over all sums, a second thread in one group packs x again. A power of two, to go evenly
+// among threads.
+int64_t sum_groups(int64_t tasks, int64_t sums, int64_t x_elements) {
+  const int64_t most = std::min<int64_t>({tasks, 16, x_elements / (8 * std::max<int64_t>(1, sums))});
+  int64_t groups = 1;
+  while (groups * 2 <= most) groups *= 2;
+  return groups;
+}
 
 // Where the sampled product finds output row `row` of a packed g, and how it packs it.
 template <class S>
@@ -18,12 +28,13 @@ struct PlainGradient {
   static constexpr int64_t L = kLanes<T>;
   PlainGradient(const Image<const S>& g, int64_t rows) : rows(rows), row_step(g.w * L), channel_size(spread(rows * row_step, L)) {}
 
-  void pack(const Image<const S>& g, int64_t slice, int64_t row, T* packed) const {
+  void pack(Image<const S> g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     row_places.assign(g.h, -1), col_places.resize(g.w);
     for (int64_t i = 0; i < std::min(rows, g.h - row); ++i) row_places[row + i] = i * row_step;
     for (int64_t col = 0; col < g.w; ++col) col_places[col] = col * L;
-    pack_slice(g, slice, row_places, col_places, false, channel_size, packed);
+    g.data += channel_begin * g.sc, g.c = channel_end - channel_begin;
+    pack_slice(g, slice, row_places, col_places, false, channel_size, packed + channel_begin * channel_size);
   }
   int64_t rows, row_step, channel_size;
 };
@@ -32,7 +43,7 @@ struct PlainGradient {
 template <class S>
 void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const ChannelBlocks& blocks,
                     const PackedInput<Compute<S>>& input, const TransposedProduct<S>* product, Compute<S>* sums,
-                    Compute<S>* bias_sums) {
+                    Compute<S>* bias_sums, bool add) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   const PlainGradient<S> plain(g, input.rows());
@@ -40,26 +51,26 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
   const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
   const int64_t g_size = product ? product->size() : g.c * plain.channel_size;
   CallScratch& call = CallScratch::mine();
-  int32_t* offsets = call.offsets.template reserve<int32_t>(csr.nnz);
-  build_row_list(by_row(csr), input.column_places(csr.cols).data(), offsets);
+  const Entries entries = input.entries(by_row(csr), call.offsets);
 
-  // A group's sums: the weights, then the channels of g.
+  // The sums of a group: the weights, then the channels of g. The first group has the results for its own.
   const int64_t width = ceil_div(csr.nnz + (bias_sums ? csr.rows : 0), L) * L;
-  const int64_t affordable = std::max<int64_t>(1, kSumBytes / (width * static_cast<int64_t>(sizeof(T))));
-  const int64_t groups = std::min({tasks, kMaxGroups, affordable});
+  const int64_t groups = sum_groups(tasks, width, x.n * x.c * x.h * x.w);
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
   const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
   const std::vector<int> dx_cut = product ? product->cut(parts) : std::vector<int>();
-  T* partial = call.sums.template reserve<T>(groups * width);
+  T* partial = call.sums.template reserve<T>((groups - 1) * width);
+  std::atomic<bool> complete{true};
   parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+    bool all = true;
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(g_size);
+    int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * csr.rows : 0);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, part = item % parts;
-      T* mine = partial + group * width;
-      T* mine_channels = bias_sums ? mine + csr.nnz : nullptr;
-      std::fill(mine + csr.crow[cut[part]], mine + csr.crow[cut[part + 1]], T(0));
-      if (bias_sums) std::fill(mine_channels + cut[part], mine_channels + cut[part + 1], T(0));
+      T* mine = group ? partial + (group - 1) * width : sums;
+      T* mine_channels = !bias_sums ? nullptr : group ? mine + csr.nnz : bias_sums;
+      bool start = group || !add;
       for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
         const int64_t slice = task / bands, row = task % bands * rows, count = std::min(rows, g.h - row);
         SampledArgs<T> args{};
@@ -70,43 +81,53 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
           args.g = packed_g + product->pixel(row, place);
           args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
         } else {
-          plain.pack(g, slice, row, packed_g);
+          plain.pack(g, slice, row, cut[part], cut[part + 1], packed_g);
           args.g = packed_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
         }
         if (count <= 0) continue;  // dx has more places than g has rows
         args.packed = packed, args.row_step = input.row_step();
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
-        args.offsets = offsets;
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
-        args.sums = mine;
+        args.sums = mine, args.start = start;
         for (int64_t b = 0; b < blocks.count; ++b) {
           input.pack(blocks.channels(x, b), slice, row, packed);
-          args.row_begin = blocks.row_begin(b), args.row_end = blocks.row_end(b);
+          args.entries = blocks.entries(entries, b, csr.rows, stops, &all);
           args.channel_sums = b == 0 ? mine_channels : nullptr;
           kernels<T>().sampled(args);
         }
+        start = false;
       }
+      if (!start) continue;  // no band of this group holds a row of g
+      std::fill(mine + csr.crow[cut[part]], mine + csr.crow[cut[part + 1]], T(0));
+      if (bias_sums) std::fill(mine_channels + cut[part], mine_channels + cut[part + 1], T(0));
     }
+    if (!all) complete = false;
   });
+  if (!complete) corrupt("col_indices");
+  if (groups == 1) return;
   parallel_for(0, csr.nnz, 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const T* from = partial + group * width;
+    for (int64_t group = 1; group < groups; ++group) {
+      const T* from = partial + (group - 1) * width;
       for (int64_t j = begin; j < end; ++j) sums[j] += from[j];
     }
   });
-  for (int64_t group = 0; bias_sums && group < groups; ++group)
-    for (int64_t row = 0; row < csr.rows; ++row) bias_sums[row] += partial[group * width + csr.nnz + row];
+  for (int64_t group = 1; bias_sums && group < groups; ++group)
+    for (int64_t row = 0; row < csr.rows; ++row) bias_sums[row] += partial[(group - 1) * width + csr.nnz + row];
 }
 
 }  // namespace
 
 template <class S>
 void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
-                 Compute<S>* bias_sums) {
-  if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) return;
-  const ChannelBlocks blocks(by_row(csr), x.c, window);
+                 Compute<S>* bias_sums, bool add) {
+  if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) {
+    if (!add) std::fill_n(sums, csr.nnz, Compute<S>(0));
+    if (!add && bias_sums) std::fill_n(bias_sums, csr.rows, Compute<S>(0));
+    return;
+  }
+  const ChannelBlocks blocks(x.c, window);
   const PackedInput<Compute<S>> input(blocks.size, window);
-  sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums);
+  sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums, add);
 }
 
 template <class S>
@@ -120,20 +141,20 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
   };
   if (empty || !holds(window.h) || !holds(window.w)) {
     image_dgrad<S>(csr, values, g, window, dx);
-    return image_wgrad<S>(csr, g, x, window, sums, bias_sums);
+    return image_wgrad<S>(csr, g, x, window, sums, bias_sums, false);
   }
-  const ChannelBlocks blocks(by_row(csr), x.c, window);
+  const ChannelBlocks blocks(x.c, window);
   PackedInput<Compute<S>> input(blocks.size, window);
   TransposedProduct<S> product(window, dx, g.c);
   product.limit_band(input.rows());
   input.limit_band(product.rows());
   product.build(csr, values);
-  sampled_passes<S>(csr, g, x, blocks, input, &product, sums, bias_sums);
+  sampled_passes<S>(csr, g, x, blocks, input, &product, sums, bias_sums, false);
 }
 
 #define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
   template void image_wgrad<S>(const CsrView&, const Image<const S>&, const Image<const S>&, const Window&, Compute<S>*,       \
-                               Compute<S>*);                                                                                    \
+                               Compute<S>*, bool);                                                                              \
   template void image_backward<S>(const CsrView&, const Compute<S>*, const Image<const S>&, const Image<const S>&,             \
                                   const Window&, const Image<S>&, Compute<S>*, Compute<S>*);
 GRASP_SPARSE_FOR_STORAGE(float)
