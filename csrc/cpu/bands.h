@@ -78,9 +78,9 @@ template <class S>
 void pack_slice(const Image<const S>& x, int64_t slice, const std::vector<int64_t>& row_places,
                 const std::vector<int64_t>& col_places, bool zero_first, int64_t channel_size, Compute<S>* dst) {
   constexpr int64_t L = kLanes<Compute<S>>;
-  auto used = [](int64_t place) { return place >= 0; };
-  const int64_t begin = std::find_if(row_places.begin(), row_places.end(), used) - row_places.begin();
-  const int64_t end = row_places.rend() - std::find_if(row_places.rbegin(), row_places.rend(), used);
+  const auto has_place = [](int64_t place) { return place >= 0; };
+  const int64_t begin = std::find_if(row_places.begin(), row_places.end(), has_place) - row_places.begin();
+  const int64_t end = row_places.rend() - std::find_if(row_places.rbegin(), row_places.rend(), has_place);
   PackArgs<S> args{};
   args.src = x.data + slice * L * x.sn;
   args.sn = x.sn, args.sc = x.sc, args.sh = x.sh, args.sw = x.sw;

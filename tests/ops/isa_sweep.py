@@ -43,7 +43,9 @@ def both_threads(name: str, case: str, arguments: tuple) -> tuple[Tensor, ...]:
 
 def sweep_linear() -> None:
     shapes, batches, layouts = ((7, 5), (33, 1), (67, 130)), (1, 9, 16, 33, 200), ("row-major", "feature-major", "sliced")
-    for dtype, shape, density, batch, layout in product(STORED, shapes, (0.2, 1.0), batches, layouts):
+    cases = list(product(STORED, shapes, (0.2, 1.0), batches, layouts))
+    cases += product(STORED, ((20, 3000), (3000, 20)), (0.002, 0.05), (200,), ("row-major",))  # in blocks of channels
+    for dtype, shape, density, batch, layout in cases:
         values, indices, _ = sparse_matrix(*shape, density)
         x, g = torch.randn(batch, shape[1]).double(), torch.randn(batch, shape[0]).double()
         bias = torch.randn(shape[0]).double()
