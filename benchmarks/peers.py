@@ -24,9 +24,9 @@ from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settin
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
 from grasp_sparse.bench.arms import Arm, WrongResultError, check_arms, layer_arms
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
+from grasp_sparse.environment import version_of
 from grasp_sparse.nn import SparseConv2d, SparseLinear
 from grasp_sparse.timing import interleaved_within
-from grasp_sparse.environment import version_of
 
 PASSES = ("forward", "forward+backward")
 KEY = ("group", "shape", "sparsity", "pass")

@@ -5,27 +5,23 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.allocation import SCOPES, Layer, allocate
+from grasp_sparse.choice import Choice
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn
 from grasp_sparse.masks import MaskSet
-from grasp_sparse.patterns import Pattern, get_pattern, top_k_mask
+from grasp_sparse.patterns import Pattern, get_pattern
 from grasp_sparse.scratch import preserved_rng, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
-BUDGETS = ("weights", "flops", "time")
-RULES = ("exact", "paper")
 _NEARLY_EMPTY = 1e-3
 _DEFAULT_SPARSITY = 0.95
 _BATCH_OPTIONS = ("num_batches", "samples_per_class", "num_classes", "micro_batch_size")
@@ -65,7 +61,7 @@ def make_masks(
     budget that the minima exceed and a layer that `within` leaves with less than its minimum. Warns about layers kept
     below 0.1 %.
     """
-    choice = _Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    choice = Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
     choice.check()
     for name, values in scores.items():
         check_scores(name, values)
@@ -119,7 +115,7 @@ def prune(
         rule = "paper" if options.get("preset") == "paper" else "exact"
     _check_goal(budget, sparsity, speedup, costs)
     sparsity = _DEFAULT_SPARSITY if sparsity is None else float(sparsity)
-    choice = _Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    choice = Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
     choice.check(rounds)
     selection = find_weights(model, include, exclude)
     wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
@@ -140,29 +136,17 @@ def prune(
         if measure and budget == "flops":
             costs = weight_costs(model, example.inputs, include=include, exclude=exclude)
 
-        scored: dict[float | None, tuple[dict[str, Tensor], dict[str, Tensor] | None]] = {}
+        scored: dict[float | None, Scored] = {}
 
         def masks_at(share: float, prices: Mapping[str, float] | None) -> MaskSet:
             goal = replace(choice, sparsity=share)
             key = None if rounds == 1 else share  # in one round the scores do not depend on how much goes
             if key not in scored:
-                scored[key] = final_scores(goal, prices)
-            return _make(goal, scored[key][0], prices, scored[key][1], recipe, selection.skipped)
-
-        def final_scores(goal: _Choice, prices: Mapping[str, float] | None) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-            """Scores of the last round and the masks they were taken within."""
-            within: dict[str, Tensor] | None = None
-            with scratch_copy(model) as network:
-                parameters = dict(network.named_parameters())
-                for finished in range(rounds):
-                    if within is not None:
-                        for name, mask in within.items():
-                            parameters[name].mul_(mask)
-                    scores = score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
-                    if finished < rounds - 1:
-                        density = (1 - goal.sparsity) ** ((finished + 1) / rounds)
-                        within = replace(goal, sparsity=1 - density).masks(scores, prices, within)
-            return scores, within
+                scored[key] = _score_in_rounds(
+                    model, rounds, goal, prices,
+                    lambda network: score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options),
+                )
+            return _make(goal, scored[key].scores, prices, scored[key].within, recipe, selection.skipped)
 
         if speedup is None:
             masks = masks_at(sparsity, costs)
@@ -172,6 +156,34 @@ def prune(
             masks = time_search(model, masks_at, sparsest, list(shapes), example, float(speedup), loss_fn)
     _warn_if_thin(masks)
     return masks
+
+
+class Scored(NamedTuple):
+    """Scores of the last round, and the masks they were taken within."""
+
+    scores: Mapping[str, Tensor]
+    within: dict[str, Tensor] | None
+
+
+def _score_in_rounds(
+    model: nn.Module,
+    rounds: int,
+    goal: Choice,
+    prices: Mapping[str, float] | None,
+    score_once: Callable[[nn.Module], Mapping[str, Tensor]],
+) -> Scored:
+    """Scores a copy of ``model`` again and again, after each round pruned a step further towards the goal."""
+    within: dict[str, Tensor] | None = None
+    with scratch_copy(model) as network:
+        parameters = dict(network.named_parameters())
+        for finished in range(1, rounds + 1):
+            scores = score_once(network)
+            if finished == rounds:
+                break
+            within = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / rounds)).masks(scores, prices, within)
+            for name, mask in within.items():
+                parameters[name].mul_(mask)
+    return Scored(scores, within)
 
 
 def _check_goal(budget: str, sparsity: float | None, speedup: float | None, costs: Mapping[str, float] | None) -> None:
@@ -189,110 +201,8 @@ def _check_goal(budget: str, sparsity: float | None, speedup: float | None, cost
         raise ValueError(f"Expected a speedup above 1, got {speedup}")
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """How masks are chosen from scores."""
-
-    sparsity: float
-    pattern: Pattern
-    scope: str
-    budget: str
-    min_density: float
-    min_per_layer: int
-    rule: str
-
-    def check(self, rounds: int = 1) -> None:
-        """ValueError for anything that could not work, before time is spent on scores."""
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"Expected sparsity in [0, 1), got {self.sparsity}")
-        if not 0 <= self.min_density <= 1 or self.min_per_layer < 0:
-            raise ValueError(
-                "Expected min_density in [0, 1] and min_per_layer of at least 0, "
-                f"got {self.min_density} and {self.min_per_layer}"
-            )
-        for name, value, known in (
-            ("scope", self.scope, SCOPES),
-            ("budget", self.budget, BUDGETS),
-            ("rule", self.rule, RULES),
-        ):
-            if value not in known:
-                raise ValueError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}")
-        plain = (self.pattern.name, self.scope, self.budget, self.min_density) == ("unstructured", "global", "weights", 0)
-        if self.rule == "paper" and not (plain and rounds == 1):
-            raise ValueError(
-                "Expected pattern='unstructured', scope='global', budget='weights', min_density=0 and one round with "
-                f"rule='paper', got {self.pattern.name!r}, {self.scope!r}, {self.budget!r}, {self.min_density} and {rounds}: "
-                "pass rule='exact' to combine the paper's scores with them"
-            )
-
-    def recipe(self) -> dict[str, Any]:
-        return {
-            "sparsity": self.sparsity,
-            "pattern": self.pattern.name,
-            "scope": self.scope,
-            "budget": self.budget,
-            "min_density": self.min_density,
-            "min_per_layer": self.min_per_layer,
-            "rule": self.rule,
-            "version": _package_version(),
-            "torch": torch.__version__,
-        }
-
-    def masks(
-        self, scores: Mapping[str, Tensor], costs: Mapping[str, float] | None, within: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]:
-        if not scores:
-            raise ValueError("Expected the scores of at least one weight, got none")
-        if within is not None:
-            _check_within(within, scores)
-        if self.rule == "paper":
-            return _paper_masks(scores, self.sparsity)
-        prices = dict.fromkeys(scores, 1.0) if self.budget == "weights" else _checked_costs(costs, scores)
-        pooled, layers = [], []
-        for name, values in scores.items():
-            groups = self.pattern.pool(values)
-            if within is not None:
-                groups = groups.masked_fill(~_kept_groups(self.pattern, within[name], values), -math.inf)
-            candidates = groups if within is None else groups[groups != -math.inf]
-            size = self.pattern.group_size(values.shape)
-            minimum = max(self.min_per_layer, math.ceil(self.min_density * groups.numel() - 1e-9))
-            minimum = min(minimum, groups.numel())
-            if candidates.numel() < minimum:
-                raise ValueError(
-                    f"Expected within to leave {name!r} the {minimum} groups that min_per_layer and min_density ask for, "
-                    f"got {candidates.numel()}"
-                )
-            layers.append(Layer(name, candidates, groups.numel(), size * prices[name], minimum, tuple(values.shape)))
-            pooled.append(groups)
-        counts = allocate(layers, self._limit(layers), self.scope)
-        return {
-            name: self.pattern.expand(top_k_mask(groups, count), scores[name])
-            for name, groups, count in zip(scores, pooled, counts, strict=True)
-        }
-
-    def sparsest(self, shapes: Mapping[str, Sequence[int]], prices: Mapping[str, float]) -> float:
-        """The largest sparsity that leaves every weight of these shapes its minimum."""
-        least = total = 0.0
-        for name, shape in shapes.items():
-            groups = self.pattern.pool(torch.empty(shape)).numel()
-            minimum = min(groups, max(self.min_per_layer, math.ceil(self.min_density * groups - 1e-9)))
-            least += minimum * self.pattern.group_size(shape) * prices[name]
-            total += groups * self.pattern.group_size(shape) * prices[name]
-        return max(0.0, 1 - least / total * (1 + 1e-6) - 1e-9)
-
-    def _limit(self, layers: list[Layer]) -> float:
-        groups, prices = sum(layer.groups for layer in layers), {layer.cost for layer in layers}
-        if self.budget == "weights" and len(prices) == 1:
-            return round((1 - self.sparsity) * groups) * prices.pop()
-        # Enough is removed when the removed share, as a floating-point number, is `sparsity`. A limit of
-        # (1 - 0.9) · 10 in floating point would be just below one weight.
-        enough = (Fraction(math.nextafter(self.sparsity, -1)) + Fraction(self.sparsity)) / 2
-        limit = (1 - enough) * sum(layer.groups * Fraction(layer.cost) for layer in layers)
-        return float(math.floor(limit) if all(cost == int(cost) for cost in prices) else limit)
-
-
 def _make(
-    choice: _Choice,
+    choice: Choice,
     scores: Mapping[str, Tensor],
     costs: Mapping[str, float] | None,
     within: Mapping[str, Tensor] | None,
@@ -312,44 +222,6 @@ def _warn_if_thin(masks: MaskSet) -> None:
         )
 
 
-def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
-    return pattern.pool(mask.to(scores.dtype)) > 0
-
-
-def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-    for name, values in scores.items():
-        mask = within.get(name)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                "Expected within to hold a bool mask of the same shape for every weight that has scores, "
-                f"got {got} for {name!r} {list(values.shape)}"
-            )
-
-
-def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:
-    if costs is None:
-        raise ValueError(
-            "Expected costs with a budget of flops or time, got None: pass costs=weight_costs(model, example_input), or seconds"
-        )
-    if missing := [name for name in scores if name not in costs]:
-        raise ValueError(f"Expected a cost for every weight, got none for {', '.join(missing[:5])}")
-    if bad := [name for name in scores if not (0 <= costs[name] < math.inf)]:
-        raise ValueError(f"Expected finite costs of at least 0, got {costs[bad[0]]} for {bad[0]!r}")
-    if not any(costs[name] for name in scores):
-        raise ValueError("Expected at least one weight that costs something, got only zeros")
-    return costs
-
-
-def _paper_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    every = torch.cat([values.flatten() for values in scores.values()])
-    density = 1 - sparsity  # two roundings instead of none: what the authors' code counts with
-    removed = int(every.numel() * (1 - density))
-    # The k-th highest of S = −score is the k-th lowest score.
-    threshold = every.kthvalue(removed).values if removed else every.min()
-    return {name: values >= threshold for name, values in scores.items()}
-
-
 def _recipe(criterion: Any, rounds: int, seed: int | None, **options: Any) -> dict[str, Any]:
     """What `prune` was asked for, in terms json can hold; objects by their name."""
 
@@ -362,10 +234,3 @@ def _recipe(criterion: Any, rounds: int, seed: int | None, **options: Any) -> di
 
     given = {name: plain(value) for name, value in options.items() if value is not None}
     return {"criterion": plain(criterion), "iterations": rounds, "seed": seed, **given}
-
-
-def _package_version() -> str:
-    try:
-        return version("grasp_sparse")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"

@@ -118,10 +118,18 @@ def fit_speedup(
             break
         if share == most and last.speedup < speedup:
             break
+    return _chosen(tries, speedup, at_most=tries[-1].share == most)
+
+
+def _chosen(tries: Sequence[Try], speedup: float, at_most: bool) -> MaskSet:
+    """The masks of the try that came nearest, with what was measured in their recipe.
+
+    ``at_most``: the last try removed all that can be removed. Raises ValueError when even that was not fast enough.
+    """
     best = min(tries, key=lambda one: abs(math.log(one.speedup / speedup)))
     if abs(best.speedup / speedup - 1) > TOLERANCE:
         fastest = max(tries, key=lambda one: one.speedup)
-        if fastest.speedup < speedup and tries[-1].masks is made.get(most):
+        if fastest.speedup < speedup and at_most:
             raise ValueError(
                 f"Expected a speedup that can be reached, got {speedup:g}: with {fastest.masks.density:.3%} of the weights left "
                 f"a step is {fastest.speedup:.2f} times as fast as the dense one. What is no prunable layer remains, and a fixed "
@@ -130,7 +138,7 @@ def fit_speedup(
         warnings.warn(
             f"Expected masks that are {speedup:g} times as fast within {TOLERANCE:.0%}, found {best.speedup:.2f} in "
             f"{len(tries)} tries; on a machine that is busy with other things steps take different times at every look.",
-            stacklevel=3,  # the caller of prune
+            stacklevel=4,  # the caller of prune
         )
     tried = [{"density": one.masks.density, "dense_s": one.dense, "sparse_s": one.sparse} for one in tries]
     recipe = {"speedup": speedup, "dense_step_s": best.dense, "sparse_step_s": best.sparse, "tries": tried}

@@ -22,6 +22,7 @@ ORDER = [
     "criteria",
     "patterns",
     "allocation",
+    "choice",
     "masks",
     "pruning",
     "formats",
@@ -37,6 +38,7 @@ ORDER = [
     "train",
     "report",
     "bench",
+    "flags",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,166 @@
+"""How masks are chosen from scores: the rule, the budget it spends and the minima it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.allocation import SCOPES, Layer, allocate
+from grasp_sparse.patterns import Pattern, top_k_mask
+
+BUDGETS = ("weights", "flops", "time")
+RULES = ("exact", "paper")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How masks are chosen from scores; fields as the arguments of `make_masks`."""
+
+    sparsity: float
+    pattern: Pattern
+    scope: str
+    budget: str
+    min_density: float
+    min_per_layer: int
+    rule: str
+
+    def check(self, rounds: int = 1) -> None:
+        """ValueError for anything that could not work, before time is spent on scores."""
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"Expected sparsity in [0, 1), got {self.sparsity}")
+        if not 0 <= self.min_density <= 1 or self.min_per_layer < 0:
+            raise ValueError(
+                "Expected min_density in [0, 1] and min_per_layer of at least 0, "
+                f"got {self.min_density} and {self.min_per_layer}"
+            )
+        for name, value, known in (
+            ("scope", self.scope, SCOPES),
+            ("budget", self.budget, BUDGETS),
+            ("rule", self.rule, RULES),
+        ):
+            if value not in known:
+                raise ValueError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}")
+        plain = (self.pattern.name, self.scope, self.budget, self.min_density) == ("unstructured", "global", "weights", 0)
+        if self.rule == "paper" and not (plain and rounds == 1):
+            raise ValueError(
+                "Expected pattern='unstructured', scope='global', budget='weights', min_density=0 and one round with "
+                f"rule='paper', got {self.pattern.name!r}, {self.scope!r}, {self.budget!r}, {self.min_density} and {rounds}: "
+                "pass rule='exact' to combine the paper's scores with them"
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity,
+            "pattern": self.pattern.name,
+            "scope": self.scope,
+            "budget": self.budget,
+            "min_density": self.min_density,
+            "min_per_layer": self.min_per_layer,
+            "rule": self.rule,
+            "version": _package_version(),
+            "torch": torch.__version__,
+        }
+
+    def masks(
+        self, scores: Mapping[str, Tensor], costs: Mapping[str, float] | None, within: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        if not scores:
+            raise ValueError("Expected the scores of at least one weight, got none")
+        if within is not None:
+            _check_within(within, scores)
+        if self.rule == "paper":
+            return _paper_masks(scores, self.sparsity)
+        prices = dict.fromkeys(scores, 1.0) if self.budget == "weights" else _checked_costs(costs, scores)
+        pooled, layers = [], []
+        for name, values in scores.items():
+            groups = self.pattern.pool(values)
+            if within is not None:
+                groups = groups.masked_fill(~_kept_groups(self.pattern, within[name], values), -math.inf)
+            candidates = groups if within is None else groups[groups != -math.inf]
+            size = self.pattern.group_size(values.shape)
+            minimum = max(self.min_per_layer, math.ceil(self.min_density * groups.numel() - 1e-9))
+            minimum = min(minimum, groups.numel())
+            if candidates.numel() < minimum:
+                raise ValueError(
+                    f"Expected within to leave {name!r} the {minimum} groups that min_per_layer and min_density ask for, "
+                    f"got {candidates.numel()}"
+                )
+            layers.append(Layer(name, candidates, groups.numel(), size * prices[name], minimum, tuple(values.shape)))
+            pooled.append(groups)
+        counts = allocate(layers, self._limit(layers), self.scope)
+        return {
+            name: self.pattern.expand(top_k_mask(groups, count), scores[name])
+            for name, groups, count in zip(scores, pooled, counts, strict=True)
+        }
+
+    def sparsest(self, shapes: Mapping[str, Sequence[int]], prices: Mapping[str, float]) -> float:
+        """The largest sparsity that leaves every weight of these shapes its minimum."""
+        least = total = 0.0
+        for name, shape in shapes.items():
+            groups = self.pattern.pool(torch.empty(shape)).numel()
+            minimum = min(groups, max(self.min_per_layer, math.ceil(self.min_density * groups - 1e-9)))
+            least += minimum * self.pattern.group_size(shape) * prices[name]
+            total += groups * self.pattern.group_size(shape) * prices[name]
+        return max(0.0, 1 - least / total * (1 + 1e-6) - 1e-9)
+
+    def _limit(self, layers: list[Layer]) -> float:
+        groups, prices = sum(layer.groups for layer in layers), {layer.cost for layer in layers}
+        if self.budget == "weights" and len(prices) == 1:
+            return round((1 - self.sparsity) * groups) * prices.pop()
+        # Enough is removed when the removed share, as a floating-point number, is `sparsity`. A limit of
+        # (1 - 0.9) · 10 in floating point would be just below one weight.
+        enough = (Fraction(math.nextafter(self.sparsity, -1)) + Fraction(self.sparsity)) / 2
+        limit = (1 - enough) * sum(layer.groups * Fraction(layer.cost) for layer in layers)
+        return float(math.floor(limit) if all(cost == int(cost) for cost in prices) else limit)
+
+
+def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
+    return pattern.pool(mask.to(scores.dtype)) > 0
+
+
+def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    for name, values in scores.items():
+        mask = within.get(name)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                "Expected within to hold a bool mask of the same shape for every weight that has scores, "
+                f"got {got} for {name!r} {list(values.shape)}"
+            )
+
+
+def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:
+    if costs is None:
+        raise ValueError(
+            "Expected costs with a budget of flops or time, got None: pass costs=weight_costs(model, example_input), or seconds"
+        )
+    if missing := [name for name in scores if name not in costs]:
+        raise ValueError(f"Expected a cost for every weight, got none for {', '.join(missing[:5])}")
+    if bad := [name for name in scores if not (0 <= costs[name] < math.inf)]:
+        raise ValueError(f"Expected finite costs of at least 0, got {costs[bad[0]]} for {bad[0]!r}")
+    if not any(costs[name] for name in scores):
+        raise ValueError("Expected at least one weight that costs something, got only zeros")
+    return costs
+
+
+def _paper_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    every = torch.cat([values.flatten() for values in scores.values()])
+    density = 1 - sparsity  # two roundings instead of none: what the authors' code counts with
+    removed = int(every.numel() * (1 - density))
+    # The k-th highest of S = −score is the k-th lowest score.
+    threshold = every.kthvalue(removed).values if removed else every.min()
+    return {name: values >= threshold for name, values in scores.items()}
+
+
+def _package_version() -> str:
+    try:
+        return version("grasp_sparse")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
