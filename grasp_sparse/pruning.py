@@ -6,8 +6,8 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +111,10 @@ def prune(
     rounds = published.iterations if iterations is None else iterations
     if rounds < 1:
         raise ValueError(f"Expected at least one iteration, got {rounds}")
-    if rule is None:
-        rule = "paper" if options.get("preset") == "paper" else "exact"
+    usual_rule = "paper" if options.get("preset") == "paper" else "exact"
     _check_goal(budget, sparsity, speedup, costs)
-    sparsity = _DEFAULT_SPARSITY if sparsity is None else float(sparsity)
-    choice = Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    sparsity = float(_DEFAULT_SPARSITY if sparsity is None else sparsity)
+    choice = Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, usual_rule if rule is None else rule)
     choice.check(rounds)
     selection = find_weights(model, include, exclude)
     wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
@@ -124,66 +123,72 @@ def prune(
 
     with preserved_rng(seed):
         measure = budget != "weights" and costs is None
-        from_batches = measure and example_input is None
-        if from_batches and batches is None:
-            raise ValueError(f"Expected costs, example_input or batches with budget={budget!r}, got none of them")
-        if batches is not None:
-            reads = 1 if from_batches and published.reads == 0 else published.reads
-            batches = store_batches(batches, reads=reads, **drawing) if reads != 0 else None
-        example = Batch(example_input, None)
-        if from_batches:
-            example = next(iter(batches))
+        batches, example = _stored(batches, example_input, published.reads, budget if measure else None, drawing)
         if measure and budget == "flops":
             costs = weight_costs(model, example.inputs, include=include, exclude=exclude)
 
-        scored: dict[float | None, Scored] = {}
+        def score_once(network: nn.Module) -> dict[str, Tensor]:
+            return score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
 
-        def masks_at(share: float, prices: Mapping[str, float] | None) -> MaskSet:
-            goal = replace(choice, sparsity=share)
-            key = None if rounds == 1 else share  # in one round the scores do not depend on how much goes
-            if key not in scored:
-                scored[key] = _score_in_rounds(
-                    model, rounds, goal, prices,
-                    lambda network: score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options),
-                )
-            return _make(goal, scored[key].scores, prices, scored[key].within, recipe, selection.skipped)
-
+        maker = _Maker(model, rounds, choice, score_once, recipe, selection.skipped)
         if speedup is None:
-            masks = masks_at(sparsity, costs)
+            masks = maker.masks_at(sparsity, costs)
         else:
             shapes = {weight.name: weight.parameter.shape for weight in selection.weights}
             sparsest = functools.partial(choice.sparsest, shapes)
-            masks = time_search(model, masks_at, sparsest, list(shapes), example, float(speedup), loss_fn)
+            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn)
     _warn_if_thin(masks)
     return masks
 
 
-class Scored(NamedTuple):
-    """Scores of the last round, and the masks they were taken within."""
+def _stored(
+    batches: Iterable[Any] | None, example_input: Any, reads: int | None, measured: str | None, drawing: Mapping[str, Any]
+) -> tuple[Iterable[Batch] | None, Batch]:
+    """The batches, to be read as often as the criterion does, and what the `measured` budget, if any, is measured on: the first
+    of them unless there is an example."""
+    from_batches = measured is not None and example_input is None
+    if from_batches and batches is None:
+        raise ValueError(f"Expected costs, example_input or batches with budget={measured!r}, got none of them")
+    if batches is not None:
+        reads = 1 if from_batches and reads == 0 else reads
+        batches = store_batches(batches, reads=reads, **drawing) if reads != 0 else None
+    return batches, next(iter(batches)) if from_batches else Batch(example_input, None)
 
-    scores: Mapping[str, Tensor]
-    within: dict[str, Tensor] | None
 
+@dataclass
+class _Maker:
+    """Masks at any sparsity."""
 
-def _score_in_rounds(
-    model: nn.Module,
-    rounds: int,
-    goal: Choice,
-    prices: Mapping[str, float] | None,
-    score_once: Callable[[nn.Module], Mapping[str, Tensor]],
-) -> Scored:
-    """Scores a copy of ``model`` again and again, after each round pruned a step further towards the goal."""
-    within: dict[str, Tensor] | None = None
-    with scratch_copy(model) as network:
-        parameters = dict(network.named_parameters())
-        for finished in range(1, rounds + 1):
-            scores = score_once(network)
-            if finished == rounds:
-                break
-            within = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / rounds)).masks(scores, prices, within)
-            for name, mask in within.items():
-                parameters[name].mul_(mask)
-    return Scored(scores, within)
+    model: nn.Module
+    rounds: int
+    choice: Choice
+    score_once: Callable[[nn.Module], Mapping[str, Tensor]]
+    recipe: Mapping[str, Any]
+    skipped: Iterable[tuple[str, str]]
+    # Scores of the last round and the masks they were taken within, by sparsity; one entry, None, if there is but one round.
+    scored: dict[float | None, tuple[Mapping[str, Tensor], dict[str, Tensor] | None]] = field(default_factory=dict)
+
+    def masks_at(self, share: float, prices: Mapping[str, float] | None) -> MaskSet:
+        goal = replace(self.choice, sparsity=share)
+        key = None if self.rounds == 1 else share  # in one round the scores do not depend on how much goes
+        if key not in self.scored:
+            self.scored[key] = self._score(goal, prices)
+        scores, within = self.scored[key]
+        return _make(goal, scores, prices, within, self.recipe, self.skipped)
+
+    def _score(self, goal: Choice, prices: Mapping[str, float] | None) -> tuple[Mapping[str, Tensor], dict[str, Tensor] | None]:
+        """Scores a copy of the model again and again, after each round pruned a step further towards the goal."""
+        within: dict[str, Tensor] | None = None
+        with scratch_copy(self.model) as network:
+            parameters = dict(network.named_parameters())
+            for finished in range(1, self.rounds + 1):
+                scores = self.score_once(network)
+                if finished == self.rounds:
+                    break
+                within = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / self.rounds)).masks(scores, prices, within)
+                for name, mask in within.items():
+                    parameters[name].mul_(mask)
+        return scores, within
 
 
 def _check_goal(budget: str, sparsity: float | None, speedup: float | None, costs: Mapping[str, float] | None) -> None:

@@ -84,9 +84,8 @@ struct ProductArgs {
   bool last;  // block: write to out
 };
 
-// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the
-// pixel], and, if wanted,
-// channel_sums[channel] += sum over pixels and lanes of g[channel][pixel].
+// sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the pixel], and, if
+// wanted, channel_sums[channel] += sum over pixels and lanes of g[channel][pixel].
 template <class T>
 struct SampledArgs {
   const T* packed;

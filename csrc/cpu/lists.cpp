@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // entries a thread should have before a second one pays
 
+constexpr int64_t kGatherAhead = 48;  // entries: a gather goes to another row's values each time, which nothing else foresees
+
 // A non-decreasing pointer array from 0 to nnz.
 bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   bool valid = ptr[0] == 0 && ptr[count] == nnz;
@@ -56,7 +58,10 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
     bool ok = true;
     for (int64_t j = begin; j < end; ++j) {
-      if (j + 48 < end) __builtin_prefetch(values + (inside(walk.permutation[j + 48], walk.nnz) ? walk.permutation[j + 48] : 0));
+      if (j + kGatherAhead < end) {
+        const int32_t soon = walk.permutation[j + kGatherAhead];
+        if (inside(soon, walk.nnz)) __builtin_prefetch(values + soon);
+      }
       const int32_t from = walk.permutation[j];
       const bool in = inside(from, walk.nnz);
       ok &= in;

@@ -58,8 +58,7 @@ template <class T, int R, int C, bool Checked>
 __attribute__((noinline)) void sampled_channel(const SampledArgs<T>& p, const T* packed, const T* from, int channel, bool start) {
   constexpr int L = kLanes<T>, B = kSumBatch<T>;
   const Entries& e = p.entries;
-  const int32_t* const places = e.place;
-  const int64_t row_step = p.row_step, step = e.step;
+  const int64_t row_step = p.row_step;
   T* const sums = p.sums;
   Vec<T> g[R * C];
 #pragma GCC unroll 4
@@ -88,7 +87,7 @@ __attribute__((noinline)) void sampled_channel(const SampledArgs<T>& p, const T*
     for (int i = 0; i < B; ++i) {
       s[i] = Native<T>{};
       if (i >= count) continue;
-      const T* at = packed + (Checked ? places[j + i] : place_of(e, j + i) * step);
+      const T* at = packed + (Checked ? e.place[j + i] : place_of(e, j + i) * e.step);
       s[i] = place_dot<T, R, C>(g, at, row_step);
     }
     interleave_sums<T, B, 1>(s);
@@ -103,12 +102,12 @@ template <class T, int R, int C>
 void sampled_strip(const SampledArgs<T>& p, int row, int col) {
   constexpr int L = kLanes<T>;
   const T* packed = p.packed + row * p.row_step + col * L;
-  const bool start = p.start && row == 0 && col == 0, checked = p.entries.checked;
-  const auto channel_of = checked ? &sampled_channel<T, R, C, true> : &sampled_channel<T, R, C, false>;
+  const bool start = p.start && row == 0 && col == 0;
+  const auto channel_of = p.entries.checked ? &sampled_channel<T, R, C, true> : &sampled_channel<T, R, C, false>;
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
     if (p.channel_sums || !is_idle(p.entries, channel)) {
       channel_of(p, packed, p.g + channel * p.g_channel_size + row * p.g_row_step + col * L, channel, start);
-    } else if (!checked) {
+    } else {
       end_walk(p.entries, channel, p.entries.begin[channel]);
     }
   }

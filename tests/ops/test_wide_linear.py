@@ -73,10 +73,10 @@ def test_columns_that_fall_within_a_row_are_refused():
 
 @pytest.mark.parametrize("batch", [64, 512, 1040, 2048])
 def test_sums_are_the_same_bits_for_any_number_of_threads(batch):
-    """Few weights beside many rows: several groups of panels sum in buffers of their own."""
-    mask = torch.rand(48, 64) < 0.05
+    """Few weights beside many wide rows: panels, one a task, are dealt to groups that sum in buffers of their own."""
+    mask = torch.rand(48, 1024) < 0.01
     values, indices = torch.randn(1, int(mask.sum())), csr_from_mask(mask)
-    x, g = torch.randn(batch, 64), torch.randn(batch, 48)
+    x, g = torch.randn(batch, 1024), torch.randn(batch, 48)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
