@@ -82,7 +82,7 @@ void pack_slice(const Image<const S>& x, int64_t slice, const std::vector<int64_
   const int64_t begin = std::find_if(row_places.begin(), row_places.end(), has_place) - row_places.begin();
   const int64_t end = row_places.rend() - std::find_if(row_places.rbegin(), row_places.rend(), has_place);
   PackArgs<S> args{};
-  args.src = x.data + slice * L * x.sn;
+  args.src = x.slice(slice);
   args.sn = x.sn, args.sc = x.sc, args.sh = x.sh, args.sw = x.sw;
   args.lanes = static_cast<int>(std::min<int64_t>(L, x.n - slice * L));
   args.channels = static_cast<int>(x.c);

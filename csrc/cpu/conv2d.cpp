@@ -1,6 +1,7 @@
 // csr_conv2d_fprop, _dgrad, _wgrad, _backward: checks, layouts, and the call of the pass.
 #include "isa.h"
 #include "layout.h"
+#include "pixel_lanes.h"
 #include "tensors.h"
 
 namespace grasp_sparse {
@@ -45,7 +46,9 @@ int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
 
 template <class T>
 Image<T> image_of(T* data, const Tensor& t) {
-  return {data, t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
+  return {data,        t.size(0),   t.size(1),   t.size(2),   t.size(3),
+          t.stride(0), t.stride(1), t.stride(2), t.stride(3), L * t.stride(0)};
 }
 
 }  // namespace
@@ -64,8 +67,11 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   for_storage(x, "csr_conv2d_fprop", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    image_fprop<S>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<S>(x), x), window,
-                   image_of(mutable_data<S>(y), y));
+    const T* biases = bias ? const_data<T>(b) : nullptr;
+    const auto pass = [&](const Window& window, bool, const Image<const S>& x, const Image<S>& y) {
+      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y);
+    };
+    in_pieces(window, pass, image_of(const_data<S>(x), x), image_of(mutable_data<S>(y), y));
   });
   return y;
 }
@@ -85,7 +91,10 @@ Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& 
   for_storage(g, "csr_conv2d_dgrad", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), g), window, image_of(mutable_data<S>(dx), dx));
+    const auto pass = [&](const Window& window, bool, const Image<const S>& g, const Image<S>& dx) {
+      image_dgrad<S>(csr, const_data<T>(v), g, window, dx);
+    };
+    in_pieces(window, pass, image_of(const_data<S>(g), g), image_of(mutable_data<S>(dx), dx));
   });
   return dx;
 }
@@ -114,8 +123,10 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
   for_storage(x, "csr_conv2d_wgrad", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    image_wgrad<S>(csr, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window, mutable_data<T>(sums), nullptr,
-                   false);
+    const auto pass = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x) {
+      image_wgrad<S>(csr, g, x, window, mutable_data<T>(sums), nullptr, add);
+    };
+    in_pieces(window, pass, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x));
   });
   return sums;
 }
@@ -133,8 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
   for_storage(x, "csr_conv2d_backward", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    image_backward<S>(csr, const_data<T>(v), image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), window,
-                      image_of(mutable_data<S>(dx), dx), mutable_data<T>(sums), mutable_data<T>(bias_sums));
+    const auto pass = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x, const Image<S>& dx) {
+      image_backward<S>(csr, const_data<T>(v), g, x, window, dx, mutable_data<T>(sums), mutable_data<T>(bias_sums), add);
+    };
+    in_pieces(window, pass, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), image_of(mutable_data<S>(dx), dx));
   });
   return {dx, sums, bias_sums};
 }

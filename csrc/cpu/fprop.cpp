@@ -16,6 +16,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   const ChannelBlocks blocks(x.c, window);
   PackedInput<T> input(blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
+  input.read_in_place(x);
   const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
   CallScratch& call = CallScratch::mine();
   const Entries entries = input.entries(walk, call.offsets);
@@ -28,21 +29,24 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
     int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * walk.rows : 0);
+    const T* at = nullptr;
     int64_t held = -1;
     bool all = true;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
       ProductArgs<S> args{};
-      args.packed = packed, args.row_step = input.row_step();
+      args.row_step = input.row_step();
+      if (input.in_place() && band != held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
       args.values = values, args.bias = bias;
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
-      args.out = y.data + slice * L * y.sn + row * y.sh;
+      args.out = y.slice(slice) + row * y.sh;
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;
       args.lanes = static_cast<int>(std::min(L, y.n - slice * L)), args.stream = streams(y);
       args.partial = partial;
       for (int64_t b = 0; b < blocks.count; ++b) {
-        if (blocks.count > 1 || band != held) input.pack(blocks.channels(x, b), slice, row, packed);
+        if (blocks.count > 1 || band != held) at = input.band(blocks.channels(x, b), slice, row, packed);
+        args.packed = at;
         args.entries = blocks.entries(entries, b, walk.rows, stops, &all);
         args.last = b == blocks.count - 1;
         kernels<S>().product(args);

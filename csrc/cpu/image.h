@@ -13,6 +13,9 @@ struct Image {
   T* data;
   int64_t n, c, h, w;      // sizes: batch, channels, rows, columns
   int64_t sn, sc, sh, sw;  // strides in elements
+  int64_t ss;              // from one slice, L images, to the next: L * sn, unless lanes are something else (pixel_lanes.h)
+
+  T* slice(int64_t i) const { return data + i * ss; }
 };
 
 // The index tensors of one weight, as CsrIndices of the Python side: by row and by column.
@@ -48,6 +51,6 @@ void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const 
 // All three gradients in one walk over g and x, where their bands agree.
 template <class S>
 void image_backward(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Image<const S>& x,
-                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums);
+                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums, bool add);
 
 }  // namespace grasp_sparse

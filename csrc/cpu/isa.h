@@ -49,6 +49,14 @@ struct PackArgs {
   bool zero_first;       // some packed places have no source (padding)
 };
 
+// A band that is read after this one, to be asked for while this one is worked on: spread over the work, for a core that has as
+// many requests under way as it can drops further ones.
+struct Ahead {
+  const char* data;  // null: nothing
+  int64_t channel_step, row_step;  // in bytes
+  int channels, rows, lines;       // lines of 64 bytes in a row
+};
+
 // The kept weights that a pass walks, channel after channel. Entry j reads the pixel at packed + place[j] where the places were
 // looked up, and checked, before; else at packed + (place[j] - first) * step, and a walk ends at the first place that is not
 // in [first, first + count): what follows belongs to another block of channels, or the place is corrupt.
@@ -82,6 +90,7 @@ struct ProductArgs {
   // When the packed channels come in blocks: tiles between two blocks, [channels][rows * cols][L]. Null: all at once.
   T* partial;
   bool last;  // block: write to out
+  Ahead ahead;
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the pixel], and, if
@@ -98,6 +107,7 @@ struct SampledArgs {
   T* sums;
   T* channel_sums;  // [channels] or null
   bool start;       // nothing is in the sums yet: write them
+  Ahead ahead, ahead_g;
 };
 
 // One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in

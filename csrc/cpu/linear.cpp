@@ -55,7 +55,7 @@ template <class T>
 Image<T> image_of(T* data, const Matrix& m, const Piece& p) {
   constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
   return {data + p.first * m.row_stride, p.lanes, m.features, p.panels, p.columns,
-          m.row_stride, m.feature_stride, p.columns * L * m.row_stride, L * m.row_stride};
+          m.row_stride, m.feature_stride, p.columns * L * m.row_stride, L * m.row_stride, L * m.row_stride};
 }
 
 Window point(const Piece& p) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bands.h"
+#include "in_place.h"
 #include "lists.h"
 #include "scratch.h"
 
@@ -18,6 +19,15 @@ class PackedInput {
     set_rows(band_rows(window.h.output, window.h.halo(), row_bytes()));
   }
 
+  // No packing where x lies as a packed image does. First of all: bands are then small.
+  template <class S>
+  void read_in_place(const Image<const S>& x) {
+    in_place_ = is_pointwise(window_) && lies_packed(x);
+    if (!in_place_) return;
+    rows_ = std::min(rows_, rows_in_place(x)), row_step_ = x.sh, channel_size_ = x.sc;
+  }
+  bool in_place() const { return in_place_; }
+
   // Rows of output a band covers. A second thread is worth smaller bands when there are fewer slices than threads.
   int64_t choose_band(int64_t slices, int64_t threads) {
     const int64_t wanted = ceil_div(threads, slices);  // bands a slice should have
@@ -29,8 +39,8 @@ class PackedInput {
   void limit_band(int64_t rows) { set_rows(std::min(rows_, rows)); }
 
   int64_t rows() const { return rows_; }
-  int64_t row_step() const { return width_ * L; }
-  int64_t size() const { return channels_ * channel_size_; }
+  int64_t row_step() const { return row_step_; }
+  int64_t size() const { return in_place_ ? 0 : channels_ * channel_size_; }
 
   // What a pass over the packed channels walks: the columns themselves where there is one tap, else their places, looked up
   // in `list`. Throws std::runtime_error on corrupt indices, of a single tap on corrupt pointers only.
@@ -44,7 +54,15 @@ class PackedInput {
     return checked_entries(places, walk.ptr);
   }
 
-  // Packs what output rows [row, row + rows()) of one slice read.
+  // What output rows [row, row + rows()) of one slice read, packed into `buffer` if need be.
+  template <class S>
+  const T* band(const Image<const S>& x, int64_t slice, int64_t row, T* buffer) const {
+    if (in_place_) return band_in_place(x, slice, row);
+    pack(x, slice, row, buffer);
+    return buffer;
+  }
+
+ private:
   template <class S>
   void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst) const {
     static thread_local std::vector<int64_t> row_places, col_places;
@@ -55,7 +73,6 @@ class PackedInput {
     pack_slice(x, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, dst);
   }
 
- private:
   // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw].
   std::vector<int32_t> column_places() const {
     std::vector<int32_t> places;
@@ -76,8 +93,9 @@ class PackedInput {
   }
   void set_rows(int64_t rows) {
     rows_ = rows;
+    if (in_place_) return;
     height_ = rows + window_.h.halo();
-    phase_size_ = height_ * row_step();
+    row_step_ = width_ * L, phase_size_ = height_ * row_step_;
     channel_size_ = spread(static_cast<int64_t>(row_phases_.size()) * phases_w() * phase_size_, L);
     check_band(size());
   }
@@ -88,7 +106,8 @@ class PackedInput {
   int64_t channels_;
   Window window_;
   std::vector<int64_t> row_phases_, col_phases_;
-  int64_t width_, rows_, height_, phase_size_, channel_size_;
+  int64_t width_, rows_, height_, row_step_, phase_size_, channel_size_;
+  bool in_place_ = false;
 };
 
 }  // namespace grasp_sparse

@@ -66,8 +66,8 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, boo
 }
 
 template <class T, bool Stream, int R, int C, class S>
-GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* partial, S* out, bool channels_last,
-                                          bool runs) {
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* partial, S* out, const Ahead& ahead,
+                                          bool channels_last, bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
   const int64_t partial_size = static_cast<int64_t>(p.rows) * p.cols * L;
   const auto tile_of = p.entries.checked ? &product_tile<T, R, C, true, S> : &product_tile<T, R, C, false, S>;
@@ -78,7 +78,10 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
   if (channels_last) {
     for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
       const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
-      for (int i = 0; i < count; ++i) tile_of(p, packed, channel + i, from(channel + i), tiles + i * kTile);
+      for (int i = 0; i < count; ++i) {
+        fetch_share(ahead, channel + i - p.channel_begin, p.channel_end - p.channel_begin);
+        tile_of(p, packed, channel + i, from(channel + i), tiles + i * kTile);
+      }
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
           unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
@@ -87,6 +90,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
   }
   const bool one_run = runs && (R == 1 || p.oh == C);
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
+    fetch_share(ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
     tile_of(p, packed, channel, from(channel), tiles);
     S* to = out + channel * p.oc;
     if (one_run) {
@@ -120,14 +124,15 @@ void product_strip(const ProductArgs<S>& p, int row, int col) {
     }
     return;
   }
+  const Ahead ahead = row == 0 && col == 0 ? p.ahead : Ahead{};
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
     if (writes_lines<T>(p, out, channels_last, runs)) {
-      product_channels<T, true, R, C>(p, packed, partial, out, channels_last, runs);
+      product_channels<T, true, R, C>(p, packed, partial, out, ahead, channels_last, runs);
       return stream_fence();
     }
   }
-  product_channels<T, false, R, C>(p, packed, partial, out, channels_last, runs);
+  product_channels<T, false, R, C>(p, packed, partial, out, ahead, channels_last, runs);
 }
 
 }  // namespace GRASP_SPARSE_ISA

@@ -105,6 +105,10 @@ void sampled_strip(const SampledArgs<T>& p, int row, int col) {
   const bool start = p.start && row == 0 && col == 0;
   const auto channel_of = p.entries.checked ? &sampled_channel<T, R, C, true> : &sampled_channel<T, R, C, false>;
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
+    if (row == 0 && col == 0) {
+      fetch_share(p.ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
+      fetch_share(p.ahead_g, channel - p.channel_begin, p.channel_end - p.channel_begin);
+    }
     if (p.channel_sums || !is_idle(p.entries, channel)) {
       channel_of(p, packed, p.g + channel * p.g_channel_size + row * p.g_row_step + col * L, channel, start);
     } else {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bands.h"
+#include "in_place.h"
 #include "lists.h"
 #include "scratch.h"
 
@@ -71,11 +72,19 @@ class TransposedProduct {
   const GradAxis& h() const { return h_; }
   int64_t rows() const { return rows_; }
   int64_t bands() const { return ceil_div(h_.count(), rows_); }
-  int64_t size() const { return g_channels_ * channel_size_; }
+  int64_t size() const { return in_place_ ? 0 : g_channels_ * channel_size_; }
   int64_t row_step() const { return row_step_; }
   int64_t channel_size() const { return channel_size_; }
   // Element of a packed channel that holds output pixel (row, 0) in the band that begins at place `begin`.
   int64_t pixel(int64_t row, int64_t begin) const { return h_.index(row, begin) * row_step_ + w_.index(0, w_.first) * L; }
+
+  // No packing where g lies as a packed image does. First of all: bands are then small.
+  void read_in_place(const Image<const S>& g) {
+    in_place_ = is_pointwise(window_) && lies_packed(g);
+    if (!in_place_) return;
+    rows_ = std::min(rows_, rows_in_place(g)), row_step_ = g.sh, channel_size_ = g.sc;
+  }
+  bool in_place() const { return in_place_; }
 
   void limit_band(int64_t rows) { set_rows(std::min(rows_, rows)); }
 
@@ -99,17 +108,15 @@ class TransposedProduct {
     return balanced_rows(lists_.row_ptr + (groups_.count() > 1) * (dx_.c + 1), dx_.c, parts);
   }
 
-  // Packs what places [begin, begin + rows()) of one slice read.
-  void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed) const {
-    static thread_local std::vector<int64_t> row_places, col_places;
-    h_.places(begin, rows_, row_step_, row_places);
-    w_.places(w_.first, w_.count(), L, col_places);
-    const int64_t places = (rows_ + window_.h.halo()) * (w_.count() + window_.w.halo());
-    pack_slice(g, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, packed);
+  // What places [begin, begin + rows()) of one slice read, packed into `buffer` if need be.
+  const T* band(const Image<const S>& g, int64_t slice, int64_t begin, T* buffer) const {
+    if (in_place_) return band_in_place(g, slice, begin);
+    pack(g, slice, begin, buffer);
+    return buffer;
   }
 
-  // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are.
-  void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end) const {
+  // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are; `ahead` is read after that.
+  void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, const Ahead& ahead) const {
     const int64_t end = std::min(begin + rows_, h_.end);
     for (const auto& [phase_h, phase_w, group] : groups_.pairs) {
       const int64_t top = std::max(begin, window_.h.first_place(phase_h)), bottom = std::min(end, window_.h.end_place(phase_h));
@@ -120,11 +127,11 @@ class TransposedProduct {
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
       const int32_t* row_ptr = lists_.row_ptr + group * (dx_.c + 1);
       args.values = lists_.values, args.entries = checked_entries(lists_.offsets, row_ptr);
-      args.last = true;
+      args.last = true, args.ahead = ahead;
       args.channel_begin = channel_begin, args.channel_end = channel_end;
       const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;
-      args.out = dx_.data + slice * L * dx_.sn + y0 * dx_.sh + x0 * dx_.sw;
+      args.out = dx_.slice(slice) + y0 * dx_.sh + x0 * dx_.sw;
       args.on = dx_.sn, args.oc = dx_.sc, args.oh = window_.h.stride * dx_.sh, args.ow = window_.w.stride * dx_.sw;
       args.lanes = static_cast<int>(std::min(L, dx_.n - slice * L)), args.stream = streams(dx_);
       kernels<S>().product(args);
@@ -132,8 +139,17 @@ class TransposedProduct {
   }
 
  private:
+  void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed) const {
+    static thread_local std::vector<int64_t> row_places, col_places;
+    h_.places(begin, rows_, row_step_, row_places);
+    w_.places(w_.first, w_.count(), L, col_places);
+    const int64_t places = (rows_ + window_.h.halo()) * (w_.count() + window_.w.halo());
+    pack_slice(g, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, packed);
+  }
+
   void set_rows(int64_t rows) {
     rows_ = rows;
+    if (in_place_) return;
     channel_size_ = spread((rows + window_.h.halo()) * row_step_, L);
     check_band(size());
   }
@@ -143,6 +159,7 @@ class TransposedProduct {
   GradAxis h_, w_;
   TapGroups groups_;
   int64_t g_channels_, row_step_, rows_, channel_size_;
+  bool in_place_ = false;
   TransposedLists<T> lists_{};
 };
 

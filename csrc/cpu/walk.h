@@ -32,6 +32,16 @@ GRASP_SPARSE_INLINE void prefetch_walk(const Entries& e, const T* values, int ch
   }
 }
 
+// Asks for share `i` of `n` of a band that is read later. All the way into L1: asking for L2 was half as fast.
+GRASP_SPARSE_INLINE void fetch_share(const Ahead& ahead, int i, int n) {
+  if (!ahead.data) return;
+  const int end = static_cast<int>(static_cast<int64_t>(i + 1) * ahead.channels / n);
+  for (int c = static_cast<int>(static_cast<int64_t>(i) * ahead.channels / n); c < end; ++c)
+    for (int r = 0; r < ahead.rows; ++r)
+      for (int line = 0; line < ahead.lines; ++line)
+        __builtin_prefetch(ahead.data + c * ahead.channel_step + r * ahead.row_step + line * 64, 0, 3);
+}
+
 // Notes that the walk of a channel ended at this entry.
 GRASP_SPARSE_INLINE void end_walk(const Entries& e, int channel, int32_t entry) {
   if (e.stopped) e.stopped[channel] = entry;

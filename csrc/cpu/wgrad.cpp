@@ -26,8 +26,22 @@ template <class S>
 struct PlainGradient {
   using T = Compute<S>;
   static constexpr int64_t L = kLanes<T>;
-  PlainGradient(const Image<const S>& g, int64_t rows) : rows(rows), row_step(g.w * L), channel_size(spread(rows * row_step, L)) {}
+  PlainGradient(const Image<const S>& g, int64_t rows)
+      : rows(rows), in_place(lies_packed(g)), row_step(in_place ? g.sh : g.w * L),
+        channel_size(in_place ? g.sc : spread(rows * row_step, L)), size(in_place ? 0 : g.c * channel_size) {}
 
+  // Rows [row, row + rows) of one slice, of these channels; packed into `buffer` if need be.
+  const T* band(const Image<const S>& g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* buffer) const {
+    if (in_place) return band_in_place(g, slice, row);
+    pack(g, slice, row, channel_begin, channel_end, buffer);
+    return buffer;
+  }
+
+  int64_t rows;
+  bool in_place;
+  int64_t row_step, channel_size, size;
+
+ private:
   void pack(Image<const S> g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     row_places.assign(g.h, -1), col_places.resize(g.w);
@@ -36,7 +50,6 @@ struct PlainGradient {
     g.data += channel_begin * g.sc, g.c = channel_end - channel_begin;
     pack_slice(g, slice, row_places, col_places, false, channel_size, packed + channel_begin * channel_size);
   }
-  int64_t rows, row_step, channel_size;
 };
 
 // With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
@@ -49,7 +62,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
   const PlainGradient<S> plain(g, input.rows());
   const int64_t rows = input.rows(), slices = ceil_div(g.n, L);
   const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
-  const int64_t g_size = product ? product->size() : g.c * plain.channel_size;
+  const int64_t g_size = product ? product->size() : plain.size;
   CallScratch& call = CallScratch::mine();
   const Entries entries = input.entries(by_row(csr), call.offsets);
 
@@ -74,23 +87,28 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
       for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
         const int64_t slice = task / bands, row = task % bands * rows, count = std::min(rows, g.h - row);
         SampledArgs<T> args{};
+        Ahead ahead_g{};
+        if (task + 1 < (group + 1) * tasks / groups) {
+          if (input.in_place()) args.ahead = ahead_in_place(x, task + 1, bands, rows);
+          if (product ? product->in_place() : plain.in_place) ahead_g = ahead_in_place(g, task + 1, bands, rows);
+        }
         if (product) {
           const int64_t place = product->h().first + row;
-          product->pack(g, slice, place, packed_g);
-          product->run(packed_g, slice, place, dx_cut[part], dx_cut[part + 1]);
-          args.g = packed_g + product->pixel(row, place);
+          const T* band = product->band(g, slice, place, packed_g);
+          product->run(band, slice, place, dx_cut[part], dx_cut[part + 1], ahead_g);
+          args.g = band + product->pixel(row, place);
           args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
         } else {
-          plain.pack(g, slice, row, cut[part], cut[part + 1], packed_g);
-          args.g = packed_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
+          args.g = plain.band(g, slice, row, cut[part], cut[part + 1], packed_g);
+          args.ahead_g = ahead_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
         }
         if (count <= 0) continue;  // dx has more places than g has rows
-        args.packed = packed, args.row_step = input.row_step();
+        args.row_step = input.row_step();
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
         args.sums = mine, args.start = start;
         for (int64_t b = 0; b < blocks.count; ++b) {
-          input.pack(blocks.channels(x, b), slice, row, packed);
+          args.packed = input.band(blocks.channels(x, b), slice, row, packed);
           args.entries = blocks.entries(entries, b, csr.rows, stops, &all);
           args.channel_sums = b == 0 ? mine_channels : nullptr;
           kernels<T>().sampled(args);
@@ -126,13 +144,14 @@ void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const 
     return;
   }
   const ChannelBlocks blocks(x.c, window);
-  const PackedInput<Compute<S>> input(blocks.size, window);
+  PackedInput<Compute<S>> input(blocks.size, window);
+  input.read_in_place(x);
   sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums, add);
 }
 
 template <class S>
 void image_backward(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Image<const S>& x,
-                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums) {
+                    const Window& window, const Image<S>& dx, Compute<S>* sums, Compute<S>* bias_sums, bool add) {
   const bool empty = g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0;
   // A band of places of dx holds the pixels of g that are sampled with it: true for any usual padding.
   const auto holds = [](const Axis& axis) {
@@ -141,22 +160,24 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
   };
   if (empty || !holds(window.h) || !holds(window.w)) {
     image_dgrad<S>(csr, values, g, window, dx);
-    return image_wgrad<S>(csr, g, x, window, sums, bias_sums, false);
+    return image_wgrad<S>(csr, g, x, window, sums, bias_sums, add);
   }
   const ChannelBlocks blocks(x.c, window);
   PackedInput<Compute<S>> input(blocks.size, window);
   TransposedProduct<S> product(window, dx, g.c);
+  input.read_in_place(x);
+  product.read_in_place(g);
   product.limit_band(input.rows());
   input.limit_band(product.rows());
   product.build(csr, values);
-  sampled_passes<S>(csr, g, x, blocks, input, &product, sums, bias_sums, false);
+  sampled_passes<S>(csr, g, x, blocks, input, &product, sums, bias_sums, add);
 }
 
 #define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
   template void image_wgrad<S>(const CsrView&, const Image<const S>&, const Image<const S>&, const Window&, Compute<S>*,       \
                                Compute<S>*, bool);                                                                              \
   template void image_backward<S>(const CsrView&, const Compute<S>*, const Image<const S>&, const Image<const S>&,             \
-                                  const Window&, const Image<S>&, Compute<S>*, Compute<S>*);
+                                  const Window&, const Image<S>&, Compute<S>*, Compute<S>*, bool);
 GRASP_SPARSE_FOR_STORAGE(float)
 GRASP_SPARSE_FOR_STORAGE(double)
 GRASP_SPARSE_FOR_STORAGE(Bf16)

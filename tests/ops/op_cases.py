@@ -26,6 +26,8 @@ TOLERANCE = {
 
 WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, image
     "1x1": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (7, 5)),
+    "1x1-whole-vectors": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (12, 16)),  # pixels are lanes in NCHW, read in place
+    "1x1-pixels-left-over": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (7, 19)),
     "1x1-stride2": ((1, 1), (2, 2), (0, 0, 0, 0), (1, 1), (7, 6)),
     "3x3": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (8, 8)),
     "3x3-valid": ((3, 3), (1, 1), (0, 0, 0, 0), (1, 1), (5, 9)),
