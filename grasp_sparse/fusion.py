@@ -1,7 +1,8 @@
-"""Batch norms of a whole model replaced, in place, by fused ones that also add the residual and apply the ReLU behind them.
+"""What follows a layer done on the way out of it, in a whole model, in place: batch norms are replaced by fused ones that also
+add the residual and apply the ReLU behind them, sparse linear layers apply theirs.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
-are, and so does the state_dict. A ReLU is taken into the norm before it only where the structure says that nothing else
+are, and so does the state_dict. A ReLU is taken into what lies before it only where the structure says that nothing else
 sees what lies between the two.
 """
 
@@ -14,7 +15,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from grasp_sparse.nn import BatchNorm2d
+from grasp_sparse.nn import BatchNorm2d, SparseLinear
 
 
 class FusedBatchNorm2d(BatchNorm2d):
@@ -22,27 +23,28 @@ class FusedBatchNorm2d(BatchNorm2d):
 
 
 class PassedReLU(nn.ReLU):
-    """What was an ``nn.ReLU`` behind a norm that now applies it; hands on its input."""
+    """What was an ``nn.ReLU`` behind a layer that now applies it; hands on its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input
 
 
-def fuse_norms_(model: nn.Module) -> list[str]:
+def fuse_(model: nn.Module) -> list[str]:
     """Replaces every plain ``nn.BatchNorm2d`` in ``model``; returns their names.
 
     The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
-    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`). Not where a forward or backward hook, a
-    ``forward`` set on the instance or a second use of the module might see the difference. Code that takes single layers out
-    of an ``nn.Sequential`` would: hooks and features that want the value between norm and ReLU need the model as it was.
+    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); the ReLU behind a
+    :class:`~grasp_sparse.nn.SparseLinear` in ``nn.Sequential``. Not where a forward or backward hook, a ``forward`` set on the
+    instance or a second use of the module might see the difference. Code that takes single layers out of an ``nn.Sequential``
+    would: hooks and features that want the value before the ReLU need the model as it was.
 
-    Subclasses of ``nn.BatchNorm2d`` and other norms are left alone. Whoever replaces norms afterwards (SyncBatchNorm) calls
-    :func:`unfuse_norms_` first: the ReLU would go with them.
+    Subclasses of ``nn.BatchNorm2d`` and other norms are left alone. Whoever replaces layers afterwards (SyncBatchNorm) calls
+    :func:`unfuse_` first: the ReLU would go with them.
     """
     uses = Counter(child for module in model.modules() for child in module._modules.values() if child is not None)
     names = {module: name for name, module in model.named_modules() if _is_stock(module, nn.BatchNorm2d)}
     with_relu: dict[nn.Module, bool] = dict.fromkeys(names, False)
-    relus, blocks = [], {}
+    linears, relus, blocks = [], [], {}
     counterparts = {stock: ours for ours, stock in _torchvision_classes().items()}
 
     def may_change(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -52,9 +54,14 @@ def fuse_norms_(model: nn.Module) -> list[str]:
         if vars(module).keys() & {"forward", "_forward_impl"}:
             continue
         if type(module).forward is nn.Sequential.forward:
-            for norm, relu in pairwise(module._modules.values()):
-                if may_change(norm, nn.BatchNorm2d) and may_change(relu, nn.ReLU):
-                    with_relu[norm] = True
+            for layer, relu in pairwise(module._modules.values()):
+                if not may_change(relu, nn.ReLU):
+                    continue
+                if may_change(layer, nn.BatchNorm2d):
+                    with_relu[layer] = True
+                    relus.append(relu)
+                elif may_change(layer, SparseLinear) and not layer.relu:
+                    linears.append(layer)
                     relus.append(relu)
             continue
         kind = counterparts.get(type(module), type(module))
@@ -67,6 +74,8 @@ def fuse_norms_(model: nn.Module) -> list[str]:
 
     for norm, relu in with_relu.items():
         norm.__class__, norm.relu = FusedBatchNorm2d, relu
+    for linear in linears:
+        linear.relu = True
     for relu in relus:
         relu.__class__ = PassedReLU
     for block, kind in blocks.items():
@@ -74,9 +83,14 @@ def fuse_norms_(model: nn.Module) -> list[str]:
     return list(names.values())
 
 
-def unfuse_norms_(model: nn.Module) -> nn.Module:
-    """Gives every module that :func:`fuse_norms_` changed its own class back; returns ``model``."""
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Gives every module that :func:`fuse_` changed its own class back, and every ReLU its work; returns ``model``."""
     stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, PassedReLU: nn.ReLU, **_torchvision_classes()}
+    for module in model.modules():
+        if type(module).forward is nn.Sequential.forward:
+            for layer, relu in pairwise(module._modules.values()):
+                if isinstance(layer, SparseLinear) and type(relu) is PassedReLU:
+                    layer.relu = False
     for module in model.modules():
         if type(module) in stock_classes:
             module.__class__ = stock_classes[type(module)]

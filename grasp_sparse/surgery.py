@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.formats import mask_from_csr
-from grasp_sparse.fusion import fuse_norms_, unfuse_norms_
+from grasp_sparse.fusion import fuse_, unfuse_
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.nn.sparse import STORED, stored_structure
 from grasp_sparse.planning import MAX_DENSITY, density_plan, given_plan, layer_inputs, measured_plan
@@ -30,7 +30,7 @@ _KINDS = {
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 
 # What sparse layers keep beside tensors and dense ones do not have.
-_SPARSE_ONLY = ("weight_shape", "border")
+_SPARSE_ONLY = ("weight_shape", "border", "relu")
 
 
 class _Step(NamedTuple):
@@ -51,7 +51,7 @@ def sparsify_(
     """Turns the masked ``nn.Linear`` and ``nn.Conv2d`` layers of ``model`` into sparse ones, in place.
 
     Create the optimizer afterwards: the weights are new Parameters. Layers that share a weight share its values. Batch norms
-    are replaced by fused ones (:func:`grasp_sparse.fusion.fuse_norms_`): next to sparse convolutions they take their time. A layer
+    are replaced by fused ones, ReLUs are applied by the layers before them (:func:`grasp_sparse.fusion.fuse_`). A layer
     then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where
     that is faster, for grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned).
 
@@ -92,7 +92,7 @@ def sparsify_(
     decided = {layer: row for target, row in zip(targets, chosen.rows, strict=True) for layer in target.layers.values()}
     report = report_layers(model, decided, dict(getattr(masks, "skipped", ())), inputs)
     _swap(replacements)
-    return replace(report, fused_norms=len(fuse_norms_(model)) if replacements else 0)
+    return replace(report, fused_norms=len(fuse_(model)) if replacements else 0)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -108,7 +108,7 @@ def densify_(model: nn.Module) -> nn.Module:
             dense.weight = weights.setdefault(layer.values if isinstance(layer, SparseLayer) else layer.weight, dense.weight)
             replacements[layer] = dense
     _swap(replacements)
-    return unfuse_norms_(model)
+    return unfuse_(model)
 
 
 def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
@@ -142,7 +142,7 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     _raise_if(_differences(wanted, state_dict))
     _swap(replacements)
     if replacements:
-        fuse_norms_(model)
+        fuse_(model)
     model.load_state_dict(state_dict)
     return model
 

@@ -12,8 +12,9 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from grasp_sparse.fusion import FusedBatchNorm2d, PassedReLU, fuse_norms_, unfuse_norms_
-from grasp_sparse.nn import BatchNorm2d
+from grasp_sparse.fusion import FusedBatchNorm2d, PassedReLU, fuse_, unfuse_
+from grasp_sparse.nn import BatchNorm2d, SparseLinear
+from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 from grasp_sparse.train.models import ResNet32, vgg_small
 
 
@@ -76,7 +77,7 @@ def norms_with_relu(model: nn.Module) -> int:
 def test_same_numbers(case, layout):
     model, norms, with_relu, x = case
     stock = copy.deepcopy(model)
-    names = fuse_norms_(model)
+    names = fuse_(model)
     assert len(names) == norms == sum(isinstance(m, FusedBatchNorm2d) for m in model.modules())
     assert all(type(model.get_submodule(name)) is FusedBatchNorm2d for name in names)
     assert norms_with_relu(model) == with_relu
@@ -89,7 +90,7 @@ def test_float32_to_rounding(case):
     """The fused float32 model is as near to the float64 one as the stock float32 model is, up to a small factor."""
     model, _, _, x = case
     exact, stock = step(copy.deepcopy(model), x)[0], step(copy.deepcopy(model).float(), x.float())[0]
-    fuse_norms_(model.float())
+    fuse_(model.float())
     error, allowed = ((step(model, x.float())[0] - exact).abs().max(), (stock - exact).abs().max())
     assert error <= 4 * allowed + 1e-6
 
@@ -100,19 +101,19 @@ def test_nothing_but_classes_changes(case):
     state, objects = copy.deepcopy(model.state_dict()), [*model.parameters(), *model.buffers()]
     attributes = [dict(vars(module)) for module in modules]
     model.eval()
-    fuse_norms_(model)
+    fuse_(model)
     assert [*model.modules()] == modules and not model.training
     assert all(one is other for one, other in zip(objects, [*model.parameters(), *model.buffers()], strict=True))
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert unfuse_norms_(model.train()) is model
+    assert unfuse_(model.train()) is model
     assert classes(model) == before and [vars(module).keys() for module in modules] == [a.keys() for a in attributes]
 
 
 def test_fused_models_copy_pickle_and_load(case):
     model, _, _, x = case
     fresh = copy.deepcopy(model)
-    fuse_norms_(model)
+    fuse_(model)
     clones = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     nn.init.zeros_(next(fresh.parameters()))
     fresh.load_state_dict(model.state_dict())  # stock and fused state_dicts are the same
@@ -125,9 +126,9 @@ def test_fused_models_copy_pickle_and_load(case):
 
 def test_twice_is_once(case):
     model, _, _, x = case
-    fuse_norms_(model)
+    fuse_(model)
     fused = classes(model)
-    assert fuse_norms_(model) == [] and classes(model) == fused
+    assert fuse_(model) == [] and classes(model) == fused
 
 
 def sequential() -> nn.Sequential:
@@ -198,7 +199,7 @@ def test_relu_stays_where_the_difference_could_be_seen(change):
     model = change(sequential())
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     expected = copy.deepcopy(model)(x)
-    fuse_norms_(model)
+    fuse_(model)
     assert norms_with_relu(model) == 0 and not any(isinstance(m, PassedReLU) for m in model.modules())
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
@@ -219,7 +220,7 @@ def test_hooks_inside_a_block_still_see_what_they_saw(register):
             here: list[torch.Tensor] = []
             getattr(model.get_submodule(name), register)(lambda module, *values, here=here: here.append(_copied(values[-1])))
             if fuse:
-                fuse_norms_(model)
+                fuse_(model)
             model(x)
             seen.append(here)
         assert len(seen[0]) == len(seen[1]) > 0
@@ -229,8 +230,8 @@ def test_hooks_inside_a_block_still_see_what_they_saw(register):
 
 def test_a_norm_of_the_users_own_is_not_unfused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4, relu=True))
-    assert fuse_norms_(model) == []
-    unfuse_norms_(model)
+    assert fuse_(model) == []
+    unfuse_(model)
     assert type(model[1]) is BatchNorm2d and model[1].relu
 
 
@@ -240,15 +241,75 @@ def test_a_subclass_with_its_own_forward_does_not_inherit_the_promise():
             return self.bn1(self.conv1(x))
 
     model = Other(5, widths=(4, 4), blocks=1)
-    fuse_norms_(model)
+    fuse_(model)
     assert not model.bn1.relu and model.stages[0][0].bn1.relu
 
 
 def test_compiles_to_one_graph():
     torch._dynamo.reset()
     model = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
-    fuse_norms_(model)
+    fuse_(model)
     twin, x = copy.deepcopy(model), torch.randn(3, 3, 40, 40)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), twin(x))
     torch._dynamo.reset()
+
+
+def _mlp(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), *layers, nn.Linear(30, 30), nn.ReLU(inplace=True), nn.Linear(30, 4)).double()
+
+
+def _masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.rand(p.shape) < 0.3 for name, p in model.named_parameters() if p.dim() == 2}
+
+
+def _linears_with_relu(model: nn.Module) -> int:
+    return sum(isinstance(module, SparseLinear) and module.relu for module in model.modules())
+
+
+def test_sparse_linear_takes_its_relu_in():
+    model = _mlp(nn.Dropout(0.0))
+    masks = _masks(model)
+    stock = copy.deepcopy(model)
+    for name, parameter in stock.named_parameters():
+        if name in masks:
+            parameter.data *= masks[name]
+    x = torch.randn(7, 20, dtype=torch.float64)
+    sparsify_(model, masks, max_density=1.0)
+    assert _linears_with_relu(model) == 2 and sum(type(module) is PassedReLU for module in model.modules()) == 2
+    assert "relu=True" in repr(model[0])
+    got, want = step(model, x), step(stock, x)
+    torch.testing.assert_close(got[0], want[0]), torch.testing.assert_close(got[1], want[1])
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(copied(x), want[0])
+
+    loaded = load_sparse(_mlp(nn.Dropout(0.0)), model.state_dict())
+    assert _linears_with_relu(loaded) == 2
+    torch.testing.assert_close(loaded(x), want[0])
+
+    torch.testing.assert_close(unfuse_(copy.deepcopy(model))(x), want[0])
+    unfused = unfuse_(copy.deepcopy(model))
+    assert _linears_with_relu(unfused) == 0 and not any(type(module) is PassedReLU for module in unfused.modules())
+
+    densify_(model)
+    assert classes(model) == classes(stock) and "relu" not in vars(model[0])
+    torch.testing.assert_close(model(x), want[0])
+
+
+@pytest.mark.parametrize("why", ["hook on the layer", "hook on the ReLU", "the ReLU twice", "the layer twice", "masked layer"])
+def test_relu_stays_where_something_would_see_the_difference(why):
+    mlp = _mlp()
+    model = nn.ModuleList([mlp])
+    if why == "hook on the layer":
+        mlp[0].register_forward_hook(lambda *_: None)
+    elif why == "hook on the ReLU":
+        mlp[1].register_forward_pre_hook(lambda *_: None)
+    elif why == "the ReLU twice":
+        model.append(mlp[1])
+    elif why == "the layer twice":
+        model.append(mlp[0])
+    masks = _masks(model)
+    runs = {name: "masked" if why == "masked layer" and name == "0.0.weight" else "sparse" for name in masks}
+    sparsify_(model, masks, plan=runs)
+    assert not getattr(mlp[0], "relu", False) and type(mlp[1]) is nn.ReLU
+    assert mlp[2].relu and type(mlp[3]) is PassedReLU

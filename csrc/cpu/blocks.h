@@ -9,17 +9,24 @@ namespace grasp_sparse {
 
 constexpr int64_t kRowBytes = 1 << 20;  // of a packed row of pixels; smaller ones are not cut
 
+// Entries that a row has in a block, on average, at least: a sum that waits for the next block costs a tile's stores and loads.
+// Rows of 15 of 4096 features, batch 256, in one block rather than in four: 0.52 -> 0.40 ms.
+constexpr int64_t kFewestEntries = 16;
+constexpr int64_t kMostBytes = 4 << 20;  // of a block all the same
+
 struct ChannelBlocks {
-  ChannelBlocks(int64_t channels, const Window& window) {
+  // nnz weights in `rows` rows are walked.
+  ChannelBlocks(int64_t channels, const Window& window, int64_t rows, int64_t nnz) {
     const int64_t bytes = channels * window.w.output * kSliceBytes;
-    size = window.taps() == 1 && bytes > kRowBytes ? ceil_div(channels, ceil_div(bytes, kBandBytes)) : channels;
+    const int64_t worth = nnz / std::max<int64_t>(1, kFewestEntries * rows);
+    const int64_t blocks = std::clamp(worth, ceil_div(bytes, kMostBytes), ceil_div(bytes, kBandBytes));
+    size = window.taps() == 1 && bytes > kRowBytes ? ceil_div(channels, blocks) : channels;
     count = channels ? ceil_div(channels, size) : 1;
   }
 
   template <class T>
-  Image<T> channels(Image<T> image, int64_t b) const {
-    image.data += b * size * image.sc, image.c = std::min(size, image.c - b * size);
-    return image;
+  Image<T> channels(const Image<T>& image, int64_t b) const {
+    return image.some_channels(b * size, std::min(size, image.c - b * size));
   }
 
   // The entries of block b, after those of the blocks before it were walked. `stops` [2 * rows] is kept between the blocks.

@@ -69,7 +69,7 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
     using T = Compute<S>;
     const T* biases = bias ? const_data<T>(b) : nullptr;
     const auto pass = [&](const Window& window, bool, const Image<const S>& x, const Image<S>& y) {
-      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y);
+      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y, false);
     };
     in_pieces(window, pass, image_of(const_data<S>(x), x), image_of(mutable_data<S>(y), y));
   });

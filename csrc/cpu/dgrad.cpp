@@ -8,7 +8,7 @@ void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (dx.n == 0 || dx.c == 0 || dx.h == 0 || dx.w == 0) return;
-  if (is_pointwise(window)) return image_product<S>(by_column(csr), values, static_cast<const T*>(nullptr), g, window, dx);
+  if (is_pointwise(window)) return image_product<S>(by_column(csr), values, static_cast<const T*>(nullptr), g, window, dx, false);
   TransposedProduct<S> product(window, dx, g.c);
   const int64_t slices = ceil_div(dx.n, L), places = product.h().count();
   product.limit_band(std::max<int64_t>(window.h.halo() ? 4 : 1, ceil_div(places, ceil_div(num_threads(), slices))));

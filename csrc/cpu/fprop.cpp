@@ -9,11 +9,11 @@ namespace grasp_sparse {
 
 template <class S>
 void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                   const Image<S>& y) {
+                   const Image<S>& y, bool relu) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
-  const ChannelBlocks blocks(x.c, window);
+  const ChannelBlocks blocks(x.c, window, walk.rows, walk.nnz);
   PackedInput<T> input(blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   input.read_in_place(x);
@@ -48,7 +48,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
         if (blocks.count > 1 || band != held) at = input.band(blocks.channels(x, b), slice, row, packed);
         args.packed = at;
         args.entries = blocks.entries(entries, b, walk.rows, stops, &all);
-        args.last = b == blocks.count - 1;
+        args.last = b == blocks.count - 1, args.relu = relu && args.last;
         kernels<S>().product(args);
       }
       held = band;
@@ -60,15 +60,15 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
 
 template <class S>
 void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                 const Image<S>& y) {
-  image_product<S>(by_row(csr), values, bias, x, window, y);
+                 const Image<S>& y, bool relu) {
+  image_product<S>(by_row(csr), values, bias, x, window, y, relu);
 }
 
 #define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
   template void image_product<S>(const Walk&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,      \
-                                 const Image<S>&);                                                                              \
+                                 const Image<S>&, bool);                                                                        \
   template void image_fprop<S>(const CsrView&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,     \
-                               const Image<S>&);
+                               const Image<S>&, bool);
 GRASP_SPARSE_FOR_STORAGE(float)
 GRASP_SPARSE_FOR_STORAGE(double)
 GRASP_SPARSE_FOR_STORAGE(Bf16)

@@ -13,9 +13,18 @@ struct Image {
   T* data;
   int64_t n, c, h, w;      // sizes: batch, channels, rows, columns
   int64_t sn, sc, sh, sw;  // strides in elements
-  int64_t ss;              // from one slice, L images, to the next: L * sn, unless lanes are something else (pixel_lanes.h)
+  int64_t ss;              // from one slice, L images, to the next: L * sn, unless lanes are no images (pixel_lanes.h)
+
+  // Of a gradient behind a ReLU what that gave, in the same strides: where it is not positive the image counts as zero. Or null.
+  const T* gate = nullptr;
 
   T* slice(int64_t i) const { return data + i * ss; }
+  Image some_channels(int64_t begin, int64_t count) const {
+    Image some = *this;
+    some.data += begin * sc, some.c = count;
+    if (gate) some.gate += begin * sc;
+    return some;
+  }
 };
 
 // The index tensors of one weight, as CsrIndices of the Python side: by row and by column.
@@ -35,13 +44,13 @@ inline Walk by_column(const CsrView& csr) { return {csr.cols, csr.rows, csr.nnz,
 // Each throws std::runtime_error when an index lies outside the weight it claims to index, or when columns do not rise within
 // their row where that is asked (ChannelBlocks). Nothing outside the results is touched, and those are then void.
 // S is how activations are stored; values, bias and their sums are Compute<S>.
-// y = conv(x, walked weight) + bias; fprop, and dgrad where that is a plain product too.
+// y = conv(x, walked weight) + bias, and max(y, 0) with `relu`; fprop, and dgrad where that is a plain product too.
 template <class S>
 void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                   const Image<S>& y);
+                   const Image<S>& y, bool relu);
 template <class S>
 void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                 const Image<S>& y);
+                 const Image<S>& y, bool relu);
 template <class S>
 void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx);
 // sums [nnz] = the sampled product, or += with `add`; so bias_sums [rows] and the sums of g, unless null.

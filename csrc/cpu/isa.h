@@ -47,6 +47,7 @@ struct PackArgs {
   Compute<S>* dst;
   int64_t channel_size;  // elements of one packed channel
   bool zero_first;       // some packed places have no source (padding)
+  const S* gate;         // zeros are packed where the element here, of the same place, is not positive; or null
 };
 
 // A band that is read after this one, to be asked for while this one is worked on: spread over the work, for a core that has as
@@ -83,6 +84,7 @@ struct ProductArgs {
   Entries entries;
   int channel_begin, channel_end;
   const T* bias;  // [channels] or null
+  bool relu;      // max(…, 0)
   S* out;         // at the first pixel
   int64_t on, oc, oh, ow;
   int lanes;

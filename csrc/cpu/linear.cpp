@@ -69,6 +69,12 @@ Tensor empty_rows(const Tensor& like, int64_t features) {
   return feature_major ? empty_strided(like, {n, features}, {1, n}) : empty_strided(like, {n, features}, {features, 1});
 }
 
+Tensor row_major(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  Tensor copy = empty_strided(t, {t.size(0), t.size(1)}, {t.size(1), 1});
+  return torch::stable::copy_(copy, t);
+}
+
 void check_matrix(const Tensor& t, int64_t features, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == features, "Expected ", name, " of shape [N, ", features, "], got ", t.dim(),
                   " dimensions, the last of ", t.dim() ? t.size(t.dim() - 1) : 0, ".");
@@ -77,7 +83,7 @@ void check_matrix(const Tensor& t, int64_t features, const char* name) {
 }  // namespace
 
 Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x) {
+                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, bool relu) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_matrix(x, csr.cols, "x");
@@ -91,7 +97,7 @@ Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, con
     const Matrix in = matrix_of(x), out = matrix_of(y);
     for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
       image_fprop<S>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<S>(x), in, p), point(p),
-                     image_of(mutable_data<S>(y), out, p));
+                     image_of(mutable_data<S>(y), out, p), relu);
   });
   return y;
 }
@@ -144,23 +150,37 @@ Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, cons
 
 std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
                                                      const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                                                     const Tensor& g, const Tensor& x) {
+                                                     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& y,
+                                                     bool input_grad) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  check_matrices(csr, g, x);
+  check_matrices(csr, grad, x);
   check_values(values, csr, compute_type(x));
-  const Tensor v = dense(values), dx = empty_rows(g, csr.cols);
+  if (y) {
+    check_matrix(*y, csr.rows, "y");
+    check_type(*y, x.scalar_type(), "y");
+    STD_TORCH_CHECK(y->size(0) == x.size(0), "Expected y and x of one batch, got ", y->size(0), " and ", x.size(0), ".");
+  }
+  const bool alike = !y || (y->stride(0) == grad.stride(0) && y->stride(1) == grad.stride(1));
+  const Tensor g = alike ? grad : row_major(grad), gate = !y ? g : alike ? *y : row_major(*y);
+  const Tensor v = dense(values), dx = input_grad ? empty_rows(g, csr.cols) : empty_strided(g, {0}, {1});
   const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   for_storage(x, "csr_spmm_backward", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
-    const Matrix mg = matrix_of(g), mx = matrix_of(x), md = matrix_of(dx);
+    const Matrix mg = matrix_of(g), mx = matrix_of(x);
+    const auto gradient = [&](const Piece& p) {
+      Image<const S> image = image_of(const_data<S>(g), mg, p);
+      if (y) image.gate = const_data<S>(gate) + p.first * mg.row_stride;
+      return image;
+    };
     // One walk for both, as convolutions have it, gained nothing here: the two gather from different matrices, and the wider
     // one would make the panels of both narrow.
-    for (const Piece& p : pieces(mx.rows, panel_columns(mg.features), kLanes<T>))
-      image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), mg, p), point(p), image_of(mutable_data<S>(dx), md, p));
+    if (input_grad)
+      for (const Piece& p : pieces(mx.rows, panel_columns(mg.features), kLanes<T>))
+        image_dgrad<S>(csr, const_data<T>(v), gradient(p), point(p), image_of(mutable_data<S>(dx), matrix_of(dx), p));
     for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
-      image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
+      image_wgrad<S>(csr, gradient(p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
                      mutable_data<T>(bias_sums), p.first > 0);
   });
   return {dx, sums, bias_sums};

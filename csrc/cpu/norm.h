@@ -103,12 +103,6 @@ void norm_moments(const NormArgs<T>& p) {
   });
 }
 
-template <class T>
-GRASP_SPARSE_INLINE Native<T> positive(Native<T> at, Native<T> v) {  // v where `at` is positive (or NaN), zero elsewhere
-  const Native<T> zero{};
-  return at <= zero ? zero : v;
-}
-
 template <class T, bool Residual, bool Relu, bool Stream>
 void norm_apply_loop(const NormArgs<T>& p) {
   constexpr int n = kNativeLanes<T>;

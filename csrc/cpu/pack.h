@@ -8,9 +8,21 @@
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
-// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes.
+// Zero where the gate is closed, else what lies there.
 template <class S>
-void pack_pixel_runs(const PackArgs<S>& p) {
+struct Gated {
+  using T = Compute<S>;
+  uintptr_t gate;  // bytes from the image to what gates it
+  GRASP_SPARSE_INLINE const S* gate_of(const S* at) const {
+    return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(at) + gate);
+  }
+  GRASP_SPARSE_INLINE Native<T> operator()(const S* at) const { return positive<T>(load_native(gate_of(at)), load_native(at)); }
+  GRASP_SPARSE_INLINE T one(const S* at) const { return to_compute(*gate_of(at)) <= T(0) ? T(0) : to_compute(*at); }
+};
+
+// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes.
+template <class S, class Read>
+void pack_pixel_runs(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t pixels = static_cast<int64_t>(p.row_end - p.row_begin) * p.width;
@@ -28,14 +40,14 @@ void pack_pixel_runs(const PackArgs<S>& p) {
         places[i] = used ? dst + p.row_place[row] + p.col_place[col] : unused;
         if (++col == p.width) col = 0, ++row;
       }
-      transpose(src + first, p.sn, p.lanes, [&](int i) { return places[i]; });
+      transpose(src + first, p.sn, p.lanes, read, [&](int i) { return places[i]; });
     }
   }
 }
 
 // Channels innermost: transpose L channels x L lanes of one pixel.
-template <class S>
-void pack_channel_runs(const PackArgs<S>& p) {
+template <class S, class Read>
+void pack_channel_runs(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int row = p.row_begin; row < p.row_end; ++row) {
@@ -48,7 +60,7 @@ void pack_channel_runs(const PackArgs<S>& p) {
       for (int c = 0; c < p.channels; c += L) {
         const int first = c + L <= p.channels ? c : p.channels - L;
         T* to = dst + first * p.channel_size;
-        transpose(src + first, p.sn, p.lanes, [&](int i) { return to + i * p.channel_size; });
+        transpose(src + first, p.sn, p.lanes, read, [&](int i) { return to + i * p.channel_size; });
       }
     }
   }
@@ -56,8 +68,8 @@ void pack_channel_runs(const PackArgs<S>& p) {
 
 // Channels innermost and fewer than L of them (an image's colours): rows lie whole, so transpose runs of L elements x L
 // lanes, whatever pixels and channels they are.
-template <class S>
-void pack_element_runs(const PackArgs<S>& p) {
+template <class S, class Read>
+void pack_element_runs(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t elements = static_cast<int64_t>(p.width) * p.channels;
@@ -73,13 +85,13 @@ void pack_element_runs(const PackArgs<S>& p) {
         places[i] = p.col_place[col] >= 0 ? p.dst + c * p.channel_size + row_place + p.col_place[col] : unused;
         if (++c == p.channels) c = 0, ++col;
       }
-      transpose(p.src + row * p.sh + first, p.sn, p.lanes, [&](int i) { return places[i]; });
+      transpose(p.src + row * p.sh + first, p.sn, p.lanes, read, [&](int i) { return places[i]; });
     }
   }
 }
 
-template <class S>
-void pack_lanes(const PackArgs<S>& p) {
+template <class S, class Read>
+void pack_lanes(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int c = 0; c < p.channels; ++c) {
@@ -93,30 +105,38 @@ void pack_lanes(const PackArgs<S>& p) {
         if (p.sn == 1 && p.lanes == L) {
           Vec<T> v;
 #pragma GCC unroll 4
-          for (int i = 0; i < kNatives; ++i) v.part[i] = load_native(src + i * kNativeLanes<T>);
+          for (int i = 0; i < kNatives; ++i) v.part[i] = read(src + i * kNativeLanes<T>);
           store(dst, v);
         } else {
-          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? to_compute(src[l * p.sn]) : T(0);
+          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? read.one(src + l * p.sn) : T(0);
         }
       }
     }
   }
 }
 
-template <class S>
-void pack(const PackArgs<S>& p) {
+template <class S, class Read>
+void pack_with(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   if (p.zero_first) std::memset(p.dst, 0, sizeof(T) * p.channel_size * p.channels);
   if (p.sn != 1 && p.sw == 1 && p.sh == p.width && static_cast<int64_t>(p.row_end - p.row_begin) * p.width >= L) {
-    pack_pixel_runs(p);
+    pack_pixel_runs(p, read);
   } else if (p.sn != 1 && p.sc == 1 && p.channels >= L) {
-    pack_channel_runs(p);
+    pack_channel_runs(p, read);
   } else if (p.sn != 1 && p.sc == 1 && p.sw == p.channels && static_cast<int64_t>(p.width) * p.channels >= L) {
-    pack_element_runs(p);
+    pack_element_runs(p, read);
   } else {
-    pack_lanes(p);
+    pack_lanes(p, read);
   }
+}
+
+template <class S>
+void pack(const PackArgs<S>& p) {
+  if (p.gate)
+    pack_with(p, Gated<S>{reinterpret_cast<uintptr_t>(p.gate) - reinterpret_cast<uintptr_t>(p.src)});
+  else
+    pack_with(p, Plain<S>{});
 }
 
 }  // namespace GRASP_SPARSE_ISA

@@ -51,6 +51,13 @@ __attribute__((noinline)) void product_tile(const ProductArgs<S>& p, const T* pa
     }
     end_walk(e, channel, j);
   }
+  if (p.relu) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * C; ++i) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kNatives; ++n) acc[i].part[n] = positive<T>(acc[i].part[n], acc[i].part[n]);
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) store(tile + i * L, acc[i]);
 }

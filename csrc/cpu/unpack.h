@@ -14,15 +14,15 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, S* out, int64_t on, int
   constexpr int n = kNativeLanes<T>, L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
   for (int q = 0; q < kWhole; q += L) {
     if (lanes == L) {
-      transpose<T, Stream>(tile + q * L, L, L, [&](int l) { return out + l * on + q; });
+      transpose<Stream>(tile + q * L, L, L, Plain<T>{}, [&](int l) { return out + l * on + q; });
     } else {
-      transpose_parts(tile + q * L, L, L, [&](int l, int i, Native<T> part) {
+      transpose_parts(tile + q * L, L, L, Plain<T>{}, [&](int l, int i, Native<T> part) {
         if (l < lanes) put_native<T, Stream>(out + l * on + q + i, part);
       });
     }
   }
   if constexpr (kRest > 0) {
-    transpose_parts(tile + kWhole * L, L, kRest, [&](int l, int i, Native<T> part) {
+    transpose_parts(tile + kWhole * L, L, kRest, Plain<T>{}, [&](int l, int i, Native<T> part) {
       if (l >= lanes) return;
       S* to = out + l * on + kWhole + i;
       if (i + n <= kRest) {
@@ -48,7 +48,7 @@ GRASP_SPARSE_INLINE void unpack_channel_runs(const T* tiles, int64_t tile_size, 
   const int blocks = channels / L, rest = channels % L;
   for (int q = 0; q * L < channels; ++q) {
     const int count = channels - q * L < L ? channels - q * L : L;
-    transpose(tiles + q * L * tile_size, tile_size, count, [&](int l) { return stage[l][q]; });
+    transpose(tiles + q * L * tile_size, tile_size, count, Plain<T>{}, [&](int l) { return stage[l][q]; });
   }
   for (int l = 0; l < lanes; ++l) {
     for (int q = 0; q < blocks; ++q) {

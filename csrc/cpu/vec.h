@@ -209,6 +209,13 @@ GRASP_SPARSE_INLINE void store_first(Bf16* p, Native<T> v) {
   std::memcpy(p, &halves, sizeof(Bf16) * Count);
 }
 
+// v where `at` is positive (or NaN), zero elsewhere.
+template <class T>
+GRASP_SPARSE_INLINE Native<T> positive(Native<T> at, Native<T> v) {
+  const Native<T> zero{};
+  return at <= zero ? zero : v;
+}
+
 // acc += a * b. Contracts to one fused multiply-add where the instruction set has it.
 template <class T>
 GRASP_SPARSE_INLINE void multiply_add(Vec<T>& acc, const Vec<T>& a, const Vec<T>& b) {

@@ -42,13 +42,13 @@ struct PlainGradient {
   int64_t row_step, channel_size, size;
 
  private:
-  void pack(Image<const S> g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* packed) const {
+  void pack(const Image<const S>& g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     row_places.assign(g.h, -1), col_places.resize(g.w);
     for (int64_t i = 0; i < std::min(rows, g.h - row); ++i) row_places[row + i] = i * row_step;
     for (int64_t col = 0; col < g.w; ++col) col_places[col] = col * L;
-    g.data += channel_begin * g.sc, g.c = channel_end - channel_begin;
-    pack_slice(g, slice, row_places, col_places, false, channel_size, packed + channel_begin * channel_size);
+    const Image<const S> part = g.some_channels(channel_begin, channel_end - channel_begin);
+    pack_slice(part, slice, row_places, col_places, false, channel_size, packed + channel_begin * channel_size);
   }
 };
 
@@ -143,7 +143,7 @@ void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const 
     if (!add && bias_sums) std::fill_n(bias_sums, csr.rows, Compute<S>(0));
     return;
   }
-  const ChannelBlocks blocks(x.c, window);
+  const ChannelBlocks blocks(x.c, window, csr.rows, csr.nnz);
   PackedInput<Compute<S>> input(blocks.size, window);
   input.read_in_place(x);
   sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums, add);
@@ -162,7 +162,7 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
     image_dgrad<S>(csr, values, g, window, dx);
     return image_wgrad<S>(csr, g, x, window, sums, bias_sums, add);
   }
-  const ChannelBlocks blocks(x.c, window);
+  const ChannelBlocks blocks(x.c, window, csr.rows, csr.nnz);
   PackedInput<Compute<S>> input(blocks.size, window);
   TransposedProduct<S> product(window, dx, g.c);
   input.read_in_place(x);

@@ -16,14 +16,16 @@ class SparseLinear(SparseLayer):
     Args:
         in_features, out_features: as ``nn.Linear``.
         values, indices, bias: as :class:`SparseLayer`.
+        relu: whether the result is ``max(…, 0)``; a dense copy of the layer does not know of it.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, values: Tensor, indices: CsrIndices, bias: Tensor | None = None
+        self, in_features: int, out_features: int, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False
     ) -> None:
         super().__init__((out_features, in_features), values, indices, bias)
         self.in_features = in_features
         self.out_features = out_features
+        self.relu = relu
 
     @classmethod
     def from_dense(cls, module: nn.Linear, mask: Tensor) -> SparseLinear:
@@ -45,12 +47,12 @@ class SparseLinear(SparseLayer):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return csr_linear(x, self.values, self.indices, self.bias)
+        return csr_linear(x, self.values, self.indices, self.bias, self.relu)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.nnz}, density={self.density:.4g}"
+            f"nnz={self.nnz}, density={self.density:.4g}{', relu=True' if self.relu else ''}"
         )
 
 

@@ -6,8 +6,8 @@ With L a scalar, G = dL/dy and everything bilinear:
 * x = dgrad(v, g)       dv = wgrad(g, G)    dg = fprop(v, G)
 * v = wgrad(g, x)       dg = fprop(G, x)    dx = dgrad(G, g)
 
-The two gradients of the first line are one operation, ``…_backward``, when both are wanted. Its own derivative is the sum of
-the second line (G = Gx), the third (G = Gv) and that of the sum over g.
+The gradients of the first line are one operation, ``…_backward``. Its own derivative is the sum of the second line (G = Gx), the
+third (G = Gv) and that of the sum over g. Behind a ReLU, G and g count only where its result is positive.
 
 Batch norm has a fused backward; where that must itself be differentiated (``create_graph=True``), the same gradients are
 computed by ordinary torch operations instead.
@@ -24,22 +24,29 @@ _NO_INDEX_GRADS = (None,) * 5
 
 
 def _setup_spmm(ctx, inputs, output):
-    values, *indices, _, x = inputs
-    ctx.save_for_backward(values, *indices, x)
+    values, *indices, _, x, relu = inputs
+    ctx.save_for_backward(values, *indices, x, output if relu else None)
 
 
 def _spmm_backward(ctx, grad):
-    values, *indices, x = ctx.saved_tensors
+    values, *indices, x, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if needs[0] and needs[7]:
-        dx, dvalues, dbias = _ops.csr_spmm_backward(values, *indices, grad, x)
-        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx
+    if needs[0]:
+        dx, dvalues, dbias = _ops.csr_spmm_backward(values, *indices, grad, x, y, needs[7])
+        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx if needs[7] else None, None
+    grad = _gated(grad, y)
     return (
-        _ops.csr_sddmm(*indices, grad, x) if needs[0] else None,
+        None,
         *_NO_INDEX_GRADS,
         grad.sum(0, dtype=values.dtype) if needs[6] else None,
         _ops.csr_spmm_t(values, *indices, grad) if needs[7] else None,
+        None,
     )
+
+
+def _gated(grad, y):
+    """What a ReLU that gave y lets back."""
+    return grad if y is None else torch.where(y <= 0, 0, grad)  # in the strides of grad
 
 
 def _setup_spmm_t(ctx, inputs, output):
@@ -71,17 +78,25 @@ def _sddmm_backward(ctx, grad):
 
 
 def _setup_linear_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.input_grad = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _linear_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
-    values, *indices, g, x = ctx.saved_tensors
+    values, *indices, g, x, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    g = _gated(g, y)
+    if not ctx.input_grad:
+        grad_dx = torch.zeros_like(x)
     return (
         _ops.csr_sddmm(*indices, g, grad_dx) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x) if needs[6] else None,
+        _gated(_ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x), y)
+        if needs[6]
+        else None,
         _ops.csr_spmm_t(grad_dvalues, *indices, g) if needs[7] else None,
+        None,
+        None,
     )
 
 

@@ -12,7 +12,7 @@ _register = torch.library.register_fake
 
 
 @_register("grasp_sparse::csr_spmm")
-def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, relu=False):
     torch._check(x.dim() == 2, lambda: f"csr_spmm: Expected x [N, K], got {x.dim()}-D")
     return empty_rows(x, (x.shape[0], crow_indices.shape[0] - 1))
 
@@ -30,10 +30,12 @@ def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
 
 
 @_register("grasp_sparse::csr_spmm_backward")
-def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, y=None, input_grad=True):
     torch._check(g.shape[0] == x.shape[0], lambda: f"csr_spmm_backward: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
     dtype = compute_dtype(x.dtype)
-    return empty_rows(g, x.shape), x.new_empty(1, col_indices.shape[0], dtype=dtype), x.new_empty(crow_indices.shape[0] - 1, dtype=dtype)
+    if y is not None and y.stride() != g.stride():
+        g = g.contiguous()
+    return empty_rows(g, x.shape) if input_grad else g.new_empty(0), x.new_empty(1, col_indices.shape[0], dtype=dtype), x.new_empty(crow_indices.shape[0] - 1, dtype=dtype)
 
 
 @_register("grasp_sparse::csr_conv2d_fprop")

@@ -21,8 +21,8 @@ def _sampled_flops(crow, col, ccol, row, permutation, g, x, *_, **__):
 
 
 @register_flop_formula(_ops.csr_spmm_backward)
-def _linear_backward_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
-    return 4 * col[0] * g[0]
+def _linear_backward_flops(values, crow, col, ccol, row, permutation, g, x, y=None, input_grad=True, **_):
+    return (4 if input_grad else 2) * col[0] * g[0]
 
 
 @register_flop_formula(_ops.csr_conv2d_fprop)

@@ -12,13 +12,14 @@ from grasp_sparse.formats import CsrIndices
 _COMPUTE = (torch.float32, torch.float64)
 
 
-def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b with a sparse W.
+def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """y = x Wᵀ + b with a sparse W, or max(y, 0).
 
     Args:
         x: ``[..., in_features]``.
         values: ``[1, nnz]``, in the order of ``indices``.
         bias: ``[out_features]`` or None.
+        relu: whether a ReLU is applied on the way out, which costs nothing there.
 
     Returns:
         ``[..., out_features]``; under autocast in the autocast dtype. bfloat16 is read and written as such and computed in
@@ -32,7 +33,7 @@ def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | No
         raise ValueError(f"Expected x of shape [..., {cols}], got {tuple(x.shape)}.")
     (x, values, bias), result = _compute_dtype(x, values, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, cols)
-    y = torch.ops.grasp_sparse.csr_spmm(values, *indices, bias, flat)
+    y = torch.ops.grasp_sparse.csr_spmm(values, *indices, bias, flat, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
     return y if y.dtype == result else y.to(result)

@@ -18,9 +18,10 @@ from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
 from grasp_sparse.ops.schema import NORM_SCHEMAS, SCHEMAS
 
 
-def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x):
+def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, relu=False):
     weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
-    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(F.linear(_computed(x), weight, bias))
+    y = F.linear(_computed(x), weight, bias)
+    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(y.relu() if relu else y)
 
 
 def csr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g):
@@ -32,9 +33,11 @@ def csr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation,
     return gather_values(_computed(g).t() @ _computed(x), CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
 
 
-def csr_spmm_backward(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
+def csr_spmm_backward(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, y=None, input_grad=True):
     indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
-    return csr_spmm_t(values, *indices, g), csr_sddmm(*indices, g, x), _computed(g).sum(0)
+    if y is not None:
+        g = torch.where(y <= 0, 0, g if y.stride() == g.stride() else g.contiguous())
+    return csr_spmm_t(values, *indices, g) if input_grad else g.new_empty(0), csr_sddmm(*indices, g, x), _computed(g).sum(0)
 
 
 def csr_conv2d_fprop(

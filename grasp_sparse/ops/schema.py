@@ -14,7 +14,8 @@ derivatives of any order exist.
 ===================  ==========================  =======================================================
 
 ``csr_spmm_backward`` and ``csr_conv2d_backward`` give what the backward pass of a layer asks for, (dx, dvalues, dbias), from
-one walk over g and x; they are the transposed product, the sampled product and the sum of g.
+one walk over g and x; they are the transposed product, the sampled product and the sum of g. With ``relu``, ``csr_spmm`` gives
+max(y, 0); its backward takes that y, and counts g as zero where y is not positive. Without ``input_grad`` dx is empty.
 
 And batch norm by the statistics of the batch, with what follows it in a network done on the way:
 
@@ -38,10 +39,10 @@ _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor ccol_indices, Tensor
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 SCHEMAS = {
-    "csr_spmm": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x) -> Tensor",
+    "csr_spmm": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, bool relu=False) -> Tensor",
     "csr_spmm_t": f"(Tensor values, {_INDICES}, Tensor g) -> Tensor",
     "csr_sddmm": f"({_INDICES}, Tensor g, Tensor x) -> Tensor",
-    "csr_spmm_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x) -> (Tensor, Tensor, Tensor)",
+    "csr_spmm_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, Tensor? y=None, bool input_grad=True) -> (Tensor, Tensor, Tensor)",
     "csr_conv2d_fprop": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, {_WINDOW}) -> Tensor",
     "csr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt[] input_size, {_WINDOW}) -> Tensor",
     "csr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> Tensor",

@@ -54,6 +54,8 @@ def sweep_linear() -> None:
         check("csr_spmm_t", *common, (values, *indices), (g,))
         check("csr_sddmm", *common, indices, (g, x))
         check("csr_spmm_backward", *common, (values, *indices), (g, x))
+        check("csr_spmm", *common, (values, *indices, bias), (x,), (True,))
+        check("csr_spmm_backward", *common, (values, *indices), (g, x, torch.randn_like(g).relu()), (batch % 2 == 0,))
 
 
 def sweep_conv2d() -> None:

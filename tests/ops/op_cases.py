@@ -113,7 +113,10 @@ def close(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def examples(dtype=torch.float64) -> dict[str, tuple]:
-    """A small call of every operation on activations of this dtype, all arguments that can be differentiated asking for it."""
+    """A small call of every operation on activations of this dtype, all arguments that can be differentiated asking for it.
+
+    And of its variants: :func:`operation` knows whose they are.
+    """
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -129,6 +132,9 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
         "csr_spmm_t": (values, *indices, leaf(3, 4)),
         "csr_sddmm": (*indices, leaf(3, 4), leaf(3, 5)),
         "csr_spmm_backward": (values, *indices, leaf(3, 4), leaf(3, 5)),
+        "csr_spmm, relu": (values, *indices, leaf(4, dtype=compute), leaf(3, 5), True),
+        "csr_spmm_backward, relu": (values, *indices, leaf(3, 4), leaf(3, 5), leaf(3, 4).detach()),
+        "csr_spmm_backward, no input gradient": (values, *indices, leaf(3, 4), leaf(3, 5), leaf(3, 4).detach(), False),
         "csr_conv2d_fprop": (filter_values, *filter_indices, leaf(3, dtype=compute), images, *window),
         "csr_conv2d_dgrad": (filter_values, *filter_indices, grads, [5, 4], *window),
         "csr_conv2d_wgrad": (*filter_indices, grads, images, *window),
@@ -137,6 +143,11 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
 
 
 OPERATIONS = tuple(SCHEMAS)
+CALLS = (*OPERATIONS, "csr_spmm, relu", "csr_spmm_backward, relu", "csr_spmm_backward, no input gradient")  # of examples()
+
+
+def operation(call: str):
+    return getattr(torch.ops.grasp_sparse, call.partition(",")[0])
 
 
 NORM_CASES = [(residual, relu, affine) for residual in (False, True) for relu in (False, True) for affine in (True, False)]

@@ -70,6 +70,8 @@ class LinearCase:
     bias: bool
     x_layout: str
     g_layout: str
+    relu: bool
+    input_grad: bool
     precision: str
     seed: int
 
@@ -77,7 +79,9 @@ class LinearCase:
         """Every argument an operation of the family may ask for, by its name in the schema."""
         torch.manual_seed(self.seed)
         x, g = torch.randn(self.batch, self.cols), torch.randn(self.batch, self.rows)
-        return {**_weight(self, self.cols), **_activations(self, ROWS, x, g)}
+        available = {**_weight(self, self.cols), **_activations(self, ROWS, x, g), "relu": self.relu, "input_grad": self.input_grad}
+        open_places = _activations(self, ROWS, x, torch.randn_like(g).relu())["g"]
+        return {**available, "y": open_places if self.relu else None}
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ linear_cases = st.builds(
     rows=_CHANNELS | st.integers(30, 150),
     x_layout=st.sampled_from(sorted(ROWS)),
     g_layout=st.sampled_from(sorted(ROWS)),
+    relu=st.booleans(),
+    input_grad=st.booleans(),
     **_COMMON,
 )
 
@@ -145,9 +151,10 @@ def _conv_cases(draw: st.DrawFn, symmetric: bool) -> ConvCase:
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.integers(low, high)), draw(st.integers(low, high))
 
-    kernel, stride, dilation = pair(1, 5), pair(1, 3), pair(1, 3)
+    pointwise = draw(st.integers(0, 3)) == 0  # has ways of its own
+    kernel, stride, dilation = ((1, 1),) * 3 if pointwise else (pair(1, 5), pair(1, 3), pair(1, 3))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
-    begin = [draw(st.integers(0, r + 2)) for r in reach]
+    begin = [0 if pointwise else draw(st.integers(0, r + 2)) for r in reach]
     end = begin if symmetric else [draw(st.integers(0, r + 2)) for r in reach]
     least = [max(1, r - a - b) for r, a, b in zip(reach, begin, end)]
     image = tuple(low + draw(st.integers(0, 9) | st.integers(10, 30)) for low in least)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import IMAGE_LAYOUTS, OPERATIONS, ROW_LAYOUTS, STORED, examples
+from op_cases import CALLS, IMAGE_LAYOUTS, ROW_LAYOUTS, STORED, examples, operation
 
 
 def _function_of_leaves(name: str):
@@ -15,18 +15,18 @@ def _function_of_leaves(name: str):
     def function(*leaves):
         for place, leaf in zip(places, leaves, strict=True):
             arguments[place] = leaf
-        return getattr(torch.ops.grasp_sparse, name)(*arguments)
+        return operation(name)(*arguments)
 
     return function, [arguments[place] for place in places]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_gradcheck(name):
     function, leaves = _function_of_leaves(name)
     assert torch.autograd.gradcheck(function, leaves, check_batched_grad=False)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_gradgradcheck(name):
     function, leaves = _function_of_leaves(name)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -37,7 +37,7 @@ def _energy(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return sum(r.square().sum() for r in ((result,) if isinstance(result, torch.Tensor) else result))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_only_the_gradients_asked_for(name):
     """Each differentiable argument alone gets the same gradient as together with the others."""
     function, leaves = _function_of_leaves(name)
@@ -50,12 +50,12 @@ def test_only_the_gradients_asked_for(name):
 
 
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, dtype):
-    torch.library.opcheck(getattr(torch.ops.grasp_sparse, name).default, examples(dtype)[name])
+    torch.library.opcheck(operation(name).default, examples(dtype)[name])
 
 
-LAYOUTS = [(name, layout) for name in OPERATIONS for layout in (IMAGE_LAYOUTS if "conv" in name else ROW_LAYOUTS)]
+LAYOUTS = [(name, layout) for name in CALLS for layout in (IMAGE_LAYOUTS if "conv" in name else ROW_LAYOUTS)]
 
 
 @pytest.mark.parametrize("name, layout", LAYOUTS)
@@ -67,5 +67,4 @@ def test_fake_promises_the_real_strides(name, layout):
         lay(a.detach()) if isinstance(a, torch.Tensor) and a.dim() == rank and a.shape[0] > 1 else a
         for a in examples(torch.float32)[name]
     ]
-    operation = getattr(torch.ops.grasp_sparse, name).default
-    torch.library.opcheck(operation, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operation(name).default, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import BATCHES, DENSITIES, DTYPES, ROW_LAYOUTS, close, dense_matrix, same_layout_or_ambiguous, sparse_matrix
+from op_cases import (
+    BATCHES,
+    COMPILED,
+    DENSITIES,
+    DTYPES,
+    ROW_LAYOUTS,
+    STORED,
+    close,
+    dense_matrix,
+    same_layout_or_ambiguous,
+    sparse_matrix,
+)
 
 from grasp_sparse.ops import reference
+from grasp_sparse.ops.dtypes import compute_dtype
 
 ops = torch.ops.grasp_sparse
 SHAPES = {"7x5": (7, 5), "1x1": (1, 1), "1x19": (1, 19), "33x1": (33, 1), "40x67": (40, 67), "128x130": (128, 130)}
@@ -47,6 +59,50 @@ def test_equals_reference_and_matrix_product(dtype, shape, layout):
             for got, wanted in zip(joint, (g @ weight, (g.t() @ x)[mask].unsqueeze(0), g.sum(0)), strict=True):
                 close(got, wanted, f"csr_spmm_backward, {case}")
             assert same_layout_or_ambiguous(lg, joint[0], promised), case
+
+
+@pytest.mark.parametrize("y_layout", ROW_LAYOUTS)
+@pytest.mark.parametrize("g_layout", ROW_LAYOUTS)
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
+def test_relu(dtype, g_layout, y_layout):
+    """Applied on the way out; on the way back g counts where it was open."""
+    rows, cols = 37, 45
+    values, indices, mask = sparse_matrix(rows, cols, 0.3, compute_dtype(dtype))
+    weight, bias = dense_matrix(values.double(), mask), torch.randn(rows, dtype=compute_dtype(dtype))
+    for batch in (1, 20, 130):
+        x, g = torch.randn(batch, cols).to(dtype), torch.randn(batch, rows).to(dtype)
+        y = ops.csr_spmm(values, *indices, bias, ROW_LAYOUTS[g_layout][0](x), True)
+        close(y, (x.double() @ weight.t() + bias.double()).relu())
+        assert (y == 0).any()
+        gated = g.double() * (y > 0)
+        wanted = gated @ weight, (gated.t() @ x.double())[mask].unsqueeze(0), gated.sum(0)
+        arguments = values, *indices, ROW_LAYOUTS[g_layout][0](g), x, ROW_LAYOUTS[y_layout][0](y)
+        for got, want in zip(ops.csr_spmm_backward(*arguments), wanted, strict=True):
+            close(got, want)
+        dx, *others = ops.csr_spmm_backward(*arguments, False)
+        assert dx.numel() == 0
+        for got, want in zip(others, wanted[1:], strict=True):
+            close(got, want)
+
+
+def test_relu_of_an_expanded_gradient_and_of_nan():
+    values, indices, mask = sparse_matrix(9, 20, 0.5, torch.float32)
+    x = torch.randn(24, 20)
+    y = ops.csr_spmm(values, *indices, None, x, True)
+    _, dvalues, dbias = ops.csr_spmm_backward(values, *indices, torch.ones(()).expand(24, 9), x, y)
+    close(dvalues, ((y > 0).double().t() @ x.double())[mask].unsqueeze(0))
+    close(dbias, (y > 0).sum(0))
+    x[3] = torch.nan
+    assert torch.equal(ops.csr_spmm(values, *indices, None, x, True)[3].isnan(), mask.any(1))
+
+
+@pytest.mark.skipif(not COMPILED, reason="the reference computes in the wider type")
+def test_y_of_another_shape_or_dtype_is_refused():
+    values, indices, _ = sparse_matrix(9, 20, 0.5, torch.float32)
+    x, g = torch.randn(24, 20), torch.randn(24, 9)
+    for y in (g[:-1], g[:, :-1], g.double(), g[0]):
+        with pytest.raises((RuntimeError, ValueError)):
+            ops.csr_spmm_backward(values, *indices, g, x, y)
 
 
 def test_arguments_of_different_layouts_and_odd_strides():
