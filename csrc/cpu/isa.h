@@ -50,6 +50,17 @@ struct PackArgs {
   const S* gate;         // zeros are packed where the element here, of the same place, is not positive; or null
 };
 
+// Copies packed pixels [channel][row][column][L], rows and columns without gaps, into an output whose columns lie side by side.
+template <class S>
+struct UnpackArgs {
+  const Compute<S>* packed;
+  int64_t channel_size;  // elements
+  int rows, cols, channels;
+  S* out;  // at the first pixel
+  int64_t on, oc, oh;
+  int lanes;
+};
+
 // A band that is read after this one, to be asked for while this one is worked on: spread over the work, for a core that has as
 // many requests under way as it can drops further ones.
 struct Ahead {
@@ -140,6 +151,7 @@ struct AdamwArgs {
 template <class T>
 struct Kernels {
   void (*pack)(const PackArgs<T>&);
+  void (*unpack)(const UnpackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
   void (*sgd)(const SgdArgs<T>&);
@@ -151,6 +163,7 @@ struct Kernels {
 template <>
 struct Kernels<Bf16> {
   void (*pack)(const PackArgs<Bf16>&);
+  void (*unpack)(const UnpackArgs<Bf16>&);
   void (*product)(const ProductArgs<Bf16>&);
 };
 

@@ -70,9 +70,9 @@ void sampled(const SampledArgs<T>& p) {
 extern const IsaBody body;
 const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>, kNormKernels<float>},
-    {&pack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>, kNormKernels<double>},
-    {&pack<Bf16>, &product<Bf16>},
+    {&pack<float>, &unpack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>, kNormKernels<float>},
+    {&pack<double>, &unpack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>, kNormKernels<double>},
+    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

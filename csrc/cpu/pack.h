@@ -20,14 +20,15 @@ struct Gated {
   GRASP_SPARSE_INLINE T one(const S* at) const { return to_compute(*gate_of(at)) <= T(0) ? T(0) : to_compute(*at); }
 };
 
-// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes.
+// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes. Rows [row_begin, row_end).
 template <class S, class Read>
-void pack_pixel_runs(const PackArgs<S>& p, const Read& read) {
+GRASP_SPARSE_INLINE void pack_pixel_runs(const PackArgs<S>& p, const Read& read, int row_begin, int row_end) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t pixels = static_cast<int64_t>(p.row_end - p.row_begin) * p.width;
+  const int64_t pixels = static_cast<int64_t>(row_end - row_begin) * p.width;
+  const int64_t* const row_place = p.row_place + (row_begin - p.row_begin);
   for (int c = 0; c < p.channels; ++c) {
-    const S* src = p.src + c * p.sc + p.row_begin * p.sh;
+    const S* src = p.src + c * p.sc + row_begin * p.sh;
     T* dst = p.dst + c * p.channel_size;
     for (int64_t q = 0; q < pixels; q += L) {
       // The last run is shifted back: packing a pixel twice is harmless, reading past the image is not.
@@ -36,12 +37,26 @@ void pack_pixel_runs(const PackArgs<S>& p, const Read& read) {
       T* places[L];
       int row = static_cast<int>(first / p.width), col = static_cast<int>(first % p.width);
       for (int i = 0; i < L; ++i) {
-        const bool used = p.row_place[row] >= 0 && p.col_place[col] >= 0;
-        places[i] = used ? dst + p.row_place[row] + p.col_place[col] : unused;
+        const bool used = row_place[row] >= 0 && p.col_place[col] >= 0;
+        places[i] = used ? dst + row_place[row] + p.col_place[col] : unused;
         if (++col == p.width) col = 0, ++row;
       }
       transpose(src + first, p.sn, p.lanes, read, [&](int i) { return places[i]; });
     }
+  }
+}
+
+// A 1x1 window of stride 2 leaves out every other row.
+template <class S, class Read>
+void pack_pixels(const PackArgs<S>& p, const Read& read) {
+  const auto used = [&](int row) { return p.row_place[row - p.row_begin] >= 0; };
+  for (int row = p.row_begin; row < p.row_end;) {
+    int end = p.row_end;
+    if (p.width >= kLanes<Compute<S>>) {
+      for (end = row; end < p.row_end && used(end);) ++end;
+    }
+    if (row < end) pack_pixel_runs(p, read, row, end);
+    row = end + (end < p.row_end);
   }
 }
 
@@ -121,7 +136,7 @@ void pack_with(const PackArgs<S>& p, const Read& read) {
   constexpr int L = kLanes<T>;
   if (p.zero_first) std::memset(p.dst, 0, sizeof(T) * p.channel_size * p.channels);
   if (p.sn != 1 && p.sw == 1 && p.sh == p.width && static_cast<int64_t>(p.row_end - p.row_begin) * p.width >= L) {
-    pack_pixel_runs(p, read);
+    pack_pixels(p, read);
   } else if (p.sn != 1 && p.sc == 1 && p.channels >= L) {
     pack_channel_runs(p, read);
   } else if (p.sn != 1 && p.sc == 1 && p.sw == p.channels && static_cast<int64_t>(p.width) * p.channels >= L) {

@@ -52,7 +52,7 @@ class AlignedBuffer {
 
 // Of a worker, while it runs one task.
 struct TaskScratch {
-  AlignedBuffer packed, packed_g, partial, stops;
+  AlignedBuffer packed, packed_g, partial, stops, staged;
   static TaskScratch& mine() {
     static thread_local TaskScratch scratch;
     return scratch;

@@ -56,6 +56,8 @@ struct TapGroups {
   std::vector<int64_t> ptr{0, 0}, taps;
 };
 
+constexpr int64_t kStagedBytes = 256 << 10;  // of channels of dx, in run_staged
+
 template <class S>
 class TransposedProduct {
  public:
@@ -117,12 +119,45 @@ class TransposedProduct {
 
   // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are; `ahead` is read after that.
   void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, const Ahead& ahead) const {
+    const int lanes = static_cast<int>(std::min(L, dx_.n - slice * L));
+    if (window_.w.stride == 1 || dx_.sw != 1 || dx_.sn == 1) {
+      const Image<S> out = dx_;
+      return run_phases<S>(packed, begin, channel_begin, channel_end, out.slice(slice), out, lanes, ahead);
+    }
+    run_staged(packed, slice, begin, channel_begin, channel_end, lanes);
+  }
+
+ private:
+  // Pixels of dx that lie side by side belong to different phases, each of which would write every stride-th of them, element by
+  // element. So some channels are staged, and written when they are whole.
+  void run_staged(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, int lanes) const {
+    const int64_t end = std::min(begin + rows_, h_.end), stride = window_.h.stride;
+    const int64_t top = std::max<int64_t>(0, begin * stride - window_.h.pad_begin);
+    const int64_t bottom = std::min(dx_.h, end * stride - window_.h.pad_begin);
+    if (top >= bottom) return;
+    const int64_t channel_size = (bottom - top) * dx_.w * L;
+    const int step = static_cast<int>(std::clamp<int64_t>(kStagedBytes / (channel_size * sizeof(T)), 1, channel_end - channel_begin));
+    T* staged = TaskScratch::mine().staged.template reserve<T>(step * channel_size);
+    for (int channel = channel_begin; channel < channel_end; channel += step) {
+      const int count = std::min(step, channel_end - channel);
+      const Image<T> stage{nullptr, L, count, bottom - top, dx_.w, 1, channel_size, dx_.w * L, L, 0};
+      run_phases<T>(packed, begin, channel, channel + count, staged - channel * channel_size - top * stage.sh, stage, static_cast<int>(L),
+                    Ahead{});
+      kernels<S>().unpack({staged, channel_size, static_cast<int>(bottom - top), static_cast<int>(dx_.w), count,
+                           dx_.slice(slice) + channel * dx_.sc + top * dx_.sh, dx_.sn, dx_.sc, dx_.sh, lanes});
+    }
+  }
+
+  // `out` is where pixel (0, 0) of channel 0 would be, of an image that lies like `like`.
+  template <class Out>
+  void run_phases(const T* packed, int64_t begin, int channel_begin, int channel_end, Out* out, const Image<Out>& like, int lanes,
+                  const Ahead& ahead) const {
     const int64_t end = std::min(begin + rows_, h_.end);
     for (const auto& [phase_h, phase_w, group] : groups_.pairs) {
       const int64_t top = std::max(begin, window_.h.first_place(phase_h)), bottom = std::min(end, window_.h.end_place(phase_h));
       const int64_t left = window_.w.first_place(phase_w), right = window_.w.end_place(phase_w);
       if (top >= bottom || left >= right) continue;
-      ProductArgs<S> args{};
+      ProductArgs<Out> args{};
       args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
       const int32_t* row_ptr = lists_.row_ptr + group * (dx_.c + 1);
@@ -131,14 +166,13 @@ class TransposedProduct {
       args.channel_begin = channel_begin, args.channel_end = channel_end;
       const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;
-      args.out = dx_.slice(slice) + y0 * dx_.sh + x0 * dx_.sw;
-      args.on = dx_.sn, args.oc = dx_.sc, args.oh = window_.h.stride * dx_.sh, args.ow = window_.w.stride * dx_.sw;
-      args.lanes = static_cast<int>(std::min(L, dx_.n - slice * L)), args.stream = streams(dx_);
-      kernels<S>().product(args);
+      args.out = out + y0 * like.sh + x0 * like.sw;
+      args.on = like.sn, args.oc = like.sc, args.oh = window_.h.stride * like.sh, args.ow = window_.w.stride * like.sw;
+      args.lanes = lanes, args.stream = like.data && streams(like);
+      kernels<Out>().product(args);
     }
   }
 
- private:
   void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     h_.places(begin, rows_, row_step_, row_places);

@@ -72,5 +72,37 @@ GRASP_SPARSE_INLINE void unpack_lanes(const T* tile, S* out, int64_t on, int lan
   }
 }
 
+// `pixels` of one channel that lie one after the other. The last block is shifted back: writing a pixel twice is harmless.
+template <class T, class S>
+GRASP_SPARSE_INLINE void unpack_pixels(const T* packed, int pixels, S* out, int64_t on, int lanes) {
+  constexpr int L = kLanes<T>;
+  if (pixels < L) {
+    for (int l = 0; l < lanes; ++l)
+      for (int q = 0; q < pixels; ++q) put(out + l * on + q, packed[q * L + l]);
+    return;
+  }
+  for (int q = 0; q < pixels; q += L) {
+    const int first = q + L <= pixels ? q : pixels - L;
+    if (lanes == L) {
+      transpose(packed + first * L, L, L, Plain<T>{}, [&](int l) { return out + l * on + first; });
+    } else {
+      transpose_parts(packed + first * L, L, L, Plain<T>{}, [&](int l, int i, Native<T> part) {
+        if (l < lanes) put_native<T, false>(out + l * on + first + i, part);
+      });
+    }
+  }
+}
+
+template <class S>
+void unpack(const UnpackArgs<S>& p) {
+  using T = Compute<S>;
+  const bool one_run = p.oh == p.cols;
+  const int runs = one_run ? 1 : p.rows, length = one_run ? p.rows * p.cols : p.cols;
+  for (int c = 0; c < p.channels; ++c)
+    for (int run = 0; run < runs; ++run)
+      unpack_pixels<T>(p.packed + c * p.channel_size + static_cast<int64_t>(run) * length * kLanes<T>, length,
+                       p.out + c * p.oc + run * p.oh, p.on, p.lanes);
+}
+
 }  // namespace GRASP_SPARSE_ISA
 }  // namespace grasp_sparse
