@@ -120,11 +120,10 @@ class TransposedProduct {
   // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are; `ahead` is read after that.
   void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, const Ahead& ahead) const {
     const int lanes = static_cast<int>(std::min(L, dx_.n - slice * L));
-    if (window_.w.stride == 1 || dx_.sw != 1 || dx_.sn == 1) {
-      const Image<S> out = dx_;
-      return run_phases<S>(packed, begin, channel_begin, channel_end, out.slice(slice), out, lanes, ahead);
-    }
-    run_staged(packed, slice, begin, channel_begin, channel_end, lanes);
+    if (window_.w.stride == 1 || dx_.sw != 1 || dx_.sn == 1)
+      run_phases<S>(packed, begin, channel_begin, channel_end, dx_.slice(slice), dx_, lanes, ahead);
+    else
+      run_staged(packed, slice, begin, channel_begin, channel_end, lanes);
   }
 
  private:
@@ -141,8 +140,8 @@ class TransposedProduct {
     for (int channel = channel_begin; channel < channel_end; channel += step) {
       const int count = std::min(step, channel_end - channel);
       const Image<T> stage{nullptr, L, count, bottom - top, dx_.w, 1, channel_size, dx_.w * L, L, 0};
-      run_phases<T>(packed, begin, channel, channel + count, staged - channel * channel_size - top * stage.sh, stage, static_cast<int>(L),
-                    Ahead{});
+      T* const origin = staged - channel * channel_size - top * stage.sh;
+      run_phases<T>(packed, begin, channel, channel + count, origin, stage, static_cast<int>(L), Ahead{});
       kernels<S>().unpack({staged, channel_size, static_cast<int>(bottom - top), static_cast<int>(dx_.w), count,
                            dx_.slice(slice) + channel * dx_.sc + top * dx_.sh, dx_.sn, dx_.sc, dx_.sh, lanes});
     }
