@@ -19,11 +19,13 @@ bool lies_packed(const Image<const S>& x) {
          lines(x.sh) && lines(x.ss) && x.sc / L % 32 != 0 && x.c * x.sc < INT32_MAX && reinterpret_cast<uintptr_t>(x.data) % kSliceBytes == 0;
 }
 
-// Rows of a band: one tile, for nothing is gained by taking more.
+// Rows of a band: those of one tile, for nothing is gained by taking more; fewer where this band and the next, fetched ahead,
+// would not both stay in L2 (512 -> 128 channels at 28x28, 99 %: 5.9 -> 4.1 ms).
 template <class S>
 int64_t rows_in_place(const Image<const S>& x) {
-  constexpr int64_t kTile = 16;
-  return std::clamp<int64_t>(kTile / std::max<int64_t>(1, x.w), 1, std::max<int64_t>(1, x.h));
+  constexpr int64_t kTile = 16, kBytes = 256 << 10;
+  const int64_t width = std::max<int64_t>(1, x.w), fitting = kBytes / (kSliceBytes * width * std::max<int64_t>(1, x.c));
+  return std::clamp<int64_t>(std::min(fitting, kTile / width), 1, std::max<int64_t>(1, x.h));
 }
 
 // The first pixel of a band. Of an image that is not computed with as it is stored there is none, and nobody asks.
