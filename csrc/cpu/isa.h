@@ -120,7 +120,7 @@ struct SampledArgs {
   T* sums;
   T* channel_sums;  // [channels] or null
   bool start;       // nothing is in the sums yet: write them
-  Ahead ahead, ahead_g;
+  Ahead ahead, ahead_g;  // of packed, of g
 };
 
 // One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in

@@ -69,12 +69,6 @@ Tensor empty_rows(const Tensor& like, int64_t features) {
   return feature_major ? empty_strided(like, {n, features}, {1, n}) : empty_strided(like, {n, features}, {features, 1});
 }
 
-Tensor row_major(const Tensor& t) {
-  if (t.is_contiguous()) return t;
-  Tensor copy = empty_strided(t, {t.size(0), t.size(1)}, {t.size(1), 1});
-  return torch::stable::copy_(copy, t);
-}
-
 void check_matrix(const Tensor& t, int64_t features, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == features, "Expected ", name, " of shape [N, ", features, "], got ", t.dim(),
                   " dimensions, the last of ", t.dim() ? t.size(t.dim() - 1) : 0, ".");
@@ -162,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
     STD_TORCH_CHECK(y->size(0) == x.size(0), "Expected y and x of one batch, got ", y->size(0), " and ", x.size(0), ".");
   }
   const bool alike = !y || (y->stride(0) == grad.stride(0) && y->stride(1) == grad.stride(1));
-  const Tensor g = alike ? grad : row_major(grad), gate = !y ? g : alike ? *y : row_major(*y);
+  const Tensor g = alike ? grad : dense(grad), gate = !y ? g : alike ? *y : dense(*y);
   const Tensor v = dense(values), dx = input_grad ? empty_rows(g, csr.cols) : empty_strided(g, {0}, {1});
   const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   for_storage(x, "csr_spmm_backward", [&](auto* type) {

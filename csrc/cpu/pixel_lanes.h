@@ -17,10 +17,12 @@ bool has_pixel_runs(const Image<T>& image) {
 // Fewer whole vectors than this in an image: too few accumulators, the batch makes the better lanes.
 constexpr int64_t kFewestVectors = 3;
 
-// Vectors of an image that are taken together: in any row of 6 to 16 that leaves little over.
+constexpr int64_t kFewestInRow = 6;
+
+// Vectors of an image that are taken together: as many as a tile has, or somewhat fewer where that leaves less over.
 inline int64_t vectors_in_row(int64_t vectors) {
   int64_t best = std::min<int64_t>(vectors, 16);
-  for (int64_t width = best; width >= 6; --width)
+  for (int64_t width = best; width >= kFewestInRow; --width)
     if (vectors % width < vectors % best) best = width;
   return best;
 }
@@ -32,7 +34,7 @@ std::vector<Image<T>> pixel_pieces(const Image<T>& i) {
   constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
   const int64_t pixels = i.h * i.w, vectors = pixels / L, rest = pixels % L, width = vectors_in_row(vectors);
   std::vector<Image<T>> pieces;
-  if (vectors < 6) {  // few enough for several images in one tile
+  if (vectors < kFewestInRow) {  // few enough for several images in one tile
     pieces.push_back({i.data, L, i.c, i.n, vectors, 1, i.sc, i.sn, L, 0});
   } else {
     pieces.push_back({i.data, L * i.n, i.c, vectors / width, width, 1, i.sc, width * L, L, i.sn});

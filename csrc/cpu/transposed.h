@@ -167,7 +167,7 @@ class TransposedProduct {
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;
       args.out = out + y0 * like.sh + x0 * like.sw;
       args.on = like.sn, args.oc = like.sc, args.oh = window_.h.stride * like.sh, args.ow = window_.w.stride * like.sw;
-      args.lanes = lanes, args.stream = like.data && streams(like);
+      args.lanes = lanes, args.stream = streams(like);
       kernels<Out>().product(args);
     }
   }

@@ -7,20 +7,25 @@
 namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
+// L pixels of one channel that lie one after the other in the output.
+template <class T, bool Stream, class S>
+GRASP_SPARSE_INLINE void unpack_pixel_block(const T* pixels, S* out, int64_t on, int lanes) {
+  constexpr int L = kLanes<T>;
+  if (lanes == L) {
+    transpose<Stream>(pixels, L, L, Plain<T>{}, [&](int l) { return out + l * on; });
+  } else {
+    transpose_parts(pixels, L, L, Plain<T>{}, [&](int l, int i, Native<T> part) {
+      if (l < lanes) put_native<T, Stream>(out + l * on + i, part);
+    });
+  }
+}
+
 // P pixels of one channel that lie one after the other in the output (NCHW). P is known at compile time, so a rest is one
 // masked store, or a move or two.
 template <class T, bool Stream, int P, class S>
 GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, S* out, int64_t on, int lanes) {
   constexpr int n = kNativeLanes<T>, L = kLanes<T>, kWhole = P / L * L, kRest = P % L;
-  for (int q = 0; q < kWhole; q += L) {
-    if (lanes == L) {
-      transpose<Stream>(tile + q * L, L, L, Plain<T>{}, [&](int l) { return out + l * on + q; });
-    } else {
-      transpose_parts(tile + q * L, L, L, Plain<T>{}, [&](int l, int i, Native<T> part) {
-        if (l < lanes) put_native<T, Stream>(out + l * on + q + i, part);
-      });
-    }
-  }
+  for (int q = 0; q < kWhole; q += L) unpack_pixel_block<T, Stream>(tile + q * L, out + q, on, lanes);
   if constexpr (kRest > 0) {
     transpose_parts(tile + kWhole * L, L, kRest, Plain<T>{}, [&](int l, int i, Native<T> part) {
       if (l >= lanes) return;
@@ -83,13 +88,7 @@ GRASP_SPARSE_INLINE void unpack_pixels(const T* packed, int pixels, S* out, int6
   }
   for (int q = 0; q < pixels; q += L) {
     const int first = q + L <= pixels ? q : pixels - L;
-    if (lanes == L) {
-      transpose(packed + first * L, L, L, Plain<T>{}, [&](int l) { return out + l * on + first; });
-    } else {
-      transpose_parts(packed + first * L, L, L, Plain<T>{}, [&](int l, int i, Native<T> part) {
-        if (l < lanes) put_native<T, false>(out + l * on + first + i, part);
-      });
-    }
+    unpack_pixel_block<T, false>(packed + first * L, out + first, on, lanes);
   }
 }
 
