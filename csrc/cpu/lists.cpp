@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // entries a thread should have before a second one pays
 
-constexpr int64_t kGatherAhead = 48;  // entries: a gather goes to another row's values each time, which nothing else foresees
-
 // A non-decreasing pointer array from 0 to nnz.
 bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   bool valid = ptr[0] == 0 && ptr[count] == nnz;
@@ -22,6 +20,15 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
 }
 
 inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
+
+// The value that a walk along `permutation` reads some entries after j: of another row each time, which nothing else foresees.
+template <class T>
+inline void fetch_value(const int32_t* permutation, int64_t j, int64_t nnz, const T* values) {
+  constexpr int64_t kAhead = 48;
+  if (j + kAhead >= nnz) return;
+  const int32_t soon = permutation[j + kAhead];
+  if (inside(soon, nnz)) __builtin_prefetch(values + soon);
+}
 
 }  // namespace
 
@@ -58,10 +65,7 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
     bool ok = true;
     for (int64_t j = begin; j < end; ++j) {
-      if (j + kGatherAhead < end) {
-        const int32_t soon = walk.permutation[j + kGatherAhead];
-        if (inside(soon, walk.nnz)) __builtin_prefetch(values + soon);
-      }
+      fetch_value(walk.permutation, j, walk.nnz, values);
       const int32_t from = walk.permutation[j];
       const bool in = inside(from, walk.nnz);
       ok &= in;
@@ -96,11 +100,12 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
   parallel_for(0, groups * channels, grain, [&](int64_t begin, int64_t end) {
     bool ok = true;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t q = item / channels, channel = item % channels;
+      const int64_t channel = item / groups, q = item % groups;  // a range of channels: groups differ in size, one may be empty
       int32_t to = lists.row_ptr[q * (channels + 1) + channel];
       for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
         const int64_t col = channel * taps + tap_of[k];
         for (int32_t j = csr.ccol[col]; j < csr.ccol[col + 1]; ++j, ++to) {
+          fetch_value(csr.permutation, j, csr.nnz, values);
           const int32_t row = csr.row[j], from = csr.permutation[j];
           const bool in = inside(row, csr.rows) && inside(from, csr.nnz);
           ok &= in;
