@@ -1,7 +1,18 @@
 """Sparse operations: schemas, pure-torch reference, autograd, and the typed entry that layers call."""
 
 from grasp_sparse.ops import schema  # isort: skip  (names the operations; the others register their part of each)
-from grasp_sparse.ops import autograd, fake, flops, reference, reference_update
+from grasp_sparse.ops import autograd, autograd_blocks, fake, flops, reference, reference_blocks, reference_update
 from grasp_sparse.ops.functional import csr_conv2d, csr_linear
 
-__all__ = ["autograd", "csr_conv2d", "csr_linear", "fake", "flops", "reference", "reference_update", "schema"]
+__all__ = [
+    "autograd",
+    "autograd_blocks",
+    "csr_conv2d",
+    "csr_linear",
+    "fake",
+    "flops",
+    "reference",
+    "reference_blocks",
+    "reference_update",
+    "schema",
+]

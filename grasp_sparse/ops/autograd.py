@@ -34,7 +34,7 @@ def _spmm_backward(ctx, grad):
     if needs[0]:
         dx, dvalues, dbias = _ops.csr_spmm_backward(values, *indices, grad, x, y, needs[7])
         return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx if needs[7] else None, None
-    grad = _gated(grad, y)
+    grad = gated(grad, y)
     return (
         None,
         *_NO_INDEX_GRADS,
@@ -44,7 +44,7 @@ def _spmm_backward(ctx, grad):
     )
 
 
-def _gated(grad, y):
+def gated(grad, y):
     """What a ReLU that gave y lets back."""
     return grad if y is None else torch.where(y <= 0, 0, grad)  # in the strides of grad
 
@@ -85,13 +85,13 @@ def _setup_linear_backward(ctx, inputs, output):
 def _linear_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
     values, *indices, g, x, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    g = _gated(g, y)
+    g = gated(g, y)
     if not ctx.input_grad:
         grad_dx = torch.zeros_like(x)
     return (
         _ops.csr_sddmm(*indices, g, grad_dx) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _gated(_ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x), y)
+        gated(_ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x), y)
         if needs[6]
         else None,
         _ops.csr_spmm_t(grad_dvalues, *indices, g) if needs[7] else None,

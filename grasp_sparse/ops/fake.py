@@ -69,6 +69,50 @@ def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation,
     return empty_images(g, x.shape), x.new_empty(1, col_indices.shape[0], dtype=dtype), x.new_empty(crow_indices.shape[0] - 1, dtype=dtype)
 
 
+@_register("grasp_sparse::bsr_spmm")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, out_features, relu=False):
+    torch._check(x.dim() == 2, lambda: f"bsr_spmm: Expected x [N, K], got {x.dim()}-D")
+    return empty_rows(x, (x.shape[0], out_features))
+
+
+@_register("grasp_sparse::bsr_spmm_t")
+def _(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, in_features):
+    torch._check(g.dim() == 2, lambda: f"bsr_spmm_t: Expected g [N, M], got {g.dim()}-D")
+    return empty_rows(g, (g.shape[0], in_features))
+
+
+@_register("grasp_sparse::bsr_sddmm")
+def _(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, block_size):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"bsr_sddmm: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return x.new_empty(col_indices.shape[0], *block_size, dtype=compute_dtype(x.dtype))
+
+
+@_register("grasp_sparse::bsr_conv2d_fprop")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, out_channels,
+    kernel_size, stride, padding, dilation, relu=False,
+):  # fmt: skip
+    torch._check(x.dim() == 4, lambda: f"bsr_conv2d_fprop: Expected x [N, C, H, W], got {x.dim()}-D")
+    return empty_images(x, (x.shape[0], out_channels, *output_size(x.shape[2:], kernel_size, stride, padding, dilation)))
+
+
+@_register("grasp_sparse::bsr_conv2d_dgrad")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, in_channels, input_size,
+    kernel_size, stride, padding, dilation,
+):  # fmt: skip
+    torch._check(g.dim() == 4, lambda: f"bsr_conv2d_dgrad: Expected g [N, C, H, W], got {g.dim()}-D")
+    return empty_images(g, (g.shape[0], in_channels, *input_size))
+
+
+@_register("grasp_sparse::bsr_conv2d_wgrad")
+def _(
+    crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, block_size, kernel_size, stride, padding, dilation
+):
+    torch._check(g.shape[0] == x.shape[0], lambda: f"bsr_conv2d_wgrad: Expected equal batches, got {g.shape[0]} and {x.shape[0]}")
+    return x.new_empty(col_indices.shape[0], *block_size, dtype=compute_dtype(x.dtype))
+
+
 @_register("grasp_sparse::batch_norm_train")
 def _(x, residual, weight, bias, eps, relu):
     torch._check(x.dim() == 4, lambda: f"batch_norm_train: Expected x [N, C, H, W], got {x.dim()}-D")

@@ -1,4 +1,5 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts: 2 floating-point operations per kept weight and position."""
+"""What torch.utils.flop_counter.FlopCounterMode counts: 2 floating-point operations per kept weight and position. Blocks count
+whole, as they are computed."""
 
 from __future__ import annotations
 
@@ -43,3 +44,28 @@ def _wgrad_flops(crow, col, ccol, row, permutation, g, *_, **__):
 @register_flop_formula(_ops.csr_conv2d_backward)
 def _conv_backward_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
     return 4 * col[0] * g[0] * math.prod(g[2:])
+
+
+@register_flop_formula([_ops.bsr_spmm, _ops.bsr_spmm_t])
+def _block_product_flops(values, crow, col, ccol, row, permutation, *_, out_shape=None, **__):
+    return 2 * math.prod(values) * out_shape[0]
+
+
+@register_flop_formula(_ops.bsr_sddmm)
+def _block_sampled_flops(crow, col, ccol, row, permutation, g, x, *_, out_shape=None, **__):
+    return 2 * math.prod(out_shape) * g[0]
+
+
+@register_flop_formula(_ops.bsr_conv2d_fprop)
+def _block_fprop_flops(values, crow, col, ccol, row, permutation, *_, out_shape=None, **__):
+    return 2 * math.prod(values) * out_shape[0] * math.prod(out_shape[2:])
+
+
+@register_flop_formula(_ops.bsr_conv2d_dgrad)
+def _block_dgrad_flops(values, crow, col, ccol, row, permutation, g, *_, **__):
+    return 2 * math.prod(values) * g[0] * math.prod(g[2:])
+
+
+@register_flop_formula(_ops.bsr_conv2d_wgrad)
+def _block_wgrad_flops(crow, col, ccol, row, permutation, g, *_, out_shape=None, **__):
+    return 2 * math.prod(out_shape) * g[0] * math.prod(g[2:])

@@ -9,69 +9,54 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
-from grasp_sparse.ops.dtypes import compute_dtype
-from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
+from grasp_sparse.ops import dense
+from grasp_sparse.ops.layout import empty_images
 from grasp_sparse.ops.schema import NORM_SCHEMAS, SCHEMAS
 
 
 def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, relu=False):
     weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
-    y = F.linear(_computed(x), weight, bias)
-    return empty_rows(x, (x.shape[0], weight.shape[0])).copy_(y.relu() if relu else y)
+    return dense.linear(weight, bias, x, relu)
 
 
 def csr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g):
     weight = _matrix(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
-    return empty_rows(g, (g.shape[0], weight.shape[1])).copy_(_computed(g) @ weight)
+    return dense.linear_t(weight, g)
 
 
 def csr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x):
-    return gather_values(_computed(g).t() @ _computed(x), CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
+    return gather_values(dense.computed(g).t() @ dense.computed(x), CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation))
 
 
 def csr_spmm_backward(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, y=None, input_grad=True):
     indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
     if y is not None:
         g = torch.where(y <= 0, 0, g if y.stride() == g.stride() else g.contiguous())
-    return csr_spmm_t(values, *indices, g) if input_grad else g.new_empty(0), csr_sddmm(*indices, g, x), _computed(g).sum(0)
+    return csr_spmm_t(values, *indices, g) if input_grad else g.new_empty(0), csr_sddmm(*indices, g, x), dense.computed(g).sum(0)
 
 
 def csr_conv2d_fprop(
     values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, kernel_size, stride, padding, dilation
 ):
     weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
-    size = (x.shape[0], weight.shape[0], *output_size(x.shape[2:], kernel_size, stride, padding, dilation))
-    if weight.numel() == 0:  # torch refuses no output channels, and from no input channels makes no output channels
-        y = x.new_zeros(size) if bias is None else bias.view(-1, 1, 1).expand(size)
-    else:
-        y = F.conv2d(_pad(_computed(x), padding), weight, bias, tuple(stride), 0, tuple(dilation))
-    return empty_images(x, size).copy_(y)
+    return dense.fprop(weight, bias, x, stride, padding, dilation)
 
 
 def csr_conv2d_dgrad(
     values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, input_size, kernel_size, stride, padding, dilation
 ):
     weight = _filters(values, CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation), kernel_size)
-    top, bottom, left, right = padding
-    height, width = input_size
-    padded = weight.new_zeros(g.shape[0], weight.shape[1], height + top + bottom, width + left + right)
-    dx, _ = _conv_backward(_computed(g), padded, weight, stride, dilation, (True, False))
-    dx = dx[:, :, top : top + height, left : left + width]
-    return empty_images(g, dx.shape).copy_(dx)
+    return dense.dgrad(weight, g, input_size, stride, padding, dilation)
 
 
 def csr_conv2d_wgrad(
     crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, kernel_size, stride, padding, dilation
 ):
     indices = CsrIndices(crow_indices, col_indices, ccol_indices, row_indices, permutation)
-    x = _computed(x)
-    weight = x.new_zeros(g.shape[1], x.shape[1], *kernel_size)
-    _, dw = _conv_backward(_computed(g), _pad(x, padding), weight, stride, dilation, (False, True))
-    return gather_values(dw, indices)
+    return gather_values(dense.wgrad(g, x, kernel_size, stride, padding, dilation), indices)
 
 
 def csr_conv2d_backward(
@@ -80,7 +65,7 @@ def csr_conv2d_backward(
     indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
     window = (kernel_size, stride, padding, dilation)
     dx = csr_conv2d_dgrad(values, *indices, g, x.shape[2:], *window)
-    return dx, csr_conv2d_wgrad(*indices, g, x, *window), _computed(g).sum((0, 2, 3))
+    return dx, csr_conv2d_wgrad(*indices, g, x, *window), dense.computed(g).sum((0, 2, 3))
 
 
 def batch_norm_train(x, residual, weight, bias, eps, relu):
@@ -122,10 +107,6 @@ def _normalised(x, weight, bias, mean, var, eps) -> Tensor:
     return y if bias is None else y + _columns(bias)
 
 
-def _computed(activations: Tensor) -> Tensor:
-    return activations.to(compute_dtype(activations.dtype))
-
-
 def _matrix(values: Tensor, indices: CsrIndices) -> Tensor:
     return scatter_values(values, indices, indices.shape)
 
@@ -136,22 +117,7 @@ def _filters(values: Tensor, indices: CsrIndices, kernel_size) -> Tensor:
     return scatter_values(values, indices, (rows, cols // (kh * kw), kh, kw))
 
 
-def _pad(x: Tensor, padding) -> Tensor:
-    top, bottom, left, right = padding
-    return F.pad(x, (left, right, top, bottom))
-
-
-def _conv_backward(g, x, weight, stride, dilation, wanted: tuple[bool, bool]):
-    # A batch of zero: torch's own backward refuses it on some back-ends, and the answer is known.
-    if g.numel() == 0 or weight.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight)
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        g, x, weight, None, list(stride), [0, 0], list(dilation), False, [0, 0], 1, [*wanted, False]
-    )
-    return dx, dw
-
-
-def _without_autocast(function: Callable) -> Callable:
+def without_autocast(function: Callable) -> Callable:
     """The caller has chosen the dtype; autocast must not choose another one inside."""
 
     @functools.wraps(function)
@@ -165,4 +131,4 @@ def _without_autocast(function: Callable) -> Callable:
 
 _library = torch.library.Library("grasp_sparse", "IMPL")
 for _name in SCHEMAS | NORM_SCHEMAS:
-    _library.impl(_name, _without_autocast(globals()[_name]), "CompositeExplicitAutograd")
+    _library.impl(_name, without_autocast(globals()[_name]), "CompositeExplicitAutograd")

@@ -17,6 +17,11 @@ derivatives of any order exist.
 one walk over g and x; they are the transposed product, the sampled product and the sum of g. With ``relu``, ``csr_spmm`` gives
 max(y, 0); its backward takes that y, and counts g as zero where y is not positive. Without ``input_grad`` dx is empty.
 
+The same two families for weights of whole blocks, ``values [nblocks, bh, bw]``, the indices those of blocks (see
+:mod:`grasp_sparse.formats.blocks`), and the sizes that a grid of blocks does not tell given: ``bsr_spmm``, ``bsr_spmm_t``,
+``bsr_sddmm``, ``bsr_conv2d_fprop``, ``bsr_conv2d_dgrad``, ``bsr_conv2d_wgrad``. What values hold where a block reaches past the
+weight counts for nothing; a gradient is zero there. With ``relu`` the result is max(y, 0).
+
 And batch norm by the statistics of the batch, with what follows it in a network done on the way:
 
 =======================  ==========================================================  ==================================
@@ -49,6 +54,15 @@ SCHEMAS = {
     "csr_conv2d_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
 }
 
+BLOCK_SCHEMAS = {
+    "bsr_spmm": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, SymInt out_features, bool relu=False) -> Tensor",
+    "bsr_spmm_t": f"(Tensor values, {_INDICES}, Tensor g, SymInt in_features) -> Tensor",
+    "bsr_sddmm": f"({_INDICES}, Tensor g, Tensor x, SymInt[] block_size) -> Tensor",
+    "bsr_conv2d_fprop": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, SymInt out_channels, {_WINDOW}, bool relu=False) -> Tensor",
+    "bsr_conv2d_dgrad": f"(Tensor values, {_INDICES}, Tensor g, SymInt in_channels, SymInt[] input_size, {_WINDOW}) -> Tensor",
+    "bsr_conv2d_wgrad": f"({_INDICES}, Tensor g, Tensor x, SymInt[] block_size, {_WINDOW}) -> Tensor",
+}
+
 NORM_SCHEMAS = {
     "batch_norm_train": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     "batch_norm_backward": "(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
@@ -79,5 +93,5 @@ UPDATE_SCHEMAS = {
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
 
 _library = torch.library.Library("grasp_sparse", "DEF")
-for _name, _schema in (SCHEMAS | NORM_SCHEMAS | UPDATE_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | BLOCK_SCHEMAS | NORM_SCHEMAS | UPDATE_SCHEMAS).items():
     _library.define(_name + _schema, tags=_TAGS)

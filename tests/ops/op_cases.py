@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_sparse.formats import CsrIndices, csr_from_mask
+from grasp_sparse.formats import CsrIndices, block_grid, csr_from_mask
 from grasp_sparse.ops.dtypes import compute_dtype
-from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.ops.schema import BLOCK_SCHEMAS, SCHEMAS
 
 COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::csr_spmm", "CPU")
 
@@ -53,6 +53,12 @@ def sparse_matrix(rows: int, cols: int, density: float, dtype=torch.float64) -> 
         mask[rows // 2] = False
         mask[:, cols // 3] = False
     return torch.randn(1, int(mask.sum()), dtype=dtype), csr_from_mask(mask), mask
+
+
+def block_matrix(weight_shape, block_size, density: float, dtype=torch.float64) -> tuple[Tensor, CsrIndices]:
+    """values [nblocks, bh, bw] and the indices of the blocks; where a block reaches past the weight it holds numbers as well."""
+    indices = csr_from_mask(torch.rand(block_grid(weight_shape, block_size)) < density)
+    return torch.randn(indices.nnz, *block_size, dtype=dtype), indices
 
 
 def dense_matrix(values: Tensor, mask: Tensor) -> Tensor:
@@ -129,6 +135,10 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
     values.requires_grad_(), filter_values.requires_grad_()
     window = ([3, 2], [2, 1], [1, 2, 0, 1], [1, 2])  # kernel, stride, padding, dilation; image 5x4 -> 3x3
     images, grads = leaf(2, 2, 5, 4), leaf(2, 3, 3, 3)
+    blocks, block_indices = block_matrix((4, 5), (2, 3), 0.5, compute)
+    filter_blocks, filter_block_indices = block_matrix((3, 5, 3, 2), (2, 2), 0.5, compute)
+    blocks.requires_grad_(), filter_blocks.requires_grad_()
+    wide = leaf(2, 5, 5, 4)
     return {
         "csr_spmm": (values, *indices, leaf(4, dtype=compute), leaf(3, 5)),
         "csr_spmm_t": (values, *indices, leaf(3, 4)),
@@ -141,11 +151,20 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
         "csr_conv2d_dgrad": (filter_values, *filter_indices, grads, [5, 4], *window),
         "csr_conv2d_wgrad": (*filter_indices, grads, images, *window),
         "csr_conv2d_backward": (filter_values, *filter_indices, grads, images, *window),
+        "bsr_spmm": (blocks, *block_indices, leaf(4, dtype=compute), leaf(3, 5), 4),
+        "bsr_spmm, relu": (blocks, *block_indices, leaf(4, dtype=compute), leaf(3, 5), 4, True),
+        "bsr_spmm_t": (blocks, *block_indices, leaf(3, 4), 5),
+        "bsr_sddmm": (*block_indices, leaf(3, 4), leaf(3, 5), [2, 3]),
+        "bsr_conv2d_fprop": (filter_blocks, *filter_block_indices, leaf(3, dtype=compute), wide, 3, *window),
+        "bsr_conv2d_fprop, relu": (filter_blocks, *filter_block_indices, leaf(3, dtype=compute), wide, 3, *window, True),
+        "bsr_conv2d_dgrad": (filter_blocks, *filter_block_indices, grads, 5, [5, 4], *window),
+        "bsr_conv2d_wgrad": (*filter_block_indices, grads, wide, [2, 2], *window),
     }
 
 
-OPERATIONS = tuple(SCHEMAS)
-CALLS = (*OPERATIONS, "csr_spmm, relu", "csr_spmm_backward, relu", "csr_spmm_backward, no input gradient")  # of examples()
+OPERATIONS = (*SCHEMAS, *BLOCK_SCHEMAS)
+VARIANTS = ("csr_spmm, relu", "csr_spmm_backward, relu", "csr_spmm_backward, no input gradient", "bsr_spmm, relu", "bsr_conv2d_fprop, relu")
+CALLS = (*OPERATIONS, *VARIANTS)  # of examples()
 
 
 def operation(call: str):
