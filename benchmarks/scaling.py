@@ -8,6 +8,8 @@ Forward and backward, after unmeasured calls as in benchmarks.layers.
 Weights: one layer at several densities, in turns; the line t = a + b * nnz by least squares. b is what a kept weight costs, a
 what a call costs without any; R2 and the largest distance of a median from the line say how straight it is.
 Threads: the same layer at 95 % sparsity with one thread and with two, in turns in one process; the ratio of the medians.
+Beside it, in the same turns, that of torch's product of two dense matrices: what two threads of this machine were worth then. On
+a shared machine they may be one core for a while.
 
 Prints both and writes scaling.csv, one row a median with where and with what it was measured, and scaling.png, into
 benchmarks/results. Nothing is measured unless sparse and dense agree on the results.
@@ -40,6 +42,7 @@ THREADS_DENSITY = 0.05
 COLUMNS = (
     "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "rounds",
     "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation", "times_as_fast_as_one_thread",
+    "dense_product_times_as_fast",
 )  # fmt: skip
 
 
@@ -101,16 +104,24 @@ def measure_threads(shape: Shape, density: float, rounds: int, seed: int) -> lis
     """Leaves torch with the threads it had."""
     arm, before = sparse_arm(shape, density, seed), torch.get_num_threads()
     try:
-        times = interleaved({str(n): _with_threads(n, arm) for n in (1, 2)}, rounds, lead_in=LEAD_IN)
+        arms = {f"{n}{suffix}": _with_threads(n, run) for suffix, run in (("", arm), (" dense", _dense_product(seed))) for n in (1, 2)}
+        times = interleaved(arms, rounds, lead_in=LEAD_IN)
     finally:
         torch.set_num_threads(before)
     return [
         {
-            **_row("threads", shape, density, arm.layer.nnz, int(name), time),
-            "times_as_fast_as_one_thread": f"{times['1'].median / time.median:.4g}",
+            **_row("threads", shape, density, arm.layer.nnz, int(name), times[name]),
+            "times_as_fast_as_one_thread": f"{times['1'].median / times[name].median:.4g}",
+            "dense_product_times_as_fast": f"{times['1 dense'].median / times[f'{name} dense'].median:.4g}",
         }
-        for name, time in times.items()
+        for name in ("1", "2")
     ]
+
+
+def _dense_product(seed: int) -> Callable[[], object]:
+    """Bound by arithmetic, not by memory."""
+    left, right = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(seed))
+    return lambda: left @ right
 
 
 def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]:
@@ -166,8 +177,8 @@ def main(
             rows += measured
         for shape in shapes:
             measured = measure_threads(shape, THREADS_DENSITY, rounds, options.seed)
-            ratio = measured[-1]["times_as_fast_as_one_thread"]
-            bar.write(f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one")
+            ratio, dense = (measured[-1][column] for column in ("times_as_fast_as_one_thread", "dense_product_times_as_fast"))
+            bar.write(f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one, {dense}x in a dense product")
             bar.update()
             rows += measured
     where = machine()

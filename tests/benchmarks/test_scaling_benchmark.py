@@ -46,9 +46,10 @@ def test_threads_are_what_the_row_says_and_are_put_back(monkeypatch):
 
     monkeypatch.setattr(scaling, "interleaved", spied)
     one, two = scaling.measure_threads(SMALL[1], 0.2, 2, 0)
-    assert set(seen) == {("1", 1), ("2", 2)}
+    assert set(seen) == {("1", 1), ("2", 2), ("1 dense", 1), ("2 dense", 2)}
     assert (one["threads_used"], two["threads_used"]) == (1, 2)
     assert float(two["times_as_fast_as_one_thread"]) == pytest.approx(float(one["median_s"]) / float(two["median_s"]), rel=0.1)
+    assert float(one["dense_product_times_as_fast"]) == 1 and float(two["dense_product_times_as_fast"]) > 0
     assert torch.get_num_threads() == 1
 
 
