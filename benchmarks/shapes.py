@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -71,24 +71,29 @@ def conv3x3(batches: Sequence[int] = (128,)) -> list[Shape]:
     return [ConvShape(channels, channels, size, batch) for batch in batches for channels, size in sizes]
 
 
-def resnet50(batches: Sequence[int] = (16, 32)) -> list[Shape]:
-    """Every distinct convolution of torchvision's ResNet-50 at 224x224, with how often it occurs, as the model itself has it."""
-    from torchvision import models
-
+def convolutions(make: Callable[[], nn.Module], batch: int, side: int = 224) -> list[ConvShape]:
+    """Every distinct convolution of a network for square images, with how often it occurs, as the model itself has it."""
     found: Counter[ConvShape] = Counter()
 
     def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor]) -> None:
         kernel, stride, padding = (pair[0] for pair in (conv.kernel_size, conv.stride, conv.padding))
         size = inputs[0].shape[-1]
-        found[ConvShape(conv.in_channels, conv.out_channels, size, 1, kernel, stride, padding, conv.bias is not None)] += 1
+        found[ConvShape(conv.in_channels, conv.out_channels, size, batch, kernel, stride, padding, conv.bias is not None)] += 1
 
     with torch.device("meta"):
-        model = models.resnet50()
+        model = make()
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(note)
-        model(torch.empty(1, 3, 224, 224))
-    return [ConvShape(**{**vars(shape), "batch": batch, "count": count}) for batch in batches for shape, count in found.items()]
+        model(torch.empty(1, 3, side, side))
+    return [replace(shape, count=count) for shape, count in found.items()]
+
+
+def resnet50(batches: Sequence[int] = (16, 32)) -> list[Shape]:
+    """Every distinct convolution of torchvision's ResNet-50 at 224x224."""
+    from torchvision import models
+
+    return [shape for batch in batches for shape in convolutions(models.resnet50, batch)]
 
 
 def linear(batches: Sequence[int] = (128, 512, 2048)) -> list[Shape]:

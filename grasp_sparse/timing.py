@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -17,6 +17,12 @@ class Timing:
     q3: float
     count: int
     best: float
+
+    @classmethod
+    def of(cls, taken: Sequence[float]) -> Timing:
+        """Of at least two calls that took these seconds."""
+        q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
+        return cls(median, q1, q3, len(taken), min(taken))
 
 
 def interleaved(
@@ -52,11 +58,7 @@ def interleaved(
                 seconds[name].append(time.perf_counter() - start)
         if round_number - warmup >= 2 and enough(seconds):
             break
-    timings = {}
-    for name, taken in seconds.items():
-        q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        timings[name] = Timing(median, q1, q3, len(taken), min(taken))
-    return timings
+    return {name: Timing.of(taken) for name, taken in seconds.items()}
 
 
 def interleaved_within(
