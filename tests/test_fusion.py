@@ -12,7 +12,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from grasp_sparse.fusion import FusedBatchNorm2d, PassedReLU, fuse_, unfuse_
+from grasp_sparse.fusion import FusedBatchNorm2d, LayoutMaxPool2d, PassedReLU, fuse_, unfuse_
 from grasp_sparse.nn import BatchNorm2d, SparseLinear
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 from grasp_sparse.train.models import ResNet32, vgg_small
@@ -129,6 +129,18 @@ def test_twice_is_once(case):
     fuse_(model)
     fused = classes(model)
     assert fuse_(model) == [] and classes(model) == fused
+
+
+def test_max_pooling_keeps_the_layout_and_goes_back():
+    class Own(nn.MaxPool2d):
+        pass
+
+    model = nn.Sequential(nn.MaxPool2d(2), Own(2), nn.MaxPool2d(2, return_indices=True))
+    before = classes(model)
+    assert fuse_(model) == [] and classes(model)[1:] == [LayoutMaxPool2d, Own, LayoutMaxPool2d]
+    x = torch.randn(2, 3, 17, 17)
+    assert torch.equal(model(x)[0], nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(2))(x))
+    assert classes(unfuse_(model)) == before
 
 
 def sequential() -> nn.Sequential:

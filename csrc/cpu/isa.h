@@ -123,6 +123,20 @@ struct SampledArgs {
   Ahead ahead, ahead_g;  // of packed, of g
 };
 
+// Max pooling of `runs` runs of `length` windows, or gradients of as many pixels. Element i of place k of run r is
+// from[r * from_step + offsets[k] + i].
+template <class S>
+struct PoolArgs {
+  const S* from;          // x, or the gradient of y
+  const uint8_t* places;  // beside the gradient: the tap that each window picked
+  const int64_t* offsets;
+  const uint8_t* taps;  // what picking place k is called
+  int count;            // of places; at least 1 forward
+  int64_t runs, length, from_step, out_step;
+  S* out;
+  uint8_t* places_out;  // forward
+};
+
 // One optimizer step of a stretch of weights that lie alike in every array. A weight whose bit is clear, the first weight in
 // the highest bit of the first byte, becomes zero and so does its state, whatever its gradient is.
 template <class T>
@@ -154,6 +168,8 @@ struct Kernels {
   void (*unpack)(const UnpackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
   void (*sampled)(const SampledArgs<T>&);
+  void (*max_pool)(PoolArgs<T>);
+  void (*max_pool_grad)(PoolArgs<T>);
   void (*sgd)(const SgdArgs<T>&);
   void (*adamw)(const AdamwArgs<T>&);
   NormKernels<T> norm;
@@ -165,6 +181,8 @@ struct Kernels<Bf16> {
   void (*pack)(const PackArgs<Bf16>&);
   void (*unpack)(const UnpackArgs<Bf16>&);
   void (*product)(const ProductArgs<Bf16>&);
+  void (*max_pool)(PoolArgs<Bf16>);
+  void (*max_pool_grad)(PoolArgs<Bf16>);
 };
 
 struct IsaBody {

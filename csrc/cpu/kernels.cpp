@@ -3,6 +3,7 @@
 #include "isa.h"
 #include "norm.h"
 #include "pack.h"
+#include "pool.h"
 #include "product.h"
 #include "sampled.h"
 #include "update.h"
@@ -70,9 +71,11 @@ void sampled(const SampledArgs<T>& p) {
 extern const IsaBody body;
 const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &unpack<float>, &product<float>, &sampled<float>, &sgd<float>, &adamw<float>, kNormKernels<float>},
-    {&pack<double>, &unpack<double>, &product<double>, &sampled<double>, &sgd<double>, &adamw<double>, kNormKernels<double>},
-    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>},
+    {&pack<float>, &unpack<float>, &product<float>, &sampled<float>, &max_pool<float>, &max_pool_grad<float>, &sgd<float>,
+     &adamw<float>, kNormKernels<float>},
+    {&pack<double>, &unpack<double>, &product<double>, &sampled<double>, &max_pool<double>, &max_pool_grad<double>, &sgd<double>,
+     &adamw<double>, kNormKernels<double>},
+    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

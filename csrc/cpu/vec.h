@@ -44,6 +44,11 @@ struct NativeOf<double> {
   typedef int64_t index __attribute__((vector_size(GRASP_SPARSE_NATIVE_BYTES)));
 };
 
+template <int Count>
+struct ByteLanes {
+  typedef uint8_t type __attribute__((vector_size(Count)));
+};
+
 template <class T>
 using Native = typename NativeOf<T>::type;
 template <class T>

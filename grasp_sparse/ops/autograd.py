@@ -9,15 +9,15 @@ With L a scalar, G = dL/dy and everything bilinear:
 The gradients of the first line are one operation, ``…_backward``. Its own derivative is the sum of the second line (G = Gx), the
 third (G = Gv) and that of the sum over g. Behind a ReLU, G and g count only where its result is positive.
 
-Batch norm has a fused backward; where that must itself be differentiated (``create_graph=True``), the same gradients are
-computed by ordinary torch operations instead.
+Batch norm and max pooling have backward kernels; where those must themselves be differentiated (``create_graph=True``), the same gradients
+are computed by ordinary torch operations instead.
 """
 
 from __future__ import annotations
 
 import torch
 
-from grasp_sparse.ops import reference
+from grasp_sparse.ops import reference, reference_pool
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -198,7 +198,20 @@ def _batch_norm_backward(ctx, grad, _mean, _var):
     )
 
 
+def _setup_max_pool(ctx, inputs, output):
+    x, *ctx.window = inputs
+    ctx.input_size = x.shape[2:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _max_pool_backward(ctx, grad, _places):
+    backward = reference_pool.max_pool2d_backward if torch.is_grad_enabled() else _ops.max_pool2d_backward
+    return backward(grad, *ctx.saved_tensors, ctx.input_size, *ctx.window), *(None,) * 5
+
+
 for _name, _backward, _setup in (
+    ("max_pool2d", _max_pool_backward, _setup_max_pool),
     ("csr_spmm", _spmm_backward, _setup_spmm),
     ("csr_spmm_t", _spmm_t_backward, _setup_spmm_t),
     ("csr_sddmm", _sddmm_backward, _setup_sddmm),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from grasp_sparse.ops.dtypes import compute_dtype
-from grasp_sparse.ops.layout import empty_images, empty_rows, output_size
+from grasp_sparse.ops.layout import empty_images, empty_rows, output_size, pooled_size
 from grasp_sparse.ops.schema import UPDATE_SCHEMAS
 
 _register = torch.library.register_fake
@@ -124,6 +124,19 @@ def _(g, x, y, weight, bias, mean, var, eps, relu):
     torch._check(g.shape == x.shape, lambda: f"batch_norm_backward: Expected g {tuple(x.shape)}, got {tuple(g.shape)}")
     residual = x.new_empty(0) if y is None else empty_images(x, x.shape)
     return empty_images(x, x.shape), residual, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+@_register("grasp_sparse::max_pool2d")
+def _(x, kernel_size, stride, padding, dilation, ceil_mode):
+    torch._check(x.dim() == 4, lambda: f"max_pool2d: Expected x [N, C, H, W], got {x.dim()}-D")
+    y = empty_images(x, (*x.shape[:2], *pooled_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)))
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@_register("grasp_sparse::max_pool2d_backward")
+def _(g, places, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+    torch._check(g.shape == places.shape, lambda: f"max_pool2d_backward: Expected g {tuple(places.shape)}, got {tuple(g.shape)}")
+    return empty_images(places, (*g.shape[:2], *input_size)).to(g.dtype)
 
 
 for _name in UPDATE_SCHEMAS:

@@ -40,3 +40,16 @@ def output_size(
     height = (input_size[0] + padding[0] + padding[1] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
     width = (input_size[1] + padding[2] + padding[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     return height, width
+
+
+def pooled_size(
+    input_size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width after pooling; padding is (height, width). With ``ceil_mode`` no window begins in the padding behind."""
+    sizes = []
+    for size, kernel, step, pad, spread in zip(input_size, kernel_size, stride, padding, dilation, strict=True):
+        room = size + 2 * pad - spread * (kernel - 1) - 1
+        count = (room + step - 1 if ceil_mode else room) // step + 1
+        sizes.append(count - 1 if ceil_mode and (count - 1) * step >= size + pad else count)
+    return sizes[0], sizes[1]

@@ -32,6 +32,8 @@ And batch norm by the statistics of the batch, with what follows it in a network
 ``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
 compute (otherwise it is g, and an empty tensor is returned).
 
+Max pooling is ``max_pool2d``, with one byte a window for its backward where torch keeps eight; ``padding`` there is (height, width).
+
 ``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
 feature-major for linear; NCHW, channels_last or batch-innermost (CHWN) strides for conv.
 """
@@ -69,6 +71,14 @@ NORM_SCHEMAS = {
     "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
+# `places`, uint8 in the layout of y: which tap of its window each result came from, row by row; as torch picks it, the first of
+# several largest ones, or the last NaN. At most 255 taps. Where no tap lies inside, y is -inf and places 255.
+_POOL_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode"
+POOL_SCHEMAS = {
+    "max_pool2d": f"(Tensor x, {_POOL_WINDOW}) -> (Tensor, Tensor)",
+    "max_pool2d_backward": f"(Tensor g, Tensor places, SymInt[] input_size, {_POOL_WINDOW}) -> Tensor",
+}
+
 # One optimizer step of a list of tensors of one dtype and device, in place. They belong to no family: nobody differentiates
 # them. Every list is as long as `values`, or empty where it says so; no two tensors that are written share memory.
 #
@@ -93,5 +103,5 @@ UPDATE_SCHEMAS = {
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
 
 _library = torch.library.Library("grasp_sparse", "DEF")
-for _name, _schema in (SCHEMAS | BLOCK_SCHEMAS | NORM_SCHEMAS | UPDATE_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | BLOCK_SCHEMAS | NORM_SCHEMAS | POOL_SCHEMAS | UPDATE_SCHEMAS).items():
     _library.define(_name + _schema, tags=_TAGS)

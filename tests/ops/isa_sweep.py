@@ -10,7 +10,7 @@ from op_cases import DTYPES, IMAGE_LAYOUTS, NORM_CASES, ROW_LAYOUTS, STORED, WIN
 from torch import Tensor
 
 from grasp_sparse import _extension
-from grasp_sparse.ops import reference
+from grasp_sparse.ops import reference, reference_pool
 from grasp_sparse.ops.dtypes import compute_dtype
 
 ops = torch.ops.grasp_sparse
@@ -114,10 +114,26 @@ def sweep_batch_norm() -> None:
             close(got, want, case)
 
 
+def sweep_max_pool() -> None:
+    windows = (((2, 2), (2, 2), (0, 0), (1, 1), False), ((3, 3), (2, 2), (1, 1), (1, 1), True), ((3, 2), (1, 3), (1, 1), (2, 1), False))
+    shapes = ((2, 3, 7, 9), (17, 33, 6, 5))
+    for dtype, window, shape, layout in product(STORED, windows, shapes, ("NCHW", "channels_last", "CHWN")):
+        lay, case = IMAGE_LAYOUTS[layout][0], f"max pool, {dtype} {shape} {window} {layout}"
+        x = torch.randn(shape).relu().to(STORED[dtype])
+        y, places = both_threads("max_pool2d", case, (lay(x), *window))
+        expected, expected_places = reference_pool.max_pool2d(x, *window)
+        if not (torch.equal(y, expected) and torch.equal(places, expected_places)):
+            raise AssertionError(f"{case}: another result than the reference.")
+        g, rest = torch.randn(y.shape).to(STORED[dtype]), (shape[2:], *window)
+        (gx,) = both_threads("max_pool2d_backward", case, (lay(g), lay(places), *rest))
+        close(gx, reference_pool.max_pool2d_backward(g.double(), places, *rest), case)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     sweep_linear()
     sweep_conv2d()
     sweep_large()
     sweep_batch_norm()
+    sweep_max_pool()
     print(_extension.status().isa)
