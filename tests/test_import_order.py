@@ -15,6 +15,7 @@ ORDER = [
     "files",
     "bits",
     "timing",
+    "cuda_timing",
     "poison",
     "weights",
     "scratch",
