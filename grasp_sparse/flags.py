@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grasp_sparse.patterns import USAGE
 from grasp_sparse.train.config import TrainConfig, packaged_recipes
 
 BAD_INPUT = 2  # exit code
@@ -98,7 +99,8 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, or package.module:factory")
     bench.add_argument("--input", required=True, metavar="NxCxHxW", help="a batch, e.g. 32x3x224x224")
-    bench.add_argument("--sparsity", type=float, default=0.95, metavar="SHARE", help="share removed (default: %(default)s)")
+    bench.add_argument("--sparsity", type=float, metavar="SHARE", help="share removed (default: 0.95; with pattern nm 1 - N / M)")
+    bench.add_argument("--pattern", default="unstructured", metavar="PATTERN", help=f"{USAGE} (default: %(default)s)")
     bench.add_argument("--budget", choices=("weights", "flops"), default="weights", help="what sparsity counts (default: %(default)s)")
     bench.add_argument("--criterion", default="grasp", metavar="NAME", help="default: %(default)s")
     bench.add_argument("--num-classes", type=int, metavar="N", help="outputs of the model (default: its own)")

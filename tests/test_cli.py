@@ -79,7 +79,7 @@ def test_prune_saves_masks_that_train_accepts(capsys: pytest.CaptureFixture) -> 
 def test_a_budget_of_time_is_measured_and_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn):
+    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern):
         seen.update(shape=tuple(batch.inputs.shape), speedup=speedup)
         masks = masks_at(0.5, dict.fromkeys(names, 1e-6))
         masks.recipe.update(dense_step_s=0.5, sparse_step_s=0.125)
