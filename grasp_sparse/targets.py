@@ -94,7 +94,7 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
 def _pattern_of(masks: Mapping[str, Tensor]) -> Pattern:
     """The pattern that the recipe of a MaskSet names; single weights where there is none, or one of the caller's own."""
     try:
-        return get_pattern(getattr(masks, "recipe", {}).get("pattern", Unstructured.name))
+        return get_pattern(str(getattr(masks, "recipe", {}).get("pattern", Unstructured.name)))
     except ValueError:
         return Unstructured()
 
