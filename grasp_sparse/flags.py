@@ -29,6 +29,7 @@ A run's folder gets checkpoint.pt, masks.safetensors, log.jsonl (a line an epoch
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
+  grasp-sparse prune --model resnet18 --pattern 'block(32, 32)' --budget flops --out blocks.safetensors
   grasp-sparse prune --model resnet18 --budget time --speedup 4 --batch-size 64 --threads 2
   grasp-sparse train --recipe demo --masks snip.safetensors     train with them (same --seed, same initial weights)"""
 

@@ -139,8 +139,9 @@ class SparseLayer(nn.Module):
 
     def _kept(self) -> str:
         """For ``extra_repr``: how much is kept, and in which blocks."""
-        blocks = "" if self.block_size is None else f", block_size={self.block_size}"
-        return blocks.removeprefix(", ") if self.values.is_meta else f"nnz={self.nnz}, density={self.density:.4g}{blocks}"
+        blocks = [] if self.block_size is None else [f"block_size={self.block_size}"]
+        counted = [] if blocks and self.values.is_meta else [f"nnz={self.nnz}, density={self.density:.4g}"]
+        return ", ".join(counted + blocks)
 
 
 def stored_structure(state_dict: Mapping[str, Tensor], prefix: str, weight_shape: torch.Size) -> tuple[Storage, CsrIndices]:

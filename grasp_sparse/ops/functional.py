@@ -10,6 +10,8 @@ from torch import Tensor
 from grasp_sparse.formats import CsrIndices, block_grid
 
 _COMPUTE = (torch.float32, torch.float64)
+# Asked once: of a device that autocast does not know (meta) it must not be asked, and not every torch.compile traces the question.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device))
 
 
 def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -164,7 +166,7 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         result = torch.get_autocast_dtype(device)
     elif any(t is not None and t.dtype != x.dtype for t in (values, bias)):

@@ -63,10 +63,9 @@ class Block(_Tiles):
 
 @dataclass(frozen=True)
 class Vector(_Tiles):
-    """`v` consecutive outputs of one input: the groups of `block(v, 1)`, stored as single weights.
+    """`v` consecutive outputs of one input, which read the same activation: the groups of `block(v, 1)`.
 
-    The v outputs read the same activation, which a kernel then loads once; to lay the vectors out whole would gain nothing
-    on tensor cores, whose tiles are wider than one input.
+    Layers store them as single weights, and the kernels of those run them; `block(v, 1)` itself is stored as blocks.
     """
 
     v: int

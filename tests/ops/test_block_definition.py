@@ -18,9 +18,10 @@ from op_cases import (
     dense_conv,
     same_layout_or_ambiguous,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grasp_sparse.formats import CsrIndices
-from grasp_sparse.ops import bsr_conv2d, bsr_linear, dense
+from grasp_sparse.ops import bsr_conv2d, bsr_linear, dense, functional
 
 ops = torch.ops.grasp_sparse
 SIZES = {"whole": ((8, 12), (4, 3)), "ragged": ((7, 11), (4, 3)), "larger": ((3, 5), (8, 8)), "single": ((4, 5), (1, 1))}
@@ -185,6 +186,13 @@ class TestTypedEntry:
         assert (y.dtype, z.dtype) == (dtype, dtype)
         (y.sum() + z.sum()).backward()
         assert (values.grad.dtype, filters.grad.dtype) == (torch.float32, torch.float32)
+
+    @pytest.mark.parametrize("device, stored", [("cpu", torch.float32), ("cuda", torch.float16)])
+    def test_float16_is_stored_as_such_on_cuda_alone(self, device, stored):
+        with FakeTensorMode():  # no device is needed to see what would be handed to it
+            x, values = (torch.empty(*shape, device=device, dtype=torch.float16) for shape in ((3, 8), (2, 2, 3)))
+            (x, values, _), result = functional._compute_dtype(x, values, None)
+        assert (x.dtype, values.dtype, result) == (stored, torch.float32, torch.float16)
 
     def test_errors_name_expected_and_got(self):
         values, indices = block_matrix((5, 8), (2, 3), 0.6)
