@@ -9,7 +9,7 @@
 """
 
 from grasp_sparse import _extension  # isort: skip  (the compiled kernels, before anything that runs them)
-from grasp_sparse import optim
+from grasp_sparse import optim, patterns
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Plan, plan
@@ -24,6 +24,7 @@ __all__ = [
     "load_sparse",
     "make_masks",
     "optim",
+    "patterns",
     "plan",
     "prune",
     "score",

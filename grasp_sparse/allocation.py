@@ -12,12 +12,16 @@ whole answer.
 - `layer`: the same density everywhere.
 - `erk`: densities proportional to (out + in + kh + kw) / (out·in·kh·kw), layers that would pass 1 staying dense
   (Erdős–Rényi-Kernel: Evci et al., ICML 2020, arXiv 1911.11134).
+
+A weight whose groups are not all of one cost (smaller ones at its edges) is several layers, one for each cost. Under `layer`
+and `erk` they share what the weight may spend: it goes to its best groups by score per cost, whatever they cost.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,14 +35,15 @@ _PIVOT_SAMPLE = 4096
 
 
 class Layer(NamedTuple):
-    """One weight as allocation sees it."""
+    """One weight as allocation sees it; or those of its groups that have one cost."""
 
     name: str
     scores: Tensor  # [candidates], finite: the groups that may be kept
     groups: int  # all groups of the layer, candidates or not: what a density is a share of
     cost: float  # of one group, in units of the budget
     minimum: int  # groups kept in any case
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
+    continues: bool = False  # the weight of the layer before: its groups of another cost
 
 
 def allocate(layers: Sequence[Layer], limit: float, scope: str = "global") -> list[int]:
@@ -59,7 +64,10 @@ def allocate(layers: Sequence[Layer], limit: float, scope: str = "global") -> li
         )
     if scope == "global":
         return _by_score(layers, limit)
-    return _by_density(layers, limit, [1.0 if scope == "layer" else erk_factor(layer.shape) for layer in layers])
+    counts = _by_density(layers, limit, [1.0 if scope == "layer" else erk_factor(layer.shape) for layer in layers])
+    if any(layer.continues for layer in layers):
+        _take_the_best_of_each_weight(layers, counts, limit)
+    return counts
 
 
 def erk_factor(shape: Sequence[int]) -> float:
@@ -69,11 +77,9 @@ def erk_factor(shape: Sequence[int]) -> float:
 
 def _by_score(layers: Sequence[Layer], limit: float) -> list[int]:
     counts = [layer.minimum if layer.cost else layer.scores.numel() for layer in layers]
-    priced = [layer.cost for layer in layers if layer.cost]
-    if not priced:
+    if not any(layer.cost for layer in layers):
         return counts
-    # Ratios relative to the cheapest cost divide by numbers ≥ 1: they cannot overflow, and equal costs divide by exactly 1.
-    prices = [layer.cost / min(priced) for layer in layers]
+    prices = _prices(layers)
     pending = [
         layer.scores[~top_k_mask(layer.scores, count)] if count else layer.scores
         for layer, count in zip(layers, counts, strict=True)
@@ -88,6 +94,12 @@ def _by_score(layers: Sequence[Layer], limit: float) -> list[int]:
         counts[index] += n
     _fill_remainder(layers, prices, counts, limit)
     return counts
+
+
+def _prices(layers: Sequence[Layer]) -> list[float]:
+    """Costs relative to the cheapest: ratios then divide by numbers ≥ 1, so they cannot overflow, and equal costs by exactly 1."""
+    cheapest = min(layer.cost for layer in layers if layer.cost)
+    return [layer.cost / cheapest for layer in layers]
 
 
 def _narrow(
@@ -187,6 +199,16 @@ def _by_density(layers: Sequence[Layer], limit: float, factors: list[float]) -> 
             counts[index] += more
             room -= more * layers[index].cost
     return counts
+
+
+def _take_the_best_of_each_weight(layers: Sequence[Layer], counts: list[int], limit: float) -> None:
+    """Lets the groups of one weight that differ in cost compete for what they have got together."""
+    starts = [index for index, layer in enumerate(layers) if not layer.continues]
+    for start, end in pairwise([*starts, len(layers)]):
+        parts = layers[start:end]
+        if len(parts) > 1 and parts[0].cost:  # what is free keeps its density
+            counts[start:end] = _by_score(parts, _spent(parts, counts[start:end]))
+    _fill_remainder(layers, _prices(layers), counts, limit)
 
 
 def _spent(layers: Sequence[Layer], counts: Sequence[float]) -> float:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from grasp_sparse.allocation import SCOPES, Layer, allocate
-from grasp_sparse.patterns import Pattern, top_k_mask
+from grasp_sparse.grouping import GroupedWeight, most_of_minimum
+from grasp_sparse.patterns import Pattern
 
 BUDGETS = ("weights", "flops", "time")
 RULES = ("exact", "paper")
+_DEFAULT_SPARSITY = 0.95
+_SAME_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Choice:
         ):
             if value not in known:
                 raise ValueError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}")
+        if self.pattern.density is not None and self.min_density > self.pattern.density:
+            raise ValueError(
+                f"Expected min_density of at most {self.pattern.density:g} with pattern {self.pattern.name}, got {self.min_density}"
+            )
         plain = (self.pattern.name, self.scope, self.budget, self.min_density) == ("unstructured", "global", "weights", 0)
         if self.rule == "paper" and not (plain and rounds == 1):
             raise ValueError(
@@ -77,37 +84,25 @@ class Choice:
             _check_within(within, scores)
         if self.rule == "paper":
             return _paper_masks(scores, self.sparsity)
+        if self.pattern.density is not None:
+            return {
+                name: self.pattern.best(values, 1 - self.sparsity, None if within is None else within[name])
+                for name, values in scores.items()
+            }
         prices = dict.fromkeys(scores, 1.0) if self.budget == "weights" else _checked_costs(costs, scores)
-        pooled, layers = [], []
+        weights, layers = [], []
         for name, values in scores.items():
-            groups = self.pattern.pool(values)
-            if within is not None:
-                groups = groups.masked_fill(~_kept_groups(self.pattern, within[name], values), -math.inf)
-            candidates = groups if within is None else groups[groups != -math.inf]
-            size = self.pattern.group_size(values.shape)
-            minimum = max(self.min_per_layer, math.ceil(self.min_density * groups.numel() - 1e-9))
-            minimum = min(minimum, groups.numel())
-            if candidates.numel() < minimum:
-                raise ValueError(
-                    f"Expected within to leave {name!r} the {minimum} groups that min_per_layer and min_density ask for, "
-                    f"got {candidates.numel()}"
-                )
-            layers.append(Layer(name, candidates, groups.numel(), size * prices[name], minimum, tuple(values.shape)))
-            pooled.append(groups)
-        counts = allocate(layers, self._limit(layers), self.scope)
-        return {
-            name: self.pattern.expand(top_k_mask(groups, count), scores[name])
-            for name, groups, count in zip(scores, pooled, counts, strict=True)
-        }
+            weights.append(GroupedWeight(name, values, self.pattern, None if within is None else within[name]))
+            layers += weights[-1].layers(prices[name], self.min_density, self.min_per_layer)
+        counts = iter(allocate(layers, self._limit(layers), self.scope))
+        return {weight.name: weight.mask([next(counts) for _ in weight.classes]) for weight in weights}
 
     def sparsest(self, shapes: Mapping[str, Sequence[int]], prices: Mapping[str, float]) -> float:
         """The largest sparsity that leaves every weight of these shapes its minimum."""
         least = total = 0.0
         for name, shape in shapes.items():
-            groups = self.pattern.pool(torch.empty(shape)).numel()
-            minimum = min(groups, max(self.min_per_layer, math.ceil(self.min_density * groups - 1e-9)))
-            least += minimum * self.pattern.group_size(shape) * prices[name]
-            total += groups * self.pattern.group_size(shape) * prices[name]
+            least += most_of_minimum(self.pattern, shape, self.min_density, self.min_per_layer) * prices[name]
+            total += torch.Size(shape).numel() * prices[name]
         return max(0.0, 1 - least / total * (1 + 1e-6) - 1e-9)
 
     def _limit(self, layers: list[Layer]) -> float:
@@ -121,8 +116,19 @@ class Choice:
         return float(math.floor(limit) if all(cost == int(cost) for cost in prices) else limit)
 
 
-def _kept_groups(pattern: Pattern, mask: Tensor, scores: Tensor) -> Tensor:
-    return pattern.pool(mask.to(scores.dtype)) > 0
+def sparsity_under(pattern: Pattern, sparsity: float | None) -> float:
+    """The sparsity that is meant: what the pattern fixes, else what was asked for, else 0.95.
+
+    ValueError if something else was asked for than the pattern fixes.
+    """
+    if pattern.density is None:
+        return float(_DEFAULT_SPARSITY if sparsity is None else sparsity)
+    fixed = 1 - pattern.density
+    if sparsity is not None and abs(sparsity - fixed) > _SAME_SHARE:
+        raise ValueError(
+            f"Expected sparsity {fixed:g}, which pattern {pattern.name} fixes, got {sparsity}; leave it out or choose another pattern"
+        )
+    return fixed
 
 
 def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grasp_sparse.patterns import USAGE
 from grasp_sparse.train.config import TrainConfig, packaged_recipes
 
 BAD_INPUT = 2  # exit code
@@ -28,6 +29,7 @@ A run's folder gets checkpoint.pt, masks.safetensors, log.jsonl (a line an epoch
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
+  grasp-sparse prune --model resnet18 --pattern 'block(32, 32)' --budget flops --out blocks.safetensors
   grasp-sparse prune --model resnet18 --budget time --speedup 4 --batch-size 64 --threads 2
   grasp-sparse train --recipe demo --masks snip.safetensors     train with them (same --seed, same initial weights)"""
 
@@ -98,7 +100,8 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, or package.module:factory")
     bench.add_argument("--input", required=True, metavar="NxCxHxW", help="a batch, e.g. 32x3x224x224")
-    bench.add_argument("--sparsity", type=float, default=0.95, metavar="SHARE", help="share removed (default: %(default)s)")
+    bench.add_argument("--sparsity", type=float, metavar="SHARE", help="share removed (default: 0.95; with pattern nm 1 - N / M)")
+    bench.add_argument("--pattern", default="unstructured", metavar="PATTERN", help=f"{USAGE} (default: %(default)s)")
     bench.add_argument("--budget", choices=("weights", "flops"), default="weights", help="what sparsity counts (default: %(default)s)")
     bench.add_argument("--criterion", default="grasp", metavar="NAME", help="default: %(default)s")
     bench.add_argument("--num-classes", type=int, metavar="N", help="outputs of the model (default: its own)")

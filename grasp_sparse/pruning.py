@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.choice import Choice
+from grasp_sparse.choice import Choice, sparsity_under
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.batches import Batch
@@ -23,7 +23,6 @@ from grasp_sparse.scratch import preserved_rng, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
 _NEARLY_EMPTY = 1e-3
-_DEFAULT_SPARSITY = 0.95
 _BATCH_OPTIONS = ("num_batches", "samples_per_class", "num_classes", "micro_batch_size")
 
 # How `prune` finds masks for a speedup. Measuring needs sparse layers, which stand below this module: grasp_sparse.speedup,
@@ -33,7 +32,7 @@ time_search: Callable[..., MaskSet] | None = None
 
 def make_masks(
     scores: Mapping[str, Tensor],
-    sparsity: float,
+    sparsity: float | None = None,
     pattern: str | Pattern = "unstructured",
     scope: str = "global",
     budget: str = "weights",
@@ -48,9 +47,13 @@ def make_masks(
 ) -> MaskSet:
     """Keeps the best-scored weights under a budget; among equal scores the first layer and index win.
 
-    sparsity: in [0, 1). The share removed of the weights (exactly round((1 - sparsity)·n) are kept), or, with
+    sparsity: in [0, 1), 0.95 unless given. The share removed of the weights (exactly round((1 - sparsity)·n) are kept), or, with
         budget="flops", of the multiply-adds: never less is removed, and no further weight would fit. `costs` from
         `weight_costs` is then required; with budget="time" `costs` in seconds per weight.
+    pattern: what is kept or pruned together: "unstructured", "block(32, 32)", "vector(8)", "nm(2, 4)", "channel", or an object
+        of grasp_sparse.patterns. For weights read groups: exactly round((1 - sparsity)·groups) are kept where all are of one
+        size; where sizes differ, never less is removed and no further group would fit. With nm(n, m) the density of every
+        layer is n / m: sparsity is 1 - n / m or left out, and scope and budget have nothing to decide.
     scope: "global" one ranking over all layers, "layer" the same density everywhere, "erk"; see allocation.py.
     min_density, min_per_layer: every layer keeps at least this share (rounded up) and this many; others give way, the
         budget is met all the same. `min_per_layer=0` lets layers become empty.
@@ -61,7 +64,8 @@ def make_masks(
     budget that the minima exceed and a layer that `within` leaves with less than its minimum. Warns about layers kept
     below 0.1 %.
     """
-    choice = Choice(float(sparsity), get_pattern(pattern), scope, budget, min_density, min_per_layer, rule)
+    pattern = get_pattern(pattern)
+    choice = Choice(sparsity_under(pattern, sparsity), pattern, scope, budget, min_density, min_per_layer, rule)
     choice.check()
     for name, values in scores.items():
         check_scores(name, values)
@@ -94,7 +98,7 @@ def prune(
 ) -> MaskSet:
     """Scores `model` and chooses which weights to keep; the model itself is not changed (see `sparsify_`).
 
-    Arguments as in `score` and `make_masks`, sparsity 0.95 unless given; `options` go to `score`. In addition:
+    Arguments as in `score` and `make_masks`; `options` go to `score`. In addition:
     speedup: for budget="time", in place of sparsity: how many times as fast as the dense one, in its faster memory format, a
         whole training step should be. A weight then costs the seconds that its layer was measured to take for it. Masks
         are made, a step is measured, and the budget corrected until the step is that fast within 10 %; ValueError with
@@ -112,9 +116,10 @@ def prune(
     if rounds < 1:
         raise ValueError(f"Expected at least one iteration, got {rounds}")
     usual_rule = "paper" if options.get("preset") == "paper" else "exact"
-    _check_goal(budget, sparsity, speedup, costs)
-    sparsity = float(_DEFAULT_SPARSITY if sparsity is None else sparsity)
-    choice = Choice(sparsity, get_pattern(pattern), scope, budget, min_density, min_per_layer, usual_rule if rule is None else rule)
+    pattern = get_pattern(pattern)
+    _check_goal(pattern, budget, sparsity, speedup, costs)
+    sparsity = sparsity_under(pattern, sparsity)
+    choice = Choice(sparsity, pattern, scope, budget, min_density, min_per_layer, usual_rule if rule is None else rule)
     choice.check(rounds)
     selection = find_weights(model, include, exclude)
     wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
@@ -136,7 +141,7 @@ def prune(
         else:
             shapes = {weight.name: weight.parameter.shape for weight in selection.weights}
             sparsest = functools.partial(choice.sparsest, shapes)
-            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn)
+            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn, pattern)
     _warn_if_thin(masks)
     return masks
 
@@ -191,7 +196,9 @@ class _Maker:
         return scores, within
 
 
-def _check_goal(budget: str, sparsity: float | None, speedup: float | None, costs: Mapping[str, float] | None) -> None:
+def _check_goal(
+    pattern: Pattern, budget: str, sparsity: float | None, speedup: float | None, costs: Mapping[str, float] | None
+) -> None:
     """ValueError unless exactly one thing is asked for."""
     if speedup is not None and budget != "time":
         raise ValueError(f"Expected budget='time' with speedup, got {budget!r}")
@@ -204,6 +211,9 @@ def _check_goal(budget: str, sparsity: float | None, speedup: float | None, cost
         raise ValueError("Expected costs, in seconds per weight, with sparsity and budget='time', and none with speedup")
     if speedup is not None and not 1 < speedup < math.inf:
         raise ValueError(f"Expected a speedup above 1, got {speedup}")
+    if speedup is not None and pattern.density is not None:
+        fixed = f"{pattern.name}, which fixes {pattern.density:g}"
+        raise ValueError(f"Expected a pattern whose density is open with speedup, got {fixed}")
 
 
 def _make(

@@ -182,8 +182,10 @@ def _summary(config: dict[str, Any], result: dict[str, Any]) -> str:
     pruning = result["pruning"]
     if not pruning:
         return "Trained dense, nothing pruned."
+    pattern = config.get("pattern", "unstructured")
+    how = config["criterion"] if pattern == "unstructured" else f"{config['criterion']}, pattern {pattern}"
     return (
-        f"Pruned before training by {config['criterion']}, budget {config['budget']}: {pruning['weight_sparsity']:.2%} of the "
+        f"Pruned before training by {how}, budget {config['budget']}: {pruning['weight_sparsity']:.2%} of the "
         f"weights and {pruning['flop_sparsity']:.2%} of the multiply-adds removed; trained sparse from the first step."
     )
 

@@ -20,6 +20,7 @@ from grasp_sparse import _extension, pruning
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, batch_loss
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning.cost_model import LayerCost, layer_costs
 from grasp_sparse.scratch import call_model, first_tensor
 from grasp_sparse.surgery import sparsify_
@@ -60,6 +61,7 @@ def fit_speedup(
     batch: Batch,
     speedup: float,
     loss_fn: LossFn | None = None,
+    pattern: GroupPattern = Unstructured(),
 ) -> MaskSet:
     """Masks under which a training step of ``model`` is ``speedup`` times as fast as the dense one, within 10 %.
 
@@ -70,6 +72,7 @@ def fit_speedup(
         masks_at: (share of the layers' seconds to remove, seconds per weight by name) -> masks.
         sparsest: seconds per weight -> the largest share that can be removed.
         names: of the weights that may be pruned.
+        pattern: of the masks that ``masks_at`` makes.
         batch: what a step runs on; without targets the loss is the mean square of the output.
 
     Raises:
@@ -80,7 +83,7 @@ def fit_speedup(
     if device != "cpu" or not _extension.status().loaded:
         reason = _extension.status().reason if device == "cpu" else "they exist for the CPU only"
         raise RuntimeError(f"Expected compiled kernels for {device} with budget='time', found none: {reason}")
-    costs = layer_costs(model, names, batch.inputs)
+    costs = layer_costs(model, names, batch.inputs, pattern)
     prices = {name: cost.slope for name, cost in costs.items()}
     if not any(prices.values()):
         raise ValueError("Expected a layer that sparse kernels can run and example_input reaches, got none: nothing can be saved")

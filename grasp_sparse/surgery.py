@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.formats import mask_from_csr
 from grasp_sparse.fusion import fuse_, unfuse_
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.nn.sparse import STORED, stored_structure
@@ -30,7 +29,7 @@ _KINDS = {
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 
 # What sparse layers keep beside tensors and dense ones do not have.
-_SPARSE_ONLY = ("weight_shape", "border", "relu")
+_SPARSE_ONLY = ("weight_shape", "block_size", "border", "relu")
 
 
 class _Step(NamedTuple):
@@ -39,6 +38,7 @@ class _Step(NamedTuple):
     layers: list[nn.Module]
     mask: Tensor
     runs: str
+    block_size: tuple[int, int] | None  # of the blocks that a sparse layer stores whole
 
 
 def sparsify_(
@@ -54,6 +54,7 @@ def sparsify_(
     are replaced by fused ones, ReLUs are applied by the layers before them (:func:`grasp_sparse.fusion.fuse_`). A layer
     then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where
     that is faster, for grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned).
+    Masks made with a block pattern, as their recipe says, give layers that store whole blocks; all others store single weights.
 
     Args:
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.
@@ -86,7 +87,8 @@ def sparsify_(
     else:
         chosen = density_plan(targets, inputs, MAX_DENSITY if max_density is None else max_density)
     steps = [
-        _Step(list(target.layers.values()), target.mask, row.runs) for target, row in zip(targets, chosen.rows, strict=True)
+        _Step(list(target.layers.values()), target.mask, row.runs, target.block_size)
+        for target, row in zip(targets, chosen.rows, strict=True)
     ]
     replacements = _build(steps)
     decided = {layer: row for target, row in zip(targets, chosen.rows, strict=True) for layer in target.layers.values()}
@@ -154,19 +156,20 @@ def _stored_step(layers: dict[str, nn.Module], state_dict: Mapping[str, Any]) ->
         prefix, shape = f"{name}." if name else "", module.weight.shape
         mask = state_dict.get(f"{prefix}mask")
         if any(prefix + key in state_dict for key in STORED):
-            found[name] = "sparse", mask_from_csr(stored_structure(state_dict, prefix, shape), shape)
+            storage, indices = stored_structure(state_dict, prefix, shape)
+            found[name] = storage.mask(indices, shape), "sparse", storage.block_size
         elif mask is None:
-            found[name] = "dense", torch.ones((), dtype=torch.bool).expand(shape)
+            found[name] = torch.ones((), dtype=torch.bool).expand(shape), "dense", None
         elif isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == shape:
-            found[name] = "masked", mask
+            found[name] = mask, "masked", None
         else:
             raise ValueError(f"{prefix}mask: Expected a bool tensor of shape {list(shape)}.")
     if not found:
         return []
-    runs, mask = next(iter(found.values()))
-    if any(other_runs != runs or not torch.equal(other, mask) for other_runs, other in found.values()):
+    mask, *kind = next(iter(found.values()))
+    if any(other_kind != kind or not torch.equal(other, mask) for other, *other_kind in found.values()):
         raise ValueError(f"{', '.join(found)}: Expected one structure for layers that share a weight, got different ones.")
-    return [_Step(list(layers.values()), mask, runs)]
+    return [_Step(list(layers.values()), mask, *kind)]
 
 
 def _differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
@@ -191,9 +194,9 @@ def _build(steps: Iterable[_Step]) -> dict[nn.Module, nn.Module]:
     for step in steps:
         if step.runs == "dense":
             continue
-        first = None
+        first, stored = None, {"block_size": step.block_size} if step.runs == "sparse" else {}
         for layer in step.layers:
-            new = _KINDS[step.runs][type(layer)].from_dense(layer, step.mask)
+            new = _KINDS[step.runs][type(layer)].from_dense(layer, step.mask, **stored)
             if first is None:
                 first = new
             else:

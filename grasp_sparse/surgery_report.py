@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.planning import LayerInput, PlanRow, Times
+from grasp_sparse.planning.plan import describe_way
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LayerReport:
     reason: str  # why it does not run sparse; or whose weight it shares
     input_shape: tuple[int, ...] | None  # of the first call; None without example_input, or if the layer did not run
     times: Times | None = None  # seconds of forward + backward, of all layers that share the weight; None if not measured
+    block_size: tuple[int, int] | None = None  # of the blocks that a sparse layer stores whole
 
     @property
     def density(self) -> float:
@@ -55,7 +57,8 @@ class SurgeryReport:
             shape, seen = ("x".join(map(str, size or ())) or "-" for size in (row.shape, row.input_shape))
             times = [f"{seconds * 1e3:.3f}" for seconds in row.times[1:]] if row.times else ["-", "-"]
             density = f"{row.density:.2%}"
-            lines.append([row.name or "(the model)", row.kind, shape, seen, f"{row.kept:,}", density, *times, row.runs, row.reason])
+            way = describe_way(row.runs, row.block_size)
+            lines.append([row.name or "(the model)", row.kind, shape, seen, f"{row.kept:,}", density, *times, way, row.reason])
         runs = [row.runs for row in self.rows]
         counts = ", ".join(f"{runs.count(kind)} {kind}" for kind in ("sparse", "masked", "dense"))
         lines.append(["total", "", f"{self.weights:,}", "", f"{self.kept:,}", f"{self.density:.2%}", "", "", counts, ""])
@@ -91,15 +94,15 @@ def report_layers(
         weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
         shape = () if weight is None else tuple(weight.shape)
         size = 0 if weight is None else weight.numel()
-        keeps, runs, reason, times = size, "dense", skipped.get(name, "no mask"), None
+        keeps, runs, reason, times, block_size = size, "dense", skipped.get(name, "no mask"), None, None
         if module in decided:
             row = decided[module]
-            keeps, runs, reason, times = row.kept, row.runs, row.reason, row.times
+            keeps, runs, reason, times, block_size = row.kept, row.runs, row.reason, row.times, row.block_size
         if weight is not None and first_holder.setdefault(weight, name) != name:
             reason = f"shares the weight of {first_holder[weight]}"
         else:
             kept, weights = kept + keeps, weights + size
         first = next(iter(inputs.get(name, ())), None)
         seen = None if first is None else first.shape
-        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times))
+        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times, block_size))
     return SurgeryReport(tuple(rows), kept, weights)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.formats import storage_of
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+from grasp_sparse.patterns import Pattern, Unstructured, get_pattern
 
 DENSE = (nn.Linear, nn.Conv2d)
 CHANGED = (SparseLinear, SparseConv2d, MaskedLinear, MaskedConv2d)
@@ -24,20 +26,27 @@ class Target(NamedTuple):
     kept: int
     runs: str | None  # "dense" or "masked" where nothing else is possible, None where there is a choice
     reason: str  # why there is none
+    pattern: Pattern = Unstructured()  # that the masks were made with
 
     @property
     def density(self) -> float:
         """Kept weights as a share of all."""
         return self.kept / max(1, self.mask.numel())
 
+    @property
+    def block_size(self) -> tuple[int, int] | None:
+        """Of the blocks that a sparse layer stores whole; None where it stores single weights."""
+        return self.pattern.block_size
+
 
 def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
     """The masked weights of ``model``, in the order of ``masks``, shared ones once; changes nothing.
 
     Raises:
-        ValueError: a mask that fits no parameter or not its shape, different masks for one weight, or a layer that cannot
-            be changed.
+        ValueError: a mask that fits no parameter or not its shape or not the pattern of the masks' recipe, different masks for
+            one weight, or a layer that cannot be changed.
     """
+    pattern = _pattern_of(masks)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = [name for name in masks if name not in parameters]
     if unknown:
@@ -76,8 +85,26 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
             runs, reason = "masked", f"{groups} groups"
         elif reader:
             runs, reason = "masked", f"{reader} reads the weight"
-        targets[weight] = Target((name,), layers, mask, kept, runs, reason)
+        else:
+            _check_storable(name, mask, pattern)
+        targets[weight] = Target((name,), layers, mask, kept, runs, reason, pattern)
     return list(targets.values())
+
+
+def _pattern_of(masks: Mapping[str, Tensor]) -> Pattern:
+    """The pattern that the recipe of a MaskSet names; single weights where there is none, or one of the caller's own."""
+    try:
+        return get_pattern(str(getattr(masks, "recipe", {}).get("pattern", Unstructured.name)))
+    except ValueError:
+        return Unstructured()
+
+
+def _check_storable(name: str, mask: Tensor, pattern: Pattern) -> None:
+    if pattern.block_size is not None:
+        try:
+            storage_of(pattern.block_size).from_mask(mask)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def parameter_holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module, str]]]:

@@ -76,10 +76,23 @@ def test_prune_saves_masks_that_train_accepts(capsys: pytest.CaptureFixture) -> 
     assert _exit_code("train", *_SMALL, "--masks", "deep/masks.safetensors", "--timing-rounds", "0") == 0
 
 
+@pytest.mark.parametrize(
+    ("pattern", "blocks"), [("block(4, 4)", (4, 4)), ("vector(4)", None), ("nm(1, 2)", None), ("channel", None)]
+)
+def test_a_pattern_is_one_flag(pattern: str, blocks: tuple | None, capsys: pytest.CaptureFixture) -> None:
+    share = [] if pattern == "nm(1, 2)" else ["--sparsity", "0.8"]
+    flags = [flag for flag in _SMALL if flag not in ("--sparsity", "0.8")] + share + ["--max-density", "1", "--timing-rounds", "0"]
+    assert _exit_code("train", *flags, "--name", "run", "--pattern", pattern) == 0
+    assert MaskSet.load("runs/run/masks.safetensors").recipe["pattern"] == pattern
+    state = torch.load("runs/run/checkpoint.pt", weights_only=True)["model"]
+    values = [tensor for name, tensor in state.items() if name.endswith(".values")]
+    assert values and all(tuple(tensor.shape[1:]) == blocks if blocks else tensor.dim() == 2 for tensor in values)
+
+
 def test_a_budget_of_time_is_measured_and_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn):
+    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern):
         seen.update(shape=tuple(batch.inputs.shape), speedup=speedup)
         masks = masks_at(0.5, dict.fromkeys(names, 1e-6))
         masks.recipe.update(dense_step_s=0.5, sparse_step_s=0.125)

@@ -43,7 +43,7 @@ class Machine:
     def __init__(self, rest: float = 4.5e-4, surprise: float = 1.0) -> None:
         self.rest, self.surprise, self.steps = rest, surprise, 0
 
-    def layer(self, layer, mask, given) -> Times:
+    def layer(self, layer, mask, given, block_size=None) -> Times:
         dense = 1e-6 * mask.numel()
         return Times(dense, 1.05 * dense, 2e-5 + 2e-6 * int(mask.sum()))
 
@@ -132,7 +132,7 @@ def test_a_machine_that_never_agrees_gives_the_nearest_and_a_warning(on, monkeyp
 def test_weights_are_charged_the_seconds_their_layer_takes(on, monkeypatch):
     machine = on(Machine())
 
-    def dear_convolutions(layer, mask, given):
+    def dear_convolutions(layer, mask, given, block_size=None):
         times = machine.layer(layer, mask, given)
         return Times(*(4 * seconds for seconds in times)) if isinstance(layer, nn.Conv2d) else times
 

@@ -71,7 +71,8 @@ class Arm:
 
     def weight_gradient(self, mask: Tensor) -> Tensor:
         """Gradient of the kept weights [nnz], in row-major order of the dense weight."""
-        return self.layer.values.grad.flatten() if isinstance(self.layer, SparseLayer) else self.layer.weight.grad[mask]
+        layer = self.layer
+        return (layer.placed(layer.values.grad) if isinstance(layer, SparseLayer) else layer.weight.grad)[mask]
 
 
 class OneDnnLinear(nn.Module):

@@ -15,8 +15,10 @@ from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.layers import layer_table, measure_layers
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, write_rows
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
+from grasp_sparse.choice import sparsity_under
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.patterns import get_pattern
 from grasp_sparse.pruning import prune
 from grasp_sparse.timing import interleaved
 from grasp_sparse.train.errors import UserError
@@ -32,7 +34,8 @@ class BenchOptions:
 
     model: str
     input: str
-    sparsity: float = 0.95
+    sparsity: float | None = None
+    pattern: str = "unstructured"
     budget: str = "weights"
     criterion: str = "grasp"
     num_classes: int | None = None
@@ -52,7 +55,7 @@ def input_shape(text: str) -> tuple[int, ...]:
 
 
 def _checked(options: BenchOptions) -> tuple[int, ...]:
-    if not 0 < options.sparsity < 1:
+    if not 0 < sparsity_under(get_pattern(options.pattern), options.sparsity) < 1:
         raise UserError(f"Expected --sparsity above 0 and below 1, got {options.sparsity}")
     if options.rounds < 2:
         raise UserError(f"Expected --rounds of at least 2, for quartiles; got {options.rounds}")
@@ -89,8 +92,9 @@ def run_bench(options: BenchOptions) -> None:
     say(f"{options.model}, input {options.input}, {torch.get_num_threads()} threads: masks by {options.criterion} on random "
         "normal inputs and random targets, so the network is yours and the choice of weights is only typical")
     masks = prune(
-        model, [batch], options.sparsity, options.criterion, budget=options.budget, micro_batch_size=_SCORING_PIECE, seed=options.seed
-    )
+        model, [batch], options.sparsity, options.criterion, pattern=options.pattern, budget=options.budget,
+        micro_batch_size=_SCORING_PIECE, seed=options.seed,
+    )  # fmt: skip
     costs = weight_costs(model, batch[0][:1], include=list(masks))
     say(f"removed: {masks.sparsity:.2%} of the weights, {masks.flop_sparsity(costs):.2%} of the multiply-adds")
     try:
@@ -100,7 +104,8 @@ def run_bench(options: BenchOptions) -> None:
     if options.out is not None:
         common = {
             "model": options.model, "model_input": options.input, "criterion": options.criterion, "budget": options.budget,
-            "sparsity": f"{options.sparsity:g}", "weight_sparsity": f"{masks.sparsity:.5f}",
+            "pattern": masks.recipe["pattern"], "sparsity": f"{masks.recipe['sparsity']:g}",
+            "weight_sparsity": f"{masks.sparsity:.5f}",
             "flop_sparsity": f"{masks.flop_sparsity(costs):.5f}",
         }  # fmt: skip
         environment = machine()

@@ -165,7 +165,7 @@ def _loss_and_gradients(dense: nn.Module, step: Step, masks: Mapping[str, Tensor
         owner, _, attribute = name.rpartition(".")
         layer = model.get_submodule(owner)
         if isinstance(layer, SparseLayer) and attribute == "weight":
-            gradient = layer.values.grad.flatten()
+            gradient = layer.placed(layer.values.grad)[masks[name]]
         else:
             gradient = getattr(layer, attribute).grad
             gradient = torch.zeros_like(parameter) if gradient is None else gradient

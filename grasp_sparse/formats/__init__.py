@@ -1,8 +1,10 @@
 """Index arithmetic of stored weights: which place each kept value belongs to. No kernels, no autograd."""
 
 from grasp_sparse.formats.blocks import (
+    block_extents,
     block_grid,
     bsr_from_mask,
+    count_inside,
     from_blocks,
     gather_blocks,
     mask_from_bsr,
@@ -17,11 +19,15 @@ from grasp_sparse.formats.csr import (
     mask_from_csr,
     scatter_values,
 )
+from grasp_sparse.formats.storage import Storage, storage_of, stored_block_size
 
 __all__ = [
     "CsrIndices",
+    "Storage",
+    "block_extents",
     "block_grid",
     "bsr_from_mask",
+    "count_inside",
     "csr_from_indices",
     "csr_from_mask",
     "from_blocks",
@@ -31,5 +37,7 @@ __all__ = [
     "mask_from_csr",
     "scatter_blocks",
     "scatter_values",
+    "storage_of",
+    "stored_block_size",
     "to_blocks",
 ]

@@ -32,6 +32,13 @@ def block_grid(weight_shape: Sequence[int], block_size: Sequence[int]) -> tuple[
     return math.ceil(weight_shape[0] / block_size[0]), math.ceil(weight_shape[1] / block_size[1]) * math.prod(weight_shape[2:])
 
 
+def block_extents(weight_shape: Sequence[int], block_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Outputs of each block row, inputs of each block column inside the weight: ``[block rows]``, ``[block columns]``."""
+    (bh, bw), (out, channels, *kernel) = block_size, weight_shape
+    heights, widths = torch.arange(out, 0, -bh).clamp(max=bh), torch.arange(channels, 0, -bw).clamp(max=bw)
+    return heights, widths.repeat(math.prod(kernel))
+
+
 def to_blocks(weight: Tensor, block_size: Sequence[int]) -> Tensor:
     """All blocks of a weight, ``[block rows, block columns, bh, bw]``, zeros where they reach past it."""
     (bh, bw), (rows, _) = block_size, block_grid(weight.shape, block_size)
@@ -87,6 +94,14 @@ def mask_from_bsr(indices: CsrIndices, weight_shape: Sequence[int], block_size: 
     """The bool mask of the weight's shape that :func:`bsr_from_mask` was given."""
     kept = torch.ones(indices.nnz, *block_size, dtype=torch.bool, device=indices.col_indices.device)
     return scatter_blocks(kept, indices, weight_shape)
+
+
+def count_inside(indices: CsrIndices, weight_shape: Sequence[int], block_size: Sequence[int]) -> int:
+    """How many of the weight's entries the kept blocks hold; what reaches past the weight is none."""
+    if weight_shape[0] % block_size[0] == 0 and weight_shape[1] % block_size[1] == 0:
+        return indices.nnz * math.prod(block_size)
+    inside = torch.outer(*block_extents(weight_shape, block_size)).flatten()
+    return int(inside[_places(indices).cpu()].sum())
 
 
 def _places(indices: CsrIndices) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp_sparse.formats import CsrIndices, csr_from_mask, gather_values
+from grasp_sparse.formats import CsrIndices, storage_of
 from grasp_sparse.nn.linear import check_mask
 from grasp_sparse.nn.sparse import SparseLayer
-from grasp_sparse.ops import csr_conv2d
+from grasp_sparse.ops import bsr_conv2d, csr_conv2d
 
 _NO_PADDING = (0, 0, 0, 0)
 
 
 class SparseConv2d(SparseLayer):
-    """``nn.Conv2d`` with one group, of whose filters only ``values [1, nnz]`` exist.
+    """``nn.Conv2d`` with one group, of whose filters only ``values`` exist.
 
     Input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``; the output has its memory layout.
 
@@ -50,23 +50,28 @@ class SparseConv2d(SparseLayer):
         self.border = resolve_padding(self.padding, self.kernel_size, self.dilation)
 
     @classmethod
-    def from_dense(cls, module: nn.Conv2d, mask: Tensor) -> SparseConv2d:
+    def from_dense(cls, module: nn.Conv2d, mask: Tensor, block_size: tuple[int, int] | None = None) -> SparseConv2d:
         """Keeps the entries of ``module.weight`` where the bool ``mask``, of the weight's shape, is True.
 
         The bias Parameter is taken over; ``module`` is not changed.
 
+        Args:
+            block_size: output channels by input channels of one tap, the blocks that are stored whole; None stores single
+                weights.
+
         Raises:
-            ValueError: ``module`` has more than one group, or ``mask`` does not fit.
+            ValueError: ``module`` has more than one group, or ``mask`` does not fit or keeps a part of a block.
         """
         if module.groups != 1:
             raise ValueError(f"Expected a convolution with one group, got {module.groups}; use MaskedConv2d.")
         check_mask(module, mask)
-        indices = csr_from_mask(mask.flatten(1).to(module.weight.device))
+        storage = storage_of(block_size)
+        indices = storage.from_mask(mask.to(module.weight.device))
         layer = cls(
             module.in_channels,
             module.out_channels,
             module.kernel_size,
-            gather_values(module.weight, indices),
+            storage.gather(module.weight, indices),
             indices,
             module.bias,
             stride=module.stride,
@@ -99,7 +104,9 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros":
             top, bottom, left, right = border
             x, border = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), _NO_PADDING
-        return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
+        if self.block_size is None:
+            return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
+        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -111,7 +118,7 @@ class SparseConv2d(SparseLayer):
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return f"{text}, nnz={self.nnz}, density={self.density:.4g}"
+        return f"{text}, {self._kept()}"
 
 
 def resolve_padding(

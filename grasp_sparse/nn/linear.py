@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.formats import CsrIndices, csr_from_mask, gather_values
+from grasp_sparse.formats import CsrIndices, storage_of
 from grasp_sparse.nn.sparse import SparseLayer
-from grasp_sparse.ops import csr_linear
+from grasp_sparse.ops import bsr_linear, csr_linear
 
 
 class SparseLinear(SparseLayer):
-    """y = x Wᵀ + b as ``nn.Linear``, x ``[..., in_features]``, with a W of which only ``values [1, nnz]`` exist.
+    """y = x Wᵀ + b as ``nn.Linear``, x ``[..., in_features]``, with a W of which only ``values`` exist.
 
     Args:
         in_features, out_features: as ``nn.Linear``.
@@ -28,14 +28,21 @@ class SparseLinear(SparseLayer):
         self.relu = relu
 
     @classmethod
-    def from_dense(cls, module: nn.Linear, mask: Tensor) -> SparseLinear:
+    def from_dense(cls, module: nn.Linear, mask: Tensor, block_size: tuple[int, int] | None = None) -> SparseLinear:
         """Keeps the entries of ``module.weight`` where the bool ``mask [out_features, in_features]`` is True.
 
         The bias Parameter is taken over; ``module`` is not changed.
+
+        Args:
+            block_size: outputs by inputs of the blocks that are stored whole; None stores single weights.
+
+        Raises:
+            ValueError: ``mask`` does not fit, or keeps a part of a block.
         """
         check_mask(module, mask)
-        indices = csr_from_mask(mask.to(module.weight.device))
-        layer = cls(module.in_features, module.out_features, gather_values(module.weight, indices), indices, module.bias)
+        storage = storage_of(block_size)
+        indices = storage.from_mask(mask.to(module.weight.device))
+        layer = cls(module.in_features, module.out_features, storage.gather(module.weight, indices), indices, module.bias)
         layer.values.requires_grad_(module.weight.requires_grad)
         return layer.train(module.training)
 
@@ -47,12 +54,14 @@ class SparseLinear(SparseLayer):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return csr_linear(x, self.values, self.indices, self.bias, self.relu)
+        if self.block_size is None:
+            return csr_linear(x, self.values, self.indices, self.bias, self.relu)
+        return bsr_linear(x, self.values, self.indices, self.weight_shape, self.bias, self.relu)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.nnz}, density={self.density:.4g}{', relu=True' if self.relu else ''}"
+            f"{self._kept()}{', relu=True' if self.relu else ''}"
         )
 
 

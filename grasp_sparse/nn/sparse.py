@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.formats import CsrIndices, csr_from_indices, mask_from_csr, scatter_values
+from grasp_sparse.formats import CsrIndices, Storage, csr_from_indices, storage_of, stored_block_size
 
 STORED = ("values", "crow_indices", "col_indices")  # the keys in a state_dict that together are the weight
 
 
 class SparseLayer(nn.Module):
-    """A layer whose weight is ``values [1, nnz]``, an ordinary Parameter, and int32 index buffers.
+    """A layer whose weight is ``values``, an ordinary Parameter, and int32 index buffers.
 
-    Gradient and optimizer state have the size of ``values``. A state_dict holds ``values``, ``crow_indices`` and
-    ``col_indices``; the transposed list that the backward pass walks is rebuilt when one is loaded.
+    Single weights are ``values [1, nnz]``, whole blocks ``values [nblocks, bh, bw]`` with the indices of the grid of blocks;
+    what a block holds past the edge of the weight is zero and stays so, its gradient being zero. Gradient and optimizer state
+    have the size of ``values``. A state_dict holds ``values``, ``crow_indices`` and ``col_indices``; the transposed list that
+    the backward pass walks is rebuilt when one is loaded.
 
     Args:
-        weight_shape: shape of the dense weight; its first dimension is rows of the CSR matrix.
-        values: ``[1, nnz]`` in the order of ``indices``; a Parameter is taken over, not copied.
-        indices: from ``csr_from_mask`` or ``csr_from_indices``, which check them.
+        weight_shape: shape of the dense weight.
+        values: ``[1, nnz]`` or ``[nblocks, bh, bw]`` in the order of ``indices``; a Parameter is taken over, not copied.
+        indices: from ``csr_from_mask``, ``bsr_from_mask`` or ``csr_from_indices``, which check them.
         bias: ``[rows]`` or None; a Parameter is taken over, not copied.
 
     Raises:
@@ -30,11 +32,12 @@ class SparseLayer(nn.Module):
 
     def __init__(self, weight_shape: tuple[int, ...], values: Tensor, indices: CsrIndices, bias: Tensor | None) -> None:
         super().__init__()
-        matrix = (weight_shape[0], math.prod(weight_shape[1:]))
-        if indices.shape != matrix:
-            raise ValueError(f"Expected indices of a {list(matrix)} matrix, got {list(indices.shape)}.")
-        if values.shape != (1, indices.nnz):
-            raise ValueError(f"Expected values of shape [1, {indices.nnz}], got {list(values.shape)}.")
+        self.block_size = stored_block_size(values)
+        grid, size = self.storage.grid(weight_shape), self.storage.values_shape(indices.nnz)
+        if indices.shape != grid:
+            raise ValueError(f"Expected indices of a {list(grid)} matrix, got {list(indices.shape)}.")
+        if values.shape != size:
+            raise ValueError(f"Expected values of shape {list(size)}, got {list(values.shape)}.")
         if bias is not None and bias.shape != weight_shape[:1]:
             raise ValueError(f"Expected bias of shape [{weight_shape[0]}], got {list(bias.shape)}.")
         self.weight_shape = torch.Size(weight_shape)
@@ -49,9 +52,14 @@ class SparseLayer(nn.Module):
         return CsrIndices(*map(self._buffers.__getitem__, CsrIndices._fields))  # past __getattr__, which costs as much as a small layer
 
     @property
+    def storage(self) -> Storage:
+        """How ``values`` and ``indices`` stand for the weight."""
+        return storage_of(self.block_size)
+
+    @property
     def nnz(self) -> int:
         """Number of kept weights."""
-        return self.col_indices.shape[0]
+        return self.storage.nnz(self.indices, self.weight_shape)
 
     @property
     def density(self) -> float:
@@ -61,11 +69,15 @@ class SparseLayer(nn.Module):
     @property
     def mask(self) -> Tensor:
         """The kept places as a bool tensor of ``weight_shape``; a new tensor at each call."""
-        return mask_from_csr(self.indices, self.weight_shape)
+        return self.storage.mask(self.indices, self.weight_shape)
 
     def to_dense_weight(self) -> Tensor:
         """A dense copy of the weight with exact zeros where pruned; differentiable with respect to ``values``."""
-        return scatter_values(self.values, self.indices, self.weight_shape)
+        return self.placed(self.values)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """What belongs to ``values``, their gradient say, as belonging to the dense weight; zeros where pruned."""
+        return self.storage.scatter(values, self.indices, self.weight_shape)
 
     def __getattr__(self, name: str):
         # Code that reads .weight would go on with a copy and never see an update, so it is told instead.
@@ -88,22 +100,28 @@ class SparseLayer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Adopts the structure of the checkpoint, once it is known to be sound; otherwise the structure stays as it is.
 
-        A checkpoint with another number of weights is refused, like any other wrong size in torch: an optimizer may hold
-        moments of the old size, and fused ones would write past their end.
+        A checkpoint with another number of weights or blocks is refused, like any other wrong size in torch: an optimizer may
+        hold moments of the old size, and fused ones would write past their end.
         """
         if any(prefix + name in state_dict for name in STORED):
             try:
-                indices = stored_structure(state_dict, prefix, self.weight_shape)
+                storage, indices = stored_structure(state_dict, prefix, self.weight_shape)
             except ValueError as error:
                 error_msgs.append(str(error))
                 return
-            if indices.nnz != self.nnz:
+            if (storage, indices.nnz) != (self.storage, self.indices.nnz):
+                wanted = self.storage.describe(self.indices.nnz)
+                got = indices.nnz if storage == self.storage else storage.describe(indices.nnz)
                 error_msgs.append(
-                    f"{prefix.removesuffix('.') or 'this layer'}: Expected a checkpoint with nnz = {self.nnz} weights, got {indices.nnz}; "
+                    f"{prefix.removesuffix('.') or 'this layer'}: Expected a checkpoint with {wanted}, got {got}; "
                     "load another structure into a freshly built dense model with grasp_sparse.load_sparse."
                 )
                 return
             self._adopt(indices, keep_device=not local_metadata.get("assign_to_params_buffers", False))
+            values = state_dict[prefix + "values"]
+            if storage.nnz(indices, self.weight_shape) != values.numel():  # zeros past the edge, whatever was stored there
+                dense = storage.scatter(values, indices, self.weight_shape)
+                state_dict[prefix + "values"] = storage.gather(dense, indices)
             state_dict[prefix + "crow_indices"] = indices.crow_indices
             state_dict[prefix + "col_indices"] = indices.col_indices
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -119,9 +137,15 @@ class SparseLayer(nn.Module):
             else:
                 self._buffers[name] = index
 
+    def _kept(self) -> str:
+        """For ``extra_repr``: how much is kept, and in which blocks."""
+        blocks = [] if self.block_size is None else [f"block_size={self.block_size}"]
+        counted = [] if blocks and self.values.is_meta else [f"nnz={self.nnz}, density={self.density:.4g}"]
+        return ", ".join(counted + blocks)
 
-def stored_structure(state_dict: dict[str, Tensor], prefix: str, weight_shape: torch.Size) -> CsrIndices:
-    """The checked indices of the layer whose keys in ``state_dict`` start with ``prefix``; changes nothing.
+
+def stored_structure(state_dict: Mapping[str, Tensor], prefix: str, weight_shape: torch.Size) -> tuple[Storage, CsrIndices]:
+    """The storage and the checked indices of the layer whose keys in ``state_dict`` start with ``prefix``; changes nothing.
 
     Raises:
         ValueError: naming the layer, if one of values, crow_indices, col_indices is missing or they are corrupt.
@@ -132,12 +156,12 @@ def stored_structure(state_dict: dict[str, Tensor], prefix: str, weight_shape: t
     if missing:
         raise ValueError(f"{layer}: Expected tensors {', '.join(STORED)} in the state_dict, got none for {', '.join(missing)}.")
     values, crow_indices, col_indices = stored
-    if values.shape != (1, col_indices.numel()) or not values.is_floating_point():
-        raise ValueError(
-            f"{layer}: Expected floating-point values of shape [1, {col_indices.numel()}], got {values.dtype} {list(values.shape)}."
-        )
     try:
-        return csr_from_indices(crow_indices, col_indices, weight_shape[0], math.prod(weight_shape[1:]))
+        storage = storage_of(stored_block_size(values))
+        size = storage.values_shape(col_indices.numel())
+        if values.shape != size or not values.is_floating_point():
+            raise ValueError(f"Expected floating-point values of shape {list(size)}, got {values.dtype} {list(values.shape)}.")
+        return storage, csr_from_indices(crow_indices, col_indices, *storage.grid(weight_shape))
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from None
 

@@ -2,11 +2,13 @@
 
 from grasp_sparse.ops import schema  # isort: skip  (names the operations; the others register their part of each)
 from grasp_sparse.ops import autograd, autograd_blocks, fake, flops, reference, reference_blocks, reference_pool, reference_update
-from grasp_sparse.ops.functional import csr_conv2d, csr_linear
+from grasp_sparse.ops.functional import bsr_conv2d, bsr_linear, csr_conv2d, csr_linear
 
 __all__ = [
     "autograd",
     "autograd_blocks",
+    "bsr_conv2d",
+    "bsr_linear",
     "csr_conv2d",
     "csr_linear",
     "fake",

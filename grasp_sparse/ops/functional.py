@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grasp_sparse.formats import CsrIndices
+from grasp_sparse.formats import CsrIndices, block_grid
 
 _COMPUTE = (torch.float32, torch.float64)
+# Asked once: of a device that autocast does not know (meta) it must not be asked, and not every torch.compile traces the question.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device))
 
 
 def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -23,17 +25,39 @@ def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | No
 
     Returns:
         ``[..., out_features]``; under autocast in the autocast dtype. bfloat16 is read and written as such and computed in
-        float32, float16 goes through float32.
+        float32, and so is float16 on CUDA; on the CPU it goes through float32.
 
     Raises:
         ValueError: the last dimension of x is not in_features, or the dtypes differ.
     """
     rows, cols = indices.shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise ValueError(f"Expected x of shape [..., {cols}], got {tuple(x.shape)}.")
+    _check_features(x, cols)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, cols)
     y = torch.ops.grasp_sparse.csr_spmm(values, *indices, bias, flat, relu)
+    if x.dim() != 2:
+        y = y.reshape(*x.shape[:-1], rows)
+    return y if y.dtype == result else y.to(result)
+
+
+def bsr_linear(
+    x: Tensor, values: Tensor, indices: CsrIndices, weight_shape: Sequence[int], bias: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """:func:`csr_linear` with a W of whole blocks.
+
+    Args:
+        values: ``[nblocks, bh, bw]``, in the order of ``indices``, which are those of the grid of blocks.
+        weight_shape: (out_features, in_features), which a grid of blocks does not tell.
+
+    Raises:
+        ValueError: as there, or the grid is not that of the weight.
+    """
+    rows, cols = weight_shape
+    _check_grid(values, indices, weight_shape)
+    _check_features(x, cols)
+    (x, values, bias), result = _compute_dtype(x, values, bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, cols)
+    y = torch.ops.grasp_sparse.bsr_spmm(values, *indices, bias, flat, rows, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
     return y if y.dtype == result else y.to(result)
@@ -57,20 +81,13 @@ def csr_conv2d(
         bias: ``[out_channels]`` or None.
 
     Returns:
-        ``[N, out_channels, H', W']``; under autocast in the autocast dtype. bfloat16 is read and written as such and
-        computed in float32, float16 goes through float32.
+        ``[N, out_channels, H', W']``; dtypes as :func:`csr_linear`.
 
     Raises:
         ValueError: wrong rank or channels, a window that does not fit into the padded image, or dtypes that differ.
     """
     channels = indices.shape[1] // (kernel_size[0] * kernel_size[1])
-    if x.dim() not in (3, 4) or x.shape[-3] != channels:
-        raise ValueError(f"Expected x of shape [N, {channels}, H, W] or [{channels}, H, W], got {tuple(x.shape)}.")
-    for axis, size in enumerate(x.shape[-2:]):
-        padded = size + padding[2 * axis] + padding[2 * axis + 1]
-        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
-        if padded < reach:
-            raise ValueError(f"Expected a padded image of at least {reach} along dimension {axis - 2}, got {padded}.")
+    _check_images(x, channels, kernel_size, padding, dilation)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     y = torch.ops.grasp_sparse.csr_conv2d_fprop(
@@ -81,15 +98,75 @@ def csr_conv2d(
     return y if y.dtype == result else y.to(result)
 
 
+def bsr_conv2d(
+    x: Tensor,
+    values: Tensor,
+    indices: CsrIndices,
+    weight_shape: Sequence[int],
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    relu: bool = False,
+) -> Tensor:
+    """:func:`csr_conv2d` with filters of whole blocks, or max(y, 0).
+
+    Args:
+        values: ``[nblocks, bh, bw]``, a block being one tap of the filters and bw neighbouring channels; in the order of
+            ``indices``, which are those of the grid of blocks.
+        weight_shape: (out_channels, in_channels, kh, kw), which a grid of blocks does not tell.
+
+    Raises:
+        ValueError: as there, or the grid is not that of the weight.
+    """
+    out_channels, channels, *kernel_size = weight_shape
+    _check_grid(values, indices, weight_shape)
+    _check_images(x, channels, kernel_size, padding, dilation)
+    (x, values, bias), result = _compute_dtype(x, values, bias)
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    y = torch.ops.grasp_sparse.bsr_conv2d_fprop(
+        values, *indices, bias, batched, out_channels, kernel_size, list(stride), list(padding), list(dilation), relu
+    )
+    if x.dim() == 3:
+        y = y.squeeze(0)
+    return y if y.dtype == result else y.to(result)
+
+
+def _check_features(x: Tensor, features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"Expected x of shape [..., {features}], got {tuple(x.shape)}.")
+
+
+def _check_images(x: Tensor, channels: int, kernel_size: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"Expected x of shape [N, {channels}, H, W] or [{channels}, H, W], got {tuple(x.shape)}.")
+    for axis, size in enumerate(x.shape[-2:]):
+        padded = size + padding[2 * axis] + padding[2 * axis + 1]
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
+        if padded < reach:
+            raise ValueError(f"Expected a padded image of at least {reach} along dimension {axis - 2}, got {padded}.")
+
+
+def _check_grid(values: Tensor, indices: CsrIndices, weight_shape: Sequence[int]) -> None:
+    if values.dim() != 3:
+        raise ValueError(f"Expected values of shape [nblocks, bh, bw], got {list(values.shape)}.")
+    grid = block_grid(weight_shape, values.shape[1:])
+    if indices.shape != grid:
+        raise ValueError(
+            f"Expected indices of a {list(grid)} grid of blocks for a weight {list(weight_shape)}, got {list(indices.shape)}."
+        )
+
+
 def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     """Casts to what the kernels take and names the dtype the result must have.
 
-    They compute in the dtype of the values, float32 or float64; x has it too, or is bfloat16 beside float32.
+    They compute in the dtype of the values, float32 or float64; x has it too, or is bfloat16 (on CUDA float16 as well) beside
+    float32.
 
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         result = torch.get_autocast_dtype(device)
     elif any(t is not None and t.dtype != x.dtype for t in (values, bias)):
@@ -98,6 +175,7 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     else:
         result = x.dtype
     compute = x.dtype if x.dtype in _COMPUTE and x.dtype == values.dtype else torch.float32
-    storage = result if result == torch.bfloat16 else compute
+    halves = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.bfloat16,)
+    storage = result if result in halves else compute
     wanted = ((x, storage), (values, compute), (bias, compute))
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in wanted), result

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Unstructured:
     """Groups of one weight, in row-major order."""
 
-    name = "unstructured"
+    name: ClassVar[str] = "unstructured"
+    block_size: ClassVar[None] = None
+    density: ClassVar[None] = None
 
     def group_size(self, shape: Sequence[int]) -> int:
         return 1

@@ -83,12 +83,12 @@ def _platform_folder() -> Path:
     return Path("~/.cache")
 
 
-def layer_key(layer: nn.Module, given: LayerInput) -> str:
-    """Everything the times of a layer depend on, but the number of its kept weights."""
+def layer_key(layer: nn.Module, given: LayerInput, pattern: str = "unstructured") -> str:
+    """Everything the times of a layer depend on, but the number of its kept weights; ``pattern`` names blocks and their size."""
     device = layer.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     facts = [
-        *_machine(), device, torch.get_num_threads(), autocast, type(layer).__name__, tuple(layer.weight.shape),
+        *_machine(), device, torch.get_num_threads(), autocast, pattern, type(layer).__name__, tuple(layer.weight.shape),
         layer.weight.stride(), layer.weight.dtype, layer.weight.requires_grad, layer.bias is not None, *given,
     ]  # fmt: skip
     if isinstance(layer, nn.Conv2d):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning import cache
 from grasp_sparse.planning.inputs import layer_inputs
 from grasp_sparse.planning.plan import calls_of, target_times
@@ -41,9 +43,12 @@ class LayerCost(NamedTuple):
         return "sparse" if self.fixed + self.slope * kept < self.masked else "masked"
 
 
-def layer_costs(model: nn.Module, names: Iterable[str], example_input: Any) -> dict[str, LayerCost]:
+def layer_costs(
+    model: nn.Module, names: Iterable[str], example_input: Any, pattern: GroupPattern = Unstructured()
+) -> dict[str, LayerCost]:
     """The costs of the weights called ``names``, measured at random masks of three densities on inputs like their own.
 
+    The masks are of ``pattern``, and layers store what they would store under it.
     ``example_input`` as for ``plan``. A weight whose layers the example does not call, or that can only run masked, costs
     nothing by the weight.
     """
@@ -53,13 +58,13 @@ def layer_costs(model: nn.Module, names: Iterable[str], example_input: Any) -> d
     measured: dict[str, list[tuple[int, float]]] = {}
     costs = {}
     for density in DENSITIES:
-        masks = {name: _random_mask(parameters[name], density, generator) for name in names}
-        for target in find_targets(model, masks):
+        masks = {name: _random_mask(parameters[name], density, generator, pattern) for name in names}
+        for target in find_targets(model, MaskSet(masks, {"pattern": pattern.name})):
             name, weights, called = target.names[0], target.mask.numel(), calls_of(target, inputs)
             if not called:
                 costs[name] = LayerCost(weights, 0.0, 0.0, 0.0, 0.0)
                 continue
-            times = target_times(target.mask, called, target.kept)
+            times = target_times(target, called)
             line = measured.setdefault(name, [])
             line.append((target.kept, times.sparse))
             fixed, slope = (times.masked, 0.0) if target.runs == "masked" else _line(line)
@@ -72,11 +77,12 @@ def layer_costs(model: nn.Module, names: Iterable[str], example_input: Any) -> d
     return costs
 
 
-def _random_mask(weight: nn.Parameter, density: float, generator: torch.Generator) -> torch.Tensor:
-    kept = min(max(1, round(density * weight.numel())), weight.numel() - 1)
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[torch.randperm(weight.numel(), generator=generator)[:kept]] = True
-    return mask.view(weight.shape)
+def _random_mask(weight: nn.Parameter, density: float, generator: torch.Generator, pattern: GroupPattern) -> torch.Tensor:
+    groups = pattern.pool(weight.detach()).numel()
+    kept = min(max(1, round(density * groups)), groups - 1)
+    mask = torch.zeros(groups, dtype=torch.bool)
+    mask[torch.randperm(groups, generator=generator)[:kept]] = True
+    return pattern.expand(mask, weight)
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

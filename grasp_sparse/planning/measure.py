@@ -36,10 +36,13 @@ class Times(NamedTuple):
         return Times(*(seconds * calls for seconds in self))
 
 
-def measure_layer(layer: nn.Module, mask: Tensor, given: LayerInput, rounds: int = ROUNDS) -> Times:
+def measure_layer(
+    layer: nn.Module, mask: Tensor, given: LayerInput, block_size: tuple[int, int] | None = None, rounds: int = ROUNDS
+) -> Times:
     """Times of ``layer``, a dense ``nn.Linear`` or ``nn.Conv2d`` with one group, under ``mask`` on inputs like ``given``.
 
-    The layer is copied; its gradients and hooks stay out of it. Data are random: zeros would be cheaper.
+    The layer is copied; its gradients and hooks stay out of it. Data are random: zeros would be cheaper. With ``block_size``
+    the sparse one stores whole blocks.
     """
     masked_kind, sparse_kind = (
         (MaskedLinear, SparseLinear) if isinstance(layer, nn.Linear) else (MaskedConv2d, SparseConv2d)
@@ -54,7 +57,7 @@ def measure_layer(layer: nn.Module, mask: Tensor, given: LayerInput, rounds: int
             for name, arm in (
                 ("dense", dense),
                 ("masked", masked_kind.from_dense(dense, mask)),
-                ("sparse", sparse_kind.from_dense(dense, mask)),
+                ("sparse", sparse_kind.from_dense(dense, mask, block_size)),
             )
         }
         synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

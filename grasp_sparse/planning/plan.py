@@ -39,6 +39,12 @@ class PlanRow:
     times: Times | None  # summed over layers and calls; None where nothing was measured
     runs: str  # "sparse", "masked" or "dense"
     reason: str
+    block_size: tuple[int, int] | None = None  # of the blocks that a sparse layer stores whole
+
+    @property
+    def way(self) -> str:
+        """How it runs, in words."""
+        return describe_way(self.runs, self.block_size)
 
     @property
     def density(self) -> float:
@@ -71,7 +77,7 @@ class Plan(Mapping[str, str]):
             if row.times:
                 times = (*(f"{seconds * 1e3:.3f}" for seconds in row.times), f"{row.times.sparse / row.times.dense:.2f}")
             name = ", ".join(row.layers) or "(the model)"
-            lines.append((name, shape, seen, f"{row.kept:,}", f"{row.density:.2%}", *times, row.runs, row.reason))
+            lines.append((name, shape, seen, f"{row.kept:,}", f"{row.density:.2%}", *times, row.way, row.reason))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -106,7 +112,7 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
             runs, reason = by_density(target, MAX_DENSITY)
             reason = "; ".join(filter(None, (reason, f"not measured: {obstacle}")))
         elif runs is None:
-            times = target_times(target.mask, called, target.kept)
+            times = target_times(target, called)
             runs = "sparse" if times.sparse * _MARGIN < times.masked else "masked"
             reason = "" if runs == "sparse" else f"sparse takes {times.sparse / times.masked:.2f} of the masked time"
         rows.append(_row(target, inputs, times, runs, reason))
@@ -149,19 +155,24 @@ def calls_of(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> list[
     return [(layer, given, calls) for name, layer in target.layers.items() for given, calls in inputs.get(name, {}).items()]
 
 
-def target_times(mask: Tensor, called: Sequence[tuple[nn.Module, LayerInput, int]], kept: int) -> Times:
-    """Times of one weight under ``mask``, summed over its layers, inputs and calls; measured, or remembered if they were."""
+def target_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]]) -> Times:
+    """Times of one weight under its mask, summed over its layers, inputs and calls; measured, or remembered if they were."""
     parts = []
     for layer, given, calls in called:
         if not torch.is_autocast_enabled(layer.weight.device.type):
             given = given._replace(dtype=layer.weight.dtype)  # the model has run as a float32 copy if it is half precision
-        key = cache.layer_key(layer, given)
-        times = cache.recall(key, kept)
+        key = cache.layer_key(layer, given, target.pattern.name)
+        times = cache.recall(key, target.kept)
         if times is None:
-            times = measure.measure_layer(layer, mask, given)
-            cache.remember(key, kept, times)
+            times = measure.measure_layer(layer, target.mask, given, target.block_size)
+            cache.remember(key, target.kept, times)
         parts.append(times * calls)
     return functools.reduce(operator.add, parts)
+
+
+def describe_way(runs: str, block_size: tuple[int, int] | None) -> str:
+    """ "sparse", "masked", "dense", or "sparse, 32x32 blocks"."""
+    return f"{runs}, {block_size[0]}x{block_size[1]} blocks" if runs == "sparse" and block_size else runs
 
 
 def by_density(target: Target, max_density: float) -> tuple[str, str]:
@@ -181,7 +192,8 @@ def _no_kernels(target: Target) -> str | None:
 
 def _row(target: Target, inputs: Mapping[str, Counter[LayerInput]], times: Times | None, runs: str, reason: str) -> PlanRow:
     seen = tuple(given for name in target.layers for given in inputs.get(name, ()))
-    return PlanRow(target.names[0], tuple(target.layers), tuple(target.mask.shape), seen, target.kept, times, runs, reason)
+    shape = tuple(target.mask.shape)
+    return PlanRow(target.names[0], tuple(target.layers), shape, seen, target.kept, times, runs, reason, target.block_size)
 
 
 def _as_plan(targets: Sequence[Target], rows: Sequence[PlanRow]) -> Plan:

@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from grasp_sparse.choice import sparsity_under
+from grasp_sparse.patterns import USAGE, get_pattern
 from grasp_sparse.train.errors import UserError
 
 
@@ -59,7 +61,9 @@ class TrainConfig:
         {}, "pruning", "option of the criterion as KEY=VALUE, e.g. 'preset=\"paper\"' or temperature=200", type=dict,
         metavar="KEY=VALUE",
     )
-    sparsity: float = _option(0.95, "pruning", "share removed, 0 <= sparsity < 1", type=float, metavar="SHARE")
+    sparsity: float | None = _option(
+        None, "pruning", "share removed, 0 <= sparsity < 1 (default: 0.95; with pattern nm 1 - N / M)", type=float, metavar="SHARE"
+    )
     budget: str = _option(
         "weights", "pruning", "what is limited: weights, flops = multiply-adds (by sparsity), or time (by speedup)",
         choices=("weights", "flops", "time"),
@@ -72,7 +76,7 @@ class TrainConfig:
         "global", "pruning", "one ranking over all layers, the same density per layer, or Erdos-Renyi densities",
         choices=("global", "layer", "erk"),
     )
-    pattern: str = _option("unstructured", "pruning", "which masks are allowed")
+    pattern: str = _option("unstructured", "pruning", f"what is kept or pruned together: {USAGE}", metavar="PATTERN")
     min_density: float = _option(0.0, "pruning", "density that no layer falls below", type=float, metavar="SHARE")
     include: list = _option([], "pruning", "prune only layers whose name matches this pattern", type=list, metavar="GLOB")
     exclude: list = _option([], "pruning", "keep layers whose name matches this pattern dense", type=list, metavar="GLOB")
@@ -120,7 +124,7 @@ class TrainConfig:
     def validate(self) -> TrainConfig:
         """Raise UserError for a value out of range; return self."""
         for name, ok, expected in (
-            ("sparsity", 0 <= self.sparsity < 1, "0 <= sparsity < 1 (0.98 keeps 2 %)"),
+            ("sparsity", self.sparsity is None or 0 <= self.sparsity < 1, "0 <= sparsity < 1 (0.98 keeps 2 %)"),
             ("min_density", 0 <= self.min_density <= 1, "a share between 0 and 1"),
             ("max_density", self.max_density is None or 0 < self.max_density <= 1, "a share above 0, at most 1"),
             ("budget", self.budget != "time" or self.speedup is not None or self.masks, "with 'time', a --speedup too"),
@@ -149,6 +153,10 @@ class TrainConfig:
         ):
             if not ok:
                 raise UserError(f"Expected {name}: {expected}, got {getattr(self, name)!r}")
+        try:
+            sparsity_under(get_pattern(self.pattern), self.sparsity)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         return self
 
     @classmethod

@@ -15,6 +15,7 @@ from torch import nn
 from grasp_sparse import cli
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.nn import SparseConv2d
+from grasp_sparse.planning import Times, measure
 
 _RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -60,6 +61,16 @@ def test_layers_whole_steps_and_a_csv(capsys: pytest.CaptureFixture) -> None:
     first, other = ({row["input_grad"] for row in rows if row["layer"] == layer} for layer in ("0", "3"))
     assert (first, other) == ({"no"}, {"yes"})
     assert all(row["kernels"] and row["threads"] == "1" and row["criterion"] == "grasp" for row in rows)
+
+
+def test_a_pattern(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(measure, "measure_layer", lambda *_: Times(2e-3, 2e-3, 1e-3))  # whatever they take, layers run sparse
+    flags = ["--sparsity", "0.6", "--pattern", "block(4, 3)", "--out", "mine.csv"]
+    assert _bench("--model", "own_models:tiny", "--input", "4x3x9x9", *flags) == 0
+    assert {row["pattern"] for row in read_rows(Path("mine.csv"))} == {"block(4, 3)"}
+    assert re.search(r"^3 +4x8x9x9 +sparse ", capsys.readouterr().out, re.M)
+    assert _bench("--model", "own_models:tiny", "--input", "4x3x9x9", "--pattern", "block(4)") == 2
+    assert "written block(bh, bw)" in capsys.readouterr().err
 
 
 def test_a_network_of_linear_layers_meets_onednn(capsys: pytest.CaptureFixture) -> None:

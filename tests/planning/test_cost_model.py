@@ -21,7 +21,7 @@ def test_the_faster_way_counts():
 
 @pytest.fixture
 def linear_times(monkeypatch):
-    def measure_layer(layer, mask, given):
+    def measure_layer(layer, mask, given, block_size=None):
         return Times(2e-3, 3e-3, 1e-4 + 2e-6 * int(mask.sum()) * (given.shape[0] / 4))
 
     monkeypatch.setattr(measure, "measure_layer", measure_layer)
@@ -35,7 +35,7 @@ def test_the_line_is_found_and_calls_are_added_up(linear_times):
 
 
 def test_a_weight_never_seems_free(monkeypatch):
-    monkeypatch.setattr(measure, "measure_layer", lambda layer, mask, given: Times(1e-3, 1e-3, 1e-3 / int(mask.sum())))
+    monkeypatch.setattr(measure, "measure_layer", lambda layer, mask, given, block_size: Times(1e-3, 1e-3, 1e-3 / int(mask.sum())))
     cost = layer_costs(nn.Sequential(nn.Linear(40, 40)), ["0.weight"], torch.randn(4, 40))["0.weight"]
     assert cost.slope == pytest.approx(0.01 * 1e-3 / 1600)
 

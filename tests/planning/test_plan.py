@@ -48,7 +48,7 @@ def stopwatch(monkeypatch):
             self.measured: list = []
 
         def set(self, rule) -> None:
-            def measure_layer(layer, mask, given):
+            def measure_layer(layer, mask, given, block_size=None):
                 self.measured.append((layer, int(mask.sum()), given))
                 return rule(layer, int(mask.sum()), given)
 

@@ -81,6 +81,24 @@ def test_a_value_out_of_range_is_named(field: str, value: object) -> None:
         dataclasses.replace(TrainConfig(), **{field: value}).validate()
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "zebra"}, "Expected pattern to be one of unstructured, block"),
+        ({"pattern": "block(8)"}, "written block"),
+        ({"pattern": "nm(2, 4)", "sparsity": 0.95}, "Expected sparsity 0.5, which pattern nm"),
+    ],
+)
+def test_a_pattern_that_is_none_or_fixes_another_sparsity_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TrainConfig(), **values).validate()
+
+
+@pytest.mark.parametrize("values", [{"pattern": "nm(2, 4)"}, {"pattern": "nm(2, 4)", "sparsity": 0.5}, {"pattern": "block(8, 4)"}])
+def test_a_pattern_can_be_written(values: dict) -> None:
+    assert TrainConfig.from_dict(values, "test").validate().pattern == values["pattern"]
+
+
 def test_config_survives_a_round_trip_through_plain_values() -> None:
     config = TrainConfig(model_args={"widths": [4]}, milestones=[0.2], data_dir="x")
     assert TrainConfig.from_dict(config.to_dict(), "test") == config

@@ -158,7 +158,7 @@ def test_layers_are_measured_at_the_batch_of_the_run_and_a_resumed_run_keeps_wha
 ) -> None:
     seen = []
 
-    def sparse_is_faster(layer, mask, given):
+    def sparse_is_faster(layer, mask, given, block_size=None):
         seen.append(given)
         return Times(2e-3, 2e-3, 1e-3)
 
