@@ -1,4 +1,4 @@
-// csr_conv2d_fprop, _dgrad, _wgrad, _backward: checks, layouts, and the call of the pass.
+// csr_conv2d_fprop, _dgrad, _wgrad, _backward, and the first three of bsr_conv2d_*: checks, layouts, and the call of the pass.
 #include "isa.h"
 #include "layout.h"
 #include "pixel_lanes.h"
@@ -37,9 +37,13 @@ void check_output(const Tensor& g, const Window& window) {
                   window.w.output, " pixels, got ", g.size(2), " x ", g.size(3), ".");
 }
 
-int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
+int64_t taps_of(const Sizes& kernel) {
   check_pair(kernel, 2, 1, "kernel_size");
-  const int64_t taps = kernel[0] * kernel[1];
+  return kernel[0] * kernel[1];
+}
+
+int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
+  const int64_t taps = taps_of(kernel);
   STD_TORCH_CHECK(csr.cols % taps == 0, "Expected columns in multiples of ", taps, " (kernel_size), got ", csr.cols, ".");
   return csr.cols / taps;
 }
@@ -51,44 +55,32 @@ Image<T> image_of(T* data, const Tensor& t) {
           t.stride(0), t.stride(1), t.stride(2), t.stride(3), L * t.stride(0)};
 }
 
-}  // namespace
+int64_t channels_of(const Tensor& t) { return t.dim() == 4 ? t.size(1) : 0; }
 
-Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                        const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, Sizes kernel_size,
-                        Sizes stride, Sizes padding, Sizes dilation) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  check_images(x, input_channels(csr, kernel_size), "x");
+Tensor fprop(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
+             int64_t outputs, const Window& window, bool relu) {
   check_values(values, csr, compute_type(x));
-  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  check_bias(bias, csr, compute_type(x));
+  check_bias(bias, outputs, compute_type(x));
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
-  const Tensor y = empty_images(x, csr.rows, window.h.output, window.w.output);
-  for_storage(x, "csr_conv2d_fprop", [&](auto* type) {
+  const Tensor y = empty_images(x, outputs, window.h.output, window.w.output);
+  for_storage(x, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const T* biases = bias ? const_data<T>(b) : nullptr;
     const auto pass = [&](const Window& window, bool, const Image<const S>& x, const Image<S>& y) {
-      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y, false);
+      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y, relu);
     };
     in_pieces(window, pass, image_of(const_data<S>(x), x), image_of(mutable_data<S>(y), y));
   });
   return y;
 }
 
-Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                        const Tensor& permutation, const Tensor& g, Sizes input_size, Sizes kernel_size, Sizes stride,
-                        Sizes padding, Sizes dilation) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  check_images(g, csr.rows, "g");
+Tensor dgrad(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g, int64_t inputs, const Window& window) {
   check_values(values, csr, compute_type(g));
-  check_pair(input_size, 2, 0, "input_size");
-  const Window window = window_of(input_size[0], input_size[1], kernel_size, stride, padding, dilation);
   check_output(g, window);
   const Tensor v = dense(values);
-  const Tensor dx = empty_images(g, input_channels(csr, kernel_size), input_size[0], input_size[1]);
-  for_storage(g, "csr_conv2d_dgrad", [&](auto* type) {
+  const Tensor dx = empty_images(g, inputs, window.h.input, window.w.input);
+  for_storage(g, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const auto pass = [&](const Window& window, bool, const Image<const S>& g, const Image<S>& dx) {
@@ -99,12 +91,10 @@ Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& 
   return dx;
 }
 
-namespace {
-
-Window check_pair_of_images(const CsrView& csr, const Tensor& g, const Tensor& x, const Sizes& kernel_size, const Sizes& stride,
-                            const Sizes& padding, const Sizes& dilation) {
-  check_images(g, csr.rows, "g");
-  check_images(x, input_channels(csr, kernel_size), "x");
+Window check_pair_of_images(const Tensor& g, int64_t outputs, const Tensor& x, int64_t inputs, const Sizes& kernel_size,
+                            const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  check_images(g, outputs, "g");
+  check_images(x, inputs, "x");
   check_type(g, x.scalar_type(), "g");
   STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
   const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
@@ -112,15 +102,15 @@ Window check_pair_of_images(const CsrView& csr, const Tensor& g, const Tensor& x
   return window;
 }
 
-}  // namespace
+Window window_of_gradient(const Sizes& input_size, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
+                          const Sizes& dilation) {
+  check_pair(input_size, 2, 0, "input_size");
+  return window_of(input_size[0], input_size[1], kernel, stride, padding, dilation);
+}
 
-Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
-  const Tensor sums = empty_sums(x, {1, csr.nnz});
-  for_storage(x, "csr_conv2d_wgrad", [&](auto* type) {
+Tensor wgrad(const char* op, const CsrView& csr, const Tensor& g, const Tensor& x, const Window& window) {
+  const Tensor sums = empty_sums(x, values_size(csr));
+  for_storage(x, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const auto pass = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x) {
@@ -131,13 +121,74 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
   return sums;
 }
 
+}  // namespace
+
+Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, Sizes kernel_size,
+                        Sizes stride, Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_images(x, input_channels(csr, kernel_size), "x");
+  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  return fprop("csr_conv2d_fprop", csr, values, bias, x, csr.rows, window, false);
+}
+
+Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const Tensor& g, Sizes input_size, Sizes kernel_size, Sizes stride,
+                        Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_images(g, csr.rows, "g");
+  const int64_t inputs = input_channels(csr, kernel_size);
+  const Window window = window_of_gradient(input_size, kernel_size, stride, padding, dilation);
+  return dgrad("csr_conv2d_dgrad", csr, values, g, inputs, window);
+}
+
+Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  const int64_t inputs = input_channels(csr, kernel_size);
+  const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
+  return wgrad("csr_conv2d_wgrad", csr, g, x, window);
+}
+
+Tensor bsr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, int64_t out_channels,
+                        Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation, bool relu) {
+  check_images(x, channels_of(x), "x");
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView csr = indices.view_of_blocks(block_size_of(values), out_channels, x.size(1), taps_of(kernel_size));
+  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  return fprop("bsr_conv2d_fprop", csr, values, bias, x, out_channels, window, relu);
+}
+
+Tensor bsr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                        const Tensor& permutation, const Tensor& g, int64_t in_channels, Sizes input_size, Sizes kernel_size,
+                        Sizes stride, Sizes padding, Sizes dilation) {
+  check_images(g, channels_of(g), "g");
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView csr = indices.view_of_blocks(block_size_of(values), g.size(1), in_channels, taps_of(kernel_size));
+  const Window window = window_of_gradient(input_size, kernel_size, stride, padding, dilation);
+  return dgrad("bsr_conv2d_dgrad", csr, values, g, in_channels, window);
+}
+
+Tensor bsr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                        const Tensor& g, const Tensor& x, Sizes block_size, Sizes kernel_size, Sizes stride, Sizes padding,
+                        Sizes dilation) {
+  const Window window = check_pair_of_images(g, channels_of(g), x, channels_of(x), kernel_size, stride, padding, dilation);
+  const Indices indices(crow, col, ccol, row, permutation);
+  return wgrad("bsr_conv2d_wgrad", indices.view_of_blocks(block_size, g.size(1), x.size(1), taps_of(kernel_size)), g, x, window);
+}
+
 std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
                                                        const Tensor& ccol, const Tensor& row, const Tensor& permutation,
                                                        const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride,
                                                        Sizes padding, Sizes dilation) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  const Window window = check_pair_of_images(csr, g, x, kernel_size, stride, padding, dilation);
+  const int64_t inputs = input_channels(csr, kernel_size);
+  const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
   check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));
   const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
@@ -159,4 +210,7 @@ STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("csr_conv2d_dgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_dgrad));
   m.impl("csr_conv2d_wgrad", TORCH_BOX(&grasp_sparse::csr_conv2d_wgrad));
   m.impl("csr_conv2d_backward", TORCH_BOX(&grasp_sparse::csr_conv2d_backward));
+  m.impl("bsr_conv2d_fprop", TORCH_BOX(&grasp_sparse::bsr_conv2d_fprop));
+  m.impl("bsr_conv2d_dgrad", TORCH_BOX(&grasp_sparse::bsr_conv2d_dgrad));
+  m.impl("bsr_conv2d_wgrad", TORCH_BOX(&grasp_sparse::bsr_conv2d_wgrad));
 }

@@ -13,16 +13,19 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
-  const ChannelBlocks blocks(x.c, window, walk.rows, walk.nnz);
+  const ChannelBlocks blocks(x.c, window, walk);
   PackedInput<T> input(blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   input.read_in_place(x);
   const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
   CallScratch& call = CallScratch::mine();
   const Entries entries = input.entries(walk, call.offsets);
-  values = walked_values(walk, values, call.values.template reserve<T>(walk.nnz));
+  if (!walk.has_blocks)
+    values = walked_values(walk, values, call.values.template reserve<T>(walk.nnz));
+  else if (walk.permutation)
+    check_permutation(walk);
 
-  const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, y.c);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, walk.rows);
   const std::vector<int> cut = balanced_rows(walk.ptr, walk.rows, parts);
   std::atomic<bool> complete{true};
   parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
@@ -38,7 +41,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
       args.row_step = input.row_step();
       if (input.in_place() && band != held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
-      args.values = values, args.bias = bias;
+      args.values = values, args.bias = bias, args.blocks = input.blocks(walk, y.c);
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
       args.out = y.slice(slice) + row * y.sh;
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;

@@ -27,19 +27,36 @@ struct Image {
   }
 };
 
-// The index tensors of one weight, as CsrIndices of the Python side: by row and by column.
+// The index tensors of one weight, as CsrIndices of the Python side: by row and by column. Rows, columns and nnz count single
+// weights, or blocks of bh x bw weights of one tap. Columns: all taps of a channel, then of the next; of blocks, all chunks of
+// bw channels of a tap, then of the next (formats/blocks.py).
 struct CsrView {
   int64_t rows, cols, nnz;
   const int32_t *crow, *col, *ccol, *row, *permutation;
+  bool has_blocks = false;
+  int64_t bh = 1, bw = 1;
+
+  int64_t weights() const { return nnz * bh * bw; }
+};
+
+// Blocks as a pass walks them: transposed for dgrad.
+struct BlockOrder {
+  int64_t outputs, inputs, output_step, input_step;  // as in Blocks
 };
 
 // The weights in the order in which one pass walks them: by row, or by column (a permutation leads back to the values).
 struct Walk {
   int64_t rows, cols, nnz;
   const int32_t *ptr, *col, *permutation;  // permutation: null for the order of the values
+  bool has_blocks;
+  BlockOrder block;
 };
-inline Walk by_row(const CsrView& csr) { return {csr.rows, csr.cols, csr.nnz, csr.crow, csr.col, nullptr}; }
-inline Walk by_column(const CsrView& csr) { return {csr.cols, csr.rows, csr.nnz, csr.ccol, csr.row, csr.permutation}; }
+inline Walk by_row(const CsrView& csr) {
+  return {csr.rows, csr.cols, csr.nnz, csr.crow, csr.col, nullptr, csr.has_blocks, {csr.bh, csr.bw, csr.bw, 1}};
+}
+inline Walk by_column(const CsrView& csr) {
+  return {csr.cols, csr.rows, csr.nnz, csr.ccol, csr.row, csr.permutation, csr.has_blocks, {csr.bw, csr.bh, 1, csr.bw}};
+}
 
 // Each throws std::runtime_error when an index lies outside the weight it claims to index, or when columns do not rise within
 // their row where that is asked (ChannelBlocks). Nothing outside the results is touched, and those are then void.
@@ -53,7 +70,7 @@ void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>*
                  const Image<S>& y, bool relu);
 template <class S>
 void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx);
-// sums [nnz] = the sampled product, or += with `add`; so bias_sums [rows] and the sums of g, unless null.
+// sums [weights] = the sampled product, or += with `add`; so bias_sums [rows] and the sums of g, unless null (as beside blocks).
 template <class S>
 void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
                  Compute<S>* bias_sums, bool add);

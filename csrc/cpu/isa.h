@@ -84,6 +84,18 @@ struct Entries {
   bool* complete;    // set to false when a walk ends before its end; or null
 };
 
+// What makes entries blocks of [outputs, inputs] weights: an entry's place is that of its first input, the others follow
+// channel_step elements apart. The last blocks may reach past the channels there are; what values hold there is not used.
+struct Blocks {
+  int outputs, inputs;              // 0: entries are single weights
+  int64_t output_step, input_step;  // from one weight of a block to the next, in values
+  int64_t channel_step;
+  int32_t last;         // entries at this place or beyond have
+  int last_inputs;      // this many inputs
+  int channels;         // outputs of all blocks; channel_begin, channel_end and Entries count rows of blocks
+  const int32_t* index; // [entries] which block of values an entry is; null: its own number
+};
+
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].
 template <class S>
 struct ProductArgs {
@@ -93,6 +105,7 @@ struct ProductArgs {
   int rows, cols;
   const T* values;
   Entries entries;
+  Blocks blocks;
   int channel_begin, channel_end;
   const T* bias;  // [channels] or null
   bool relu;      // max(…, 0)
@@ -116,6 +129,7 @@ struct SampledArgs {
   int64_t g_channel_size, g_row_step;
   int rows, cols;
   Entries entries;
+  Blocks blocks;  // with them no channel_sums
   int channel_begin, channel_end;
   T* sums;
   T* channel_sums;  // [channels] or null

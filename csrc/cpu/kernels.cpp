@@ -1,5 +1,7 @@
 // Compiled once for each instruction set, with GRASP_SPARSE_ISA naming the namespace (setup.py has the flags).
 // Cuts an image into tiles of R x C pixels, R*C <= kMaxTile, and calls the loop compiled for exactly that tile.
+#include "block_product.h"
+#include "block_sampled.h"
 #include "isa.h"
 #include "norm.h"
 #include "pack.h"
@@ -59,10 +61,12 @@ struct SampledStrip {
 
 template <class T>
 void product(const ProductArgs<T>& p) {
+  if (p.blocks.outputs) return block_product(p);
   run_tiles<T, ProductStrip, ProductArgs<T>>(p);
 }
 template <class T>
 void sampled(const SampledArgs<T>& p) {
+  if (p.blocks.outputs) return block_sampled(p);
   run_tiles<T, SampledStrip, SampledArgs<T>>(p);
 }
 

@@ -1,5 +1,6 @@
-// csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward. A matrix [N, features] is an image: L rows are the lanes, T groups of L rows lie side
-// by side as columns (one panel), panels lie below one another. So the three passes over images are the only loops.
+// csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward, and the first three of bsr_*. A matrix [N, features] is an image: L rows are
+// the lanes, T groups of L rows lie side by side as columns (one panel), panels lie below one another. So the three passes over
+// images are the only loops.
 #include <algorithm>
 
 #include "isa.h"
@@ -74,18 +75,15 @@ void check_matrix(const Tensor& t, int64_t features, const char* name) {
                   " dimensions, the last of ", t.dim() ? t.size(t.dim() - 1) : 0, ".");
 }
 
-}  // namespace
+int64_t features_of(const Tensor& t) { return t.dim() == 2 ? t.size(1) : 0; }
 
-Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, bool relu) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  check_matrix(x, csr.cols, "x");
+Tensor product(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
+               int64_t outputs, bool relu) {
   check_values(values, csr, compute_type(x));
-  check_bias(bias, csr, compute_type(x));
+  check_bias(bias, outputs, compute_type(x));
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
-  const Tensor y = empty_rows(x, csr.rows);
-  for_storage(x, "csr_spmm", [&](auto* type) {
+  const Tensor y = empty_rows(x, outputs);
+  for_storage(x, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix in = matrix_of(x), out = matrix_of(y);
@@ -96,15 +94,11 @@ Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, con
   return y;
 }
 
-Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                  const Tensor& permutation, const Tensor& g) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  check_matrix(g, csr.rows, "g");
+Tensor transposed_product(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g, int64_t inputs) {
   check_values(values, csr, compute_type(g));
   const Tensor v = dense(values);
-  const Tensor dx = empty_rows(g, csr.cols);
-  for_storage(g, "csr_spmm_t", [&](auto* type) {
+  const Tensor dx = empty_rows(g, inputs);
+  for_storage(g, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix in = matrix_of(g), out = matrix_of(dx);
@@ -114,24 +108,16 @@ Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, c
   return dx;
 }
 
-namespace {
-
-void check_matrices(const CsrView& csr, const Tensor& g, const Tensor& x) {
-  check_matrix(x, csr.cols, "x");
-  check_matrix(g, csr.rows, "g");
+void check_matrices(const Tensor& g, int64_t outputs, const Tensor& x, int64_t inputs) {
+  check_matrix(x, inputs, "x");
+  check_matrix(g, outputs, "g");
   check_type(g, x.scalar_type(), "g");
   STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
 }
 
-}  // namespace
-
-Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                 const Tensor& g, const Tensor& x) {
-  const Indices indices(crow, col, ccol, row, permutation);
-  const CsrView& csr = indices.view();
-  check_matrices(csr, g, x);
-  const Tensor sums = empty_sums(x, {1, csr.nnz});
-  for_storage(x, "csr_sddmm", [&](auto* type) {
+Tensor sampled_product(const char* op, const CsrView& csr, const Tensor& g, const Tensor& x) {
+  const Tensor sums = empty_sums(x, values_size(csr));
+  for_storage(x, op, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x);
@@ -142,13 +128,62 @@ Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, cons
   return sums;
 }
 
+}  // namespace
+
+Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, bool relu) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrix(x, csr.cols, "x");
+  return product("csr_spmm", csr, values, bias, x, csr.rows, relu);
+}
+
+Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                  const Tensor& permutation, const Tensor& g) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrix(g, csr.rows, "g");
+  return transposed_product("csr_spmm_t", csr, values, g, csr.cols);
+}
+
+Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                 const Tensor& g, const Tensor& x) {
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView& csr = indices.view();
+  check_matrices(g, csr.rows, x, csr.cols);
+  return sampled_product("csr_sddmm", csr, g, x);
+}
+
+Tensor bsr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, int64_t out_features, bool relu) {
+  check_matrix(x, features_of(x), "x");
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView csr = indices.view_of_blocks(block_size_of(values), out_features, x.size(1), 1);
+  return product("bsr_spmm", csr, values, bias, x, out_features, relu);
+}
+
+Tensor bsr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                  const Tensor& permutation, const Tensor& g, int64_t in_features) {
+  check_matrix(g, features_of(g), "g");
+  const Indices indices(crow, col, ccol, row, permutation);
+  const CsrView csr = indices.view_of_blocks(block_size_of(values), g.size(1), in_features, 1);
+  return transposed_product("bsr_spmm_t", csr, values, g, in_features);
+}
+
+Tensor bsr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                 const Tensor& g, const Tensor& x, Sizes block_size) {
+  check_matrices(g, features_of(g), x, features_of(x));
+  const Indices indices(crow, col, ccol, row, permutation);
+  return sampled_product("bsr_sddmm", indices.view_of_blocks(block_size, g.size(1), x.size(1), 1), g, x);
+}
+
 std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
                                                      const Tensor& ccol, const Tensor& row, const Tensor& permutation,
                                                      const Tensor& grad, const Tensor& x, const std::optional<Tensor>& y,
                                                      bool input_grad) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  check_matrices(csr, grad, x);
+  check_matrices(grad, csr.rows, x, csr.cols);
   check_values(values, csr, compute_type(x));
   if (y) {
     check_matrix(*y, csr.rows, "y");
@@ -187,4 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("csr_spmm_t", TORCH_BOX(&grasp_sparse::csr_spmm_t));
   m.impl("csr_sddmm", TORCH_BOX(&grasp_sparse::csr_sddmm));
   m.impl("csr_spmm_backward", TORCH_BOX(&grasp_sparse::csr_spmm_backward));
+  m.impl("bsr_spmm", TORCH_BOX(&grasp_sparse::bsr_spmm));
+  m.impl("bsr_spmm_t", TORCH_BOX(&grasp_sparse::bsr_spmm_t));
+  m.impl("bsr_sddmm", TORCH_BOX(&grasp_sparse::bsr_sddmm));
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
+#include <type_traits>
 
 #include "parallel.h"
 
@@ -77,19 +78,26 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   return gathered;
 }
 
+void check_permutation(const Walk& walk) {
+  bool valid = true;
+  for (int64_t j = 0; j < walk.nnz; ++j) valid &= inside(walk.permutation[j], walk.nnz);
+  if (!valid) corrupt("permutation");
+}
+
 template <class T>
 void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, int64_t groups, const int64_t* group_ptr,
                             const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place,
                             const TransposedLists<T>& lists) {
   if (!valid_pointers(csr.ccol, csr.cols, csr.nnz)) corrupt("ccol_indices");
   const int64_t channels = csr.cols / taps;
+  const int64_t channel_step = csr.has_blocks ? 1 : taps, tap_step = csr.has_blocks ? channels : 1;
   int32_t place = 0;
   for (int64_t q = 0; q < groups; ++q) {
     int32_t* row_ptr = lists.row_ptr + q * (channels + 1);
     for (int64_t channel = 0; channel < channels; ++channel) {
       row_ptr[channel] = place;
       for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
-        const int64_t col = channel * taps + tap_of[k];
+        const int64_t col = channel * channel_step + tap_of[k] * tap_step;
         place += csr.ccol[col + 1] - csr.ccol[col];
       }
     }
@@ -103,14 +111,17 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
       const int64_t channel = item / groups, q = item % groups;  // a range of channels: groups differ in size, one may be empty
       int32_t to = lists.row_ptr[q * (channels + 1) + channel];
       for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
-        const int64_t col = channel * taps + tap_of[k];
+        const int64_t col = channel * channel_step + tap_of[k] * tap_step;
         for (int32_t j = csr.ccol[col]; j < csr.ccol[col + 1]; ++j, ++to) {
-          fetch_value(csr.permutation, j, csr.nnz, values);
+          if constexpr (!std::is_same_v<T, int32_t>) fetch_value(csr.permutation, j, csr.nnz, values);
           const int32_t row = csr.row[j], from = csr.permutation[j];
           const bool in = inside(row, csr.rows) && inside(from, csr.nnz);
           ok &= in;
           lists.offsets[to] = row_place[in ? row : 0] + tap_place[tap_of[k]];
-          lists.values[to] = values[in ? from : 0];
+          if constexpr (std::is_same_v<T, int32_t>)
+            lists.values[to] = from;
+          else
+            lists.values[to] = values[in ? from : 0];
         }
       }
     }
@@ -125,5 +136,7 @@ template void build_transposed_lists(const CsrView&, const float*, int64_t, int6
                                      const int32_t*, const int32_t*, const TransposedLists<float>&);
 template void build_transposed_lists(const CsrView&, const double*, int64_t, int64_t, const int64_t*, const int64_t*,
                                      const int32_t*, const int32_t*, const TransposedLists<double>&);
+template void build_transposed_lists(const CsrView&, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
+                                     const int32_t*, const int32_t*, const TransposedLists<int32_t>&);
 
 }  // namespace grasp_sparse

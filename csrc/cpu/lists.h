@@ -18,6 +18,13 @@ inline Entries checked_entries(const int32_t* places, const int32_t* row_ptr) {
   return {places, row_ptr, row_ptr + 1, row_ptr, true, 0, UINT32_MAX, 1, nullptr, nullptr};
 }
 
+// How the kernels see blocks of `outputs` channels in all by `inputs` packed channels, channel_size elements apart.
+inline Blocks blocks_of(const BlockOrder& block, int64_t outputs, int64_t inputs, int64_t channel_size, const int32_t* index) {
+  const int64_t last = inputs ? (inputs - 1) / block.inputs * block.inputs : 0;
+  return {static_cast<int>(block.outputs), static_cast<int>(block.inputs), block.output_step, block.input_step, channel_size,
+          static_cast<int32_t>(last * channel_size), static_cast<int>(inputs - last), static_cast<int>(outputs), index};
+}
+
 // offsets[j] = column_place[col[j]], in the order of the walk. Throws std::runtime_error on an index out of range.
 void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets);
 
@@ -25,9 +32,13 @@ void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offs
 template <class T>
 const T* walked_values(const Walk& walk, const T* values, T* gathered);
 
+// Throws unless every entry of the permutation is that of a value.
+void check_permutation(const Walk& walk);
+
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
 // Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.
 // row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap].
+// Of blocks, a channel is a chunk of channels, and instead of its value (T is int32_t) an entry has the number of its block.
 template <class T>
 struct TransposedLists {
   T* values;         // [nnz]

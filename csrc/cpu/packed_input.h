@@ -45,13 +45,18 @@ class PackedInput {
   // What a pass over the packed channels walks: the columns themselves where there is one tap, else their places, looked up
   // in `list`. Throws std::runtime_error on corrupt indices, of a single tap on corrupt pointers only.
   Entries entries(const Walk& walk, AlignedBuffer& list) const {
-    if (window_.taps() == 1) {
+    if (window_.taps() == 1 && !walk.has_blocks) {
       check_pointers(walk);
       return {walk.col, walk.ptr, walk.ptr + 1, walk.ptr, false, 0, static_cast<uint32_t>(channels_), channel_size_, nullptr, nullptr};
     }
     int32_t* places = list.reserve<int32_t>(walk.nnz);
-    build_row_list(walk, column_places().data(), places);
+    build_row_list(walk, (walk.has_blocks ? chunk_places(walk.block.inputs) : column_places()).data(), places);
     return checked_entries(places, walk.ptr);
+  }
+
+  // Of a walk over blocks whose outputs number `outputs`; of one over single weights, none.
+  Blocks blocks(const Walk& walk, int64_t outputs) const {
+    return walk.has_blocks ? blocks_of(walk.block, outputs, channels_, channel_size_, walk.permutation) : Blocks{};
   }
 
   // What output rows [row, row + rows()) of one slice read, packed into `buffer` if need be.
@@ -73,18 +78,33 @@ class PackedInput {
     pack_slice(x, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, dst);
   }
 
-  // Place, relative to an output pixel, of every column of the weight matrix [out, in * kh * kw].
+  // Place of every tap within a packed channel, relative to an output pixel.
+  std::vector<int64_t> tap_places() const {
+    std::vector<int64_t> places;
+    for (int64_t r = 0; r < window_.h.kernel; ++r)
+      for (int64_t s = 0; s < window_.w.kernel; ++s) {
+        const int64_t phase = index_of(row_phases_, window_.h.phase(r)) * phases_w() + index_of(col_phases_, window_.w.phase(s));
+        places.push_back(phase * phase_size_ + window_.h.shift(r) * row_step() + window_.w.shift(s) * L);
+      }
+    return places;
+  }
+  // Of every column of the weight matrix [out, in * kh * kw].
   std::vector<int32_t> column_places() const {
     std::vector<int32_t> places;
     places.reserve(channels_ * window_.taps() + 1);
+    const std::vector<int64_t> taps = tap_places();
     for (int64_t channel = 0; channel < channels_; ++channel)
-      for (int64_t r = 0; r < window_.h.kernel; ++r)
-        for (int64_t s = 0; s < window_.w.kernel; ++s) {
-          const int64_t phase = index_of(row_phases_, window_.h.phase(r)) * phases_w() + index_of(col_phases_, window_.w.phase(s));
-          places.push_back(static_cast<int32_t>(channel * channel_size_ + phase * phase_size_ + window_.h.shift(r) * row_step() +
-                                                window_.w.shift(s) * L));
-        }
+      for (int64_t tap : taps) places.push_back(static_cast<int32_t>(channel * channel_size_ + tap));
     places.push_back(0);  // an index that fails its check reads place 0 of an empty weight
+    return places;
+  }
+  // Of the first channel of every chunk of `inputs` channels, tap after tap.
+  std::vector<int32_t> chunk_places(int64_t inputs) const {
+    std::vector<int32_t> places;
+    for (int64_t tap : tap_places())
+      for (int64_t channel = 0; channel < channels_; channel += inputs)
+        places.push_back(static_cast<int32_t>(channel * channel_size_ + tap));
+    places.push_back(0);
     return places;
   }
   int64_t phases_w() const { return static_cast<int64_t>(col_phases_.size()); }

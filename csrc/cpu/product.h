@@ -62,12 +62,12 @@ __attribute__((noinline)) void product_tile(const ProductArgs<S>& p, const T* pa
   for (int i = 0; i < R * C; ++i) store(tile + i * L, acc[i]);
 }
 
-// Whether every whole vector this tile writes is one aligned line.
+// Whether every whole vector this tile writes, of channels from first_channel on, is one aligned line.
 template <class T, class S>
-GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, bool channels_last, bool runs) {
+GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, int first_channel, bool channels_last, bool runs) {
   const auto aligned = [](int64_t elements) { return elements % kLanes<T> == 0; };
   if (sizeof(S) != sizeof(T) || !kCanStream || !p.stream || reinterpret_cast<uintptr_t>(out) % kSliceBytes != 0) return false;
-  if (channels_last) return aligned(p.on) && aligned(p.oh) && aligned(p.ow) && p.channel_begin % kLanes<T> == 0;
+  if (channels_last) return aligned(p.on) && aligned(p.oh) && aligned(p.ow) && aligned(first_channel);
   if (runs) return aligned(p.on) && aligned(p.oc) && aligned(p.oh);
   return aligned(p.oc) && aligned(p.oh) && aligned(p.ow);
 }
@@ -134,7 +134,7 @@ void product_strip(const ProductArgs<S>& p, int row, int col) {
   const Ahead ahead = row == 0 && col == 0 ? p.ahead : Ahead{};
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
-    if (writes_lines<T>(p, out, channels_last, runs)) {
+    if (writes_lines<T>(p, out, p.channel_begin, channels_last, runs)) {
       product_channels<T, true, R, C>(p, packed, partial, out, ahead, channels_last, runs);
       return stream_fence();
     }

@@ -35,6 +35,21 @@ class __attribute__((visibility("hidden"))) Indices {  // as torch's own Tensor 
   }
   const CsrView& view() const { return view_; }
 
+  // As indices of blocks of a weight [outputs, inputs, taps].
+  CsrView view_of_blocks(const Sizes& block_size, int64_t outputs, int64_t inputs, int64_t taps) const {
+    STD_TORCH_CHECK(block_size.size() == 2, "Expected block_size of 2 numbers, got ", block_size.size(), ".");
+    STD_TORCH_CHECK(outputs >= 0 && outputs <= INT32_MAX && inputs >= 0 && inputs <= INT32_MAX, "Expected a weight of 0 to ",
+                    INT32_MAX, " outputs and inputs, got ", outputs, " x ", inputs, ".");
+    CsrView view = view_;
+    view.has_blocks = true, view.bh = block_size[0], view.bw = block_size[1];
+    for (int64_t size : block_size)
+      STD_TORCH_CHECK(size >= 1 && size <= INT32_MAX, "Expected block_size between 1 and ", INT32_MAX, ", got ", size, ".");
+    const int64_t rows = (outputs + view.bh - 1) / view.bh, cols = (inputs + view.bw - 1) / view.bw * taps;
+    STD_TORCH_CHECK(view.rows == rows && view.cols == cols, "Expected indices of ", rows, " x ", cols, " blocks, got ", view.rows,
+                    " x ", view.cols, ".");
+    return view;
+  }
+
  private:
   static Tensor index(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_cpu(), "Expected ", name,
@@ -53,13 +68,24 @@ inline void check_type(const Tensor& t, ScalarType type, const char* name) {
 
 inline void check_values(const Tensor& values, const CsrView& csr, ScalarType type) {
   check_type(values, type, "values");
-  STD_TORCH_CHECK(values.numel() == csr.nnz, "Expected values [1, ", csr.nnz, "], got ", values.numel(), " entries.");
+  STD_TORCH_CHECK(values.numel() == csr.weights(), "Expected values of ", csr.weights(), " entries, got ", values.numel(), ".");
 }
 
-inline void check_bias(const std::optional<Tensor>& bias, const CsrView& csr, ScalarType type) {
+// [bh, bw] of values [nblocks, bh, bw].
+inline Sizes block_size_of(const Tensor& values) {
+  STD_TORCH_CHECK(values.dim() == 3, "Expected values [nblocks, bh, bw], got ", values.dim(), " dimensions.");
+  return {values.size(1), values.size(2)};
+}
+
+// Of weights or of whole blocks, like values.
+inline Sizes values_size(const CsrView& csr) {
+  return csr.has_blocks ? Sizes{csr.nnz, csr.bh, csr.bw} : Sizes{1, csr.nnz};
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, int64_t outputs, ScalarType type) {
   if (!bias) return;
   check_type(*bias, type, "bias");
-  STD_TORCH_CHECK(bias->numel() == csr.rows, "Expected bias of ", csr.rows, " entries, got ", bias->numel(), ".");
+  STD_TORCH_CHECK(bias->numel() == outputs, "Expected bias of ", outputs, " entries, got ", bias->numel(), ".");
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -93,21 +93,33 @@ class TransposedProduct {
   // Builds the lists, in the scratch of the calling thread; checks every index.
   void build(const CsrView& csr, const T* values) {
     std::vector<int32_t> row_place(csr.rows + 1), tap_place(window_.taps());
-    for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * channel_size_);
+    for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * csr.bh * channel_size_);
     for (int64_t r = 0; r < window_.h.kernel; ++r)
       for (int64_t s = 0; s < window_.w.kernel; ++s)
         tap_place[r * window_.w.kernel + s] = static_cast<int32_t>((window_.h.halo() - window_.h.shift(r)) * row_step_ +
                                                                    (window_.w.halo() - window_.w.shift(s)) * L);
     CallScratch& call = CallScratch::mine();
-    lists_ = {call.transposed_values.template reserve<T>(csr.nnz), call.transposed_offsets.template reserve<int32_t>(csr.nnz),
-              call.transposed_row_ptr.template reserve<int32_t>(groups_.count() * (dx_.c + 1))};
-    build_transposed_lists(csr, values, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(),
-                           row_place.data(), tap_place.data(), lists_);
+    width_ = csr.bw, lists_rows_ = csr.cols / window_.taps();
+    offsets_ = call.transposed_offsets.template reserve<int32_t>(csr.nnz);
+    row_ptr_ = call.transposed_row_ptr.template reserve<int32_t>(groups_.count() * (lists_rows_ + 1));
+    const auto build = [&](auto* from, auto* to) {
+      build_transposed_lists(csr, from, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(), row_place.data(),
+                             tap_place.data(), {to, offsets_, row_ptr_});
+    };
+    if (csr.has_blocks) {
+      int32_t* index = call.transposed_values.template reserve<int32_t>(csr.nnz);
+      build(static_cast<const int32_t*>(nullptr), index);
+      values_ = values, blocks_ = blocks_of(by_column(csr).block, dx_.c, g_channels_, channel_size_, index);
+    } else {
+      T* walked = call.transposed_values.template reserve<T>(csr.nnz);
+      build(values, walked);
+      values_ = walked;
+    }
   }
 
-  // Channels of dx in `parts` ranges of about equal work; after build().
+  // Rows of the lists, channels of dx or chunks of them, in `parts` ranges of about equal work; after build().
   std::vector<int> cut(int64_t parts) const {
-    return balanced_rows(lists_.row_ptr + (groups_.count() > 1) * (dx_.c + 1), dx_.c, parts);
+    return balanced_rows(row_ptr_ + (groups_.count() > 1) * (lists_rows_ + 1), lists_rows_, parts);
   }
 
   // What places [begin, begin + rows()) of one slice read, packed into `buffer` if need be.
@@ -117,39 +129,41 @@ class TransposedProduct {
     return buffer;
   }
 
-  // Writes channels [channel_begin, channel_end) of the pixels of dx that these places are; `ahead` is read after that.
-  void run(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, const Ahead& ahead) const {
+  // Writes rows [row_begin, row_end) of the lists, of the pixels of dx that these places are; `ahead` is read after that.
+  void run(const T* packed, int64_t slice, int64_t begin, int row_begin, int row_end, const Ahead& ahead) const {
     const int lanes = static_cast<int>(std::min(L, dx_.n - slice * L));
     if (window_.w.stride == 1 || dx_.sw != 1 || dx_.sn == 1)
-      run_phases<S>(packed, begin, channel_begin, channel_end, dx_.slice(slice), dx_, lanes, ahead);
+      run_phases<S>(packed, begin, row_begin, row_end, dx_.slice(slice), dx_, lanes, ahead);
     else
-      run_staged(packed, slice, begin, channel_begin, channel_end, lanes);
+      run_staged(packed, slice, begin, row_begin, row_end, lanes);
   }
 
  private:
   // Pixels of dx that lie side by side belong to different phases, each of which would write every stride-th of them, element by
   // element. So some channels are staged, and written when they are whole.
-  void run_staged(const T* packed, int64_t slice, int64_t begin, int channel_begin, int channel_end, int lanes) const {
+  void run_staged(const T* packed, int64_t slice, int64_t begin, int row_begin, int row_end, int lanes) const {
     const int64_t end = std::min(begin + rows_, h_.end), stride = window_.h.stride;
     const int64_t top = std::max<int64_t>(0, begin * stride - window_.h.pad_begin);
     const int64_t bottom = std::min(dx_.h, end * stride - window_.h.pad_begin);
     if (top >= bottom) return;
     const int64_t channel_size = (bottom - top) * dx_.w * L;
-    const int step = static_cast<int>(std::clamp<int64_t>(kStagedBytes / (channel_size * sizeof(T)), 1, channel_end - channel_begin));
-    T* staged = TaskScratch::mine().staged.template reserve<T>(step * channel_size);
-    for (int channel = channel_begin; channel < channel_end; channel += step) {
-      const int count = std::min(step, channel_end - channel);
+    const int64_t row_bytes = width_ * channel_size * static_cast<int64_t>(sizeof(T));
+    const int step = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kStagedBytes / row_bytes, row_end - row_begin)));
+    T* staged = TaskScratch::mine().staged.template reserve<T>(std::min(step * width_, dx_.c) * channel_size);
+    for (int row = row_begin; row < row_end; row += step) {
+      const int rows = std::min(step, row_end - row);
+      const int64_t channel = row * width_, count = std::min(rows * width_, dx_.c - channel);
       const Image<T> stage{nullptr, L, count, bottom - top, dx_.w, 1, channel_size, dx_.w * L, L, 0};
       T* const origin = staged - channel * channel_size - top * stage.sh;
-      run_phases<T>(packed, begin, channel, channel + count, origin, stage, static_cast<int>(L), Ahead{});
-      kernels<S>().unpack({staged, channel_size, static_cast<int>(bottom - top), static_cast<int>(dx_.w), count,
+      run_phases<T>(packed, begin, row, row + rows, origin, stage, static_cast<int>(L), Ahead{});
+      kernels<S>().unpack({staged, channel_size, static_cast<int>(bottom - top), static_cast<int>(dx_.w), static_cast<int>(count),
                            dx_.slice(slice) + channel * dx_.sc + top * dx_.sh, dx_.sn, dx_.sc, dx_.sh, lanes});
     }
   }
 
   // `out` is where pixel (0, 0) of channel 0 would be, of an image that lies like `like`.
   template <class Out>
-  void run_phases(const T* packed, int64_t begin, int channel_begin, int channel_end, Out* out, const Image<Out>& like, int lanes,
+  void run_phases(const T* packed, int64_t begin, int row_begin, int row_end, Out* out, const Image<Out>& like, int lanes,
                   const Ahead& ahead) const {
     const int64_t end = std::min(begin + rows_, h_.end);
     for (const auto& [phase_h, phase_w, group] : groups_.pairs) {
@@ -159,10 +173,10 @@ class TransposedProduct {
       ProductArgs<Out> args{};
       args.packed = packed + (top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
-      const int32_t* row_ptr = lists_.row_ptr + group * (dx_.c + 1);
-      args.values = lists_.values, args.entries = checked_entries(lists_.offsets, row_ptr);
+      const int32_t* row_ptr = row_ptr_ + group * (lists_rows_ + 1);
+      args.values = values_, args.entries = checked_entries(offsets_, row_ptr), args.blocks = blocks_;
       args.last = true, args.ahead = ahead;
-      args.channel_begin = channel_begin, args.channel_end = channel_end;
+      args.channel_begin = row_begin, args.channel_end = row_end;
       const int64_t y0 = top * window_.h.stride + phase_h - window_.h.pad_begin;
       const int64_t x0 = left * window_.w.stride + phase_w - window_.w.pad_begin;
       args.out = out + y0 * like.sh + x0 * like.sw;
@@ -193,7 +207,10 @@ class TransposedProduct {
   TapGroups groups_;
   int64_t g_channels_, row_step_, rows_, channel_size_;
   bool in_place_ = false;
-  TransposedLists<T> lists_{};
+  int64_t width_ = 1, lists_rows_ = 0;
+  const T* values_ = nullptr;
+  int32_t *offsets_ = nullptr, *row_ptr_ = nullptr;
+  Blocks blocks_{};
 };
 
 }  // namespace grasp_sparse

@@ -39,6 +39,18 @@ GRASP_SPARSE_INLINE void unpack_pixel_run(const T* tile, S* out, int64_t on, int
   }
 }
 
+// The same for a number of pixels that is not known before.
+template <class T, bool Stream, class S>
+GRASP_SPARSE_INLINE void unpack_some_pixels(const T* tile, int pixels, S* out, int64_t on, int lanes) {
+  constexpr int n = kNativeLanes<T>, L = kLanes<T>;
+  const int whole = pixels / L * L, rest = pixels - whole;
+  for (int q = 0; q < whole; q += L) unpack_pixel_block<T, Stream>(tile + q * L, out + q, on, lanes);
+  if (rest == 0) return;
+  transpose_parts(tile + whole * L, L, rest, Plain<T>{}, [&](int l, int i, Native<T> part) {
+    if (l < lanes && i < rest) store_part<T>(out + l * on + whole + i, part, rest - i < n ? rest - i : n);
+  });
+}
+
 constexpr int kStagedBlocks = 4;
 
 // `channels` <= kStagedBlocks * L neighbouring channels of one pixel (channels_last); tiles of two channels are tile_size

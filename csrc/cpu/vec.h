@@ -208,6 +208,12 @@ GRASP_SPARSE_INLINE void store_part(T* p, Native<T> v, int count) {
 #endif
 }
 
+template <class T>
+GRASP_SPARSE_INLINE void store_part(Bf16* p, Native<T> v, int count) {
+  const Halves halves = to_halves(v);
+  for (int l = 0; l < count; ++l) p[l].bits = halves[l];
+}
+
 template <class T, int Count>
 GRASP_SPARSE_INLINE void store_first(Bf16* p, Native<T> v) {
   const Halves halves = to_halves(v);

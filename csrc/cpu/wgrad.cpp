@@ -67,7 +67,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
   const Entries entries = input.entries(by_row(csr), call.offsets);
 
   // The sums of a group: the weights, then the channels of g. The first group has the results for its own.
-  const int64_t width = ceil_div(csr.nnz + (bias_sums ? csr.rows : 0), L) * L;
+  const int64_t weights = csr.weights(), width = ceil_div(weights + (bias_sums ? csr.rows : 0), L) * L;
   const int64_t groups = sum_groups(tasks, width, x.n * x.c * x.h * x.w);
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), groups), 1, csr.rows);
   const std::vector<int> cut = balanced_rows(csr.crow, csr.rows, parts);
@@ -82,7 +82,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, part = item % parts;
       T* mine = group ? partial + (group - 1) * width : sums;
-      T* mine_channels = !bias_sums ? nullptr : group ? mine + csr.nnz : bias_sums;
+      T* mine_channels = !bias_sums ? nullptr : group ? mine + weights : bias_sums;
       bool start = group || !add;
       for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
         const int64_t slice = task / bands, row = task % bands * rows, count = std::min(rows, g.h - row);
@@ -99,14 +99,15 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
           args.g = band + product->pixel(row, place);
           args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
         } else {
-          args.g = plain.band(g, slice, row, cut[part], cut[part + 1], packed_g);
+          const auto channel = [&](int64_t row) { return std::min(row * csr.bh, g.c); };
+          args.g = plain.band(g, slice, row, channel(cut[part]), channel(cut[part + 1]), packed_g);
           args.ahead_g = ahead_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
         }
         if (count <= 0) continue;  // dx has more places than g has rows
         args.row_step = input.row_step();
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
-        args.sums = mine, args.start = start;
+        args.sums = mine, args.start = start, args.blocks = input.blocks(by_row(csr), g.c);
         for (int64_t b = 0; b < blocks.count; ++b) {
           args.packed = input.band(blocks.channels(x, b), slice, row, packed);
           args.entries = blocks.entries(entries, b, csr.rows, stops, &all);
@@ -116,21 +117,21 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
         start = false;
       }
       if (!start) continue;  // no band of this group holds a row of g
-      std::fill(mine + csr.crow[cut[part]], mine + csr.crow[cut[part + 1]], T(0));
+      std::fill(mine + csr.crow[cut[part]] * csr.bh * csr.bw, mine + csr.crow[cut[part + 1]] * csr.bh * csr.bw, T(0));
       if (bias_sums) std::fill(mine_channels + cut[part], mine_channels + cut[part + 1], T(0));
     }
     if (!all) complete = false;
   });
   if (!complete) corrupt("col_indices");
   if (groups == 1) return;
-  parallel_for(0, csr.nnz, 16384, [&](int64_t begin, int64_t end) {
+  parallel_for(0, weights, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t group = 1; group < groups; ++group) {
       const T* from = partial + (group - 1) * width;
       for (int64_t j = begin; j < end; ++j) sums[j] += from[j];
     }
   });
   for (int64_t group = 1; bias_sums && group < groups; ++group)
-    for (int64_t row = 0; row < csr.rows; ++row) bias_sums[row] += partial[(group - 1) * width + csr.nnz + row];
+    for (int64_t row = 0; row < csr.rows; ++row) bias_sums[row] += partial[(group - 1) * width + weights + row];
 }
 
 }  // namespace
@@ -139,11 +140,11 @@ template <class S>
 void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const Window& window, Compute<S>* sums,
                  Compute<S>* bias_sums, bool add) {
   if (g.n == 0 || g.c == 0 || g.h == 0 || g.w == 0 || (csr.nnz == 0 && !bias_sums)) {
-    if (!add) std::fill_n(sums, csr.nnz, Compute<S>(0));
+    if (!add) std::fill_n(sums, csr.weights(), Compute<S>(0));
     if (!add && bias_sums) std::fill_n(bias_sums, csr.rows, Compute<S>(0));
     return;
   }
-  const ChannelBlocks blocks(x.c, window, csr.rows, csr.nnz);
+  const ChannelBlocks blocks(x.c, window, by_row(csr));
   PackedInput<Compute<S>> input(blocks.size, window);
   input.read_in_place(x);
   sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums, add);
@@ -162,7 +163,7 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
     image_dgrad<S>(csr, values, g, window, dx);
     return image_wgrad<S>(csr, g, x, window, sums, bias_sums, add);
   }
-  const ChannelBlocks blocks(x.c, window, csr.rows, csr.nnz);
+  const ChannelBlocks blocks(x.c, window, by_row(csr));
   PackedInput<Compute<S>> input(blocks.size, window);
   TransposedProduct<S> product(window, dx, g.c);
   input.read_in_place(x);

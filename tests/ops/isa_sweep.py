@@ -6,11 +6,23 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from op_cases import DTYPES, IMAGE_LAYOUTS, NORM_CASES, ROW_LAYOUTS, STORED, WINDOWS, close, norm_inputs, sparse_matrix
+from op_cases import (
+    BLOCK_SIZES,
+    DTYPES,
+    IMAGE_LAYOUTS,
+    NORM_CASES,
+    ROW_LAYOUTS,
+    STORED,
+    WINDOWS,
+    block_matrix,
+    close,
+    norm_inputs,
+    sparse_matrix,
+)
 from torch import Tensor
 
 from grasp_sparse import _extension
-from grasp_sparse.ops import reference, reference_pool
+from grasp_sparse.ops import reference, reference_blocks, reference_pool
 from grasp_sparse.ops.dtypes import compute_dtype
 
 ops = torch.ops.grasp_sparse
@@ -19,7 +31,8 @@ ops = torch.ops.grasp_sparse
 def check(name: str, case: str, dtype: torch.dtype, lay, weights: tuple, activations: tuple[Tensor, ...], rest: tuple = ()) -> None:
     """One operation: in ``dtype``, activations in the layout, against the float64 reference; then with two threads."""
     activations = tuple(a.to(dtype) for a in activations)
-    expected = getattr(reference, name)(*weights, *(a.double() for a in activations), *rest)
+    module = reference_blocks if name.startswith("bsr") else reference
+    expected = getattr(module, name)(*weights, *(a.double() for a in activations), *rest)
     cast = [a.to(compute_dtype(dtype)) if isinstance(a, Tensor) and a.is_floating_point() else a for a in weights]
     arguments = (*cast, *(lay(a) for a in activations), *rest)
     if isinstance(expected, Tensor):
@@ -74,6 +87,30 @@ def sweep_conv2d() -> None:
         check("csr_conv2d_backward", *common, (values, *indices), (g, x), geometry)
 
 
+def sweep_blocks() -> None:
+    shape = (67, 130)
+    for dtype, block_size, batch, layout in product(STORED, BLOCK_SIZES, (1, 200), ("row-major", "feature-major")):
+        values, indices = block_matrix(shape, block_size, 0.3, past=torch.nan)
+        x, g = torch.randn(batch, shape[1]).double(), torch.randn(batch, shape[0]).double()
+        bias = torch.randn(shape[0]).double()
+        common = f"{dtype} {shape} blocks {block_size} batch {batch} {layout}", STORED[dtype], ROW_LAYOUTS[layout][0]
+        check("bsr_spmm", *common, (values, *indices, bias), (x,), (shape[0], batch > 1))
+        check("bsr_spmm_t", *common, (values, *indices), (g,), (shape[1],))
+        check("bsr_sddmm", *common, indices, (g, x), (block_size,))
+    channels, filters = 10, 19
+    cases = list(product(WINDOWS, ((4, 4), (5, 3)), (1, 33), ("NCHW", "channels_last", "CHWN")))
+    for dtype, (window, block_size, batch, layout) in product(STORED, cases):
+        *geometry, image = WINDOWS[window]
+        values, indices = block_matrix((filters, channels, *geometry[0]), block_size, 0.3, past=torch.nan)
+        bias, x = torch.randn(filters).double(), torch.randn(batch, channels, *image).double()
+        g = torch.randn_like(reference_blocks.bsr_conv2d_fprop(values, *indices, bias, x, filters, *geometry))
+        case = f"{dtype} {window} {channels}->{filters} blocks {block_size} batch {batch} {layout}"
+        common = case, STORED[dtype], IMAGE_LAYOUTS[layout][0]
+        check("bsr_conv2d_fprop", *common, (values, *indices, bias), (x,), (filters, *geometry, batch > 1))
+        check("bsr_conv2d_dgrad", *common, (values, *indices), (g,), (channels, image, *geometry))
+        check("bsr_conv2d_wgrad", *common, indices, (g, x), (block_size, *geometry))
+
+
 def sweep_large() -> None:
     """Results above 1 MB, which the kernels write past the cache where whole aligned lines allow it."""
     for dtype, features, layout in product(DTYPES, (512, 515), ("row-major", "feature-major")):
@@ -82,6 +119,10 @@ def sweep_large() -> None:
         common = f"{dtype} {features} features, batch 530, {layout}", DTYPES[dtype], ROW_LAYOUTS[layout][0]
         check("csr_spmm", *common, (values, *indices, None), (x,))
         check("csr_spmm_t", *common, (values, *indices), (g,))
+        for block_size in ((8, 8), (5, 4)):
+            values, indices = block_matrix((features, features), block_size, 0.05, past=torch.nan)
+            check("bsr_spmm", *common, (values, *indices, None), (x,), (features,))
+            check("bsr_spmm_t", *common, (values, *indices), (g,), (features,))
     geometry = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     for dtype, (batch, size), layout in product(DTYPES, ((33, 16), (32, 14), (36, 17)), ("NCHW", "channels_last", "CHWN")):
         values, indices, _ = sparse_matrix(48, 16 * 9, 0.05)
@@ -90,6 +131,11 @@ def sweep_large() -> None:
         check("csr_conv2d_fprop", *common, (values, *indices, None), (x,), geometry)
         check("csr_conv2d_dgrad", *common, (values, *indices), (g,), ([size, size], *geometry))
         check("csr_conv2d_backward", *common, (values, *indices), (g, x), geometry)
+        for block_size in ((8, 8), (5, 4)):
+            values, indices = block_matrix((48, 16, 3, 3), block_size, 0.2, past=torch.nan)
+            check("bsr_conv2d_fprop", *common, (values, *indices, None), (x,), (48, *geometry))
+            check("bsr_conv2d_dgrad", *common, (values, *indices), (g,), (16, [size, size], *geometry))
+            check("bsr_conv2d_wgrad", *common, indices, (g, x), (block_size, *geometry))
 
 
 def sweep_batch_norm() -> None:
@@ -133,6 +179,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     sweep_linear()
     sweep_conv2d()
+    sweep_blocks()
     sweep_large()
     sweep_batch_norm()
     sweep_max_pool()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_sparse.formats import CsrIndices, block_grid, csr_from_mask
+from grasp_sparse.formats import CsrIndices, block_grid, csr_from_mask, gather_blocks
 from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS, SCHEMAS
 
@@ -23,6 +23,9 @@ TOLERANCE = {
     torch.float32: dict(rtol=1e-4, atol=1e-4),
     torch.float64: dict(rtol=1e-10, atol=1e-10),
 }
+
+# Below, at and above what kernels take at once; even and not.
+BLOCK_SIZES = ((1, 1), (1, 4), (4, 1), (2, 3), (4, 4), (5, 7), (8, 8), (9, 2), (16, 16), (20, 13), (32, 8), (64, 64))
 
 WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, image
     "1x1": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), (7, 5)),
@@ -55,10 +58,16 @@ def sparse_matrix(rows: int, cols: int, density: float, dtype=torch.float64) -> 
     return torch.randn(1, int(mask.sum()), dtype=dtype), csr_from_mask(mask), mask
 
 
-def block_matrix(weight_shape, block_size, density: float, dtype=torch.float64) -> tuple[Tensor, CsrIndices]:
-    """values [nblocks, bh, bw] and the indices of the blocks; where a block reaches past the weight it holds numbers as well."""
+def block_matrix(
+    weight_shape, block_size, density: float, dtype=torch.float64, past: float | None = None
+) -> tuple[Tensor, CsrIndices]:
+    """values [nblocks, bh, bw] and the indices of the blocks; where a block reaches past the weight it holds numbers as well,
+    or ``past``."""
     indices = csr_from_mask(torch.rand(block_grid(weight_shape, block_size)) < density)
-    return torch.randn(indices.nnz, *block_size, dtype=dtype), indices
+    values = torch.randn(indices.nnz, *block_size, dtype=dtype)
+    if past is not None:
+        values[gather_blocks(torch.ones(weight_shape), indices, block_size) == 0] = past
+    return values, indices
 
 
 def dense_matrix(values: Tensor, mask: Tensor) -> Tensor:
@@ -135,7 +144,7 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
     values.requires_grad_(), filter_values.requires_grad_()
     window = ([3, 2], [2, 1], [1, 2, 0, 1], [1, 2])  # kernel, stride, padding, dilation; image 5x4 -> 3x3
     images, grads = leaf(2, 2, 5, 4), leaf(2, 3, 3, 3)
-    blocks, block_indices = block_matrix((4, 5), (2, 3), 0.5, compute)
+    blocks, block_indices = block_matrix((4, 5), (3, 2), 0.8, compute)
     filter_blocks, filter_block_indices = block_matrix((3, 5, 3, 2), (2, 2), 0.5, compute)
     blocks.requires_grad_(), filter_blocks.requires_grad_()
     wide = leaf(2, 5, 5, 4)
@@ -154,7 +163,7 @@ def examples(dtype=torch.float64) -> dict[str, tuple]:
         "bsr_spmm": (blocks, *block_indices, leaf(4, dtype=compute), leaf(3, 5), 4),
         "bsr_spmm, relu": (blocks, *block_indices, leaf(4, dtype=compute), leaf(3, 5), 4, True),
         "bsr_spmm_t": (blocks, *block_indices, leaf(3, 4), 5),
-        "bsr_sddmm": (*block_indices, leaf(3, 4), leaf(3, 5), [2, 3]),
+        "bsr_sddmm": (*block_indices, leaf(3, 4), leaf(3, 5), [3, 2]),
         "bsr_conv2d_fprop": (filter_blocks, *filter_block_indices, leaf(3, dtype=compute), wide, 3, *window),
         "bsr_conv2d_fprop, relu": (filter_blocks, *filter_block_indices, leaf(3, dtype=compute), wide, 3, *window, True),
         "bsr_conv2d_dgrad": (filter_blocks, *filter_block_indices, grads, 5, [5, 4], *window),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from op_cases import IMAGE_LAYOUTS, ROW_LAYOUTS, STORED
 from torch import Tensor
 
-from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.formats import block_grid, csr_from_mask, gather_blocks
 from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.layout import output_size
 
@@ -72,6 +72,7 @@ class LinearCase:
     g_layout: str
     relu: bool
     input_grad: bool
+    block_size: tuple[int, int]
     precision: str
     seed: int
 
@@ -82,6 +83,11 @@ class LinearCase:
         available = {**_weight(self, self.cols), **_activations(self, ROWS, x, g), "relu": self.relu, "input_grad": self.input_grad}
         open_places = _activations(self, ROWS, x, torch.randn_like(g).relu())["g"]
         return {**available, "y": open_places if self.relu else None}
+
+    def block_arguments(self) -> dict[str, Any]:
+        """The same call on a weight of blocks."""
+        sizes = {"out_features": self.rows, "in_features": self.cols}
+        return {**self.arguments(), **_blocks(self, (self.rows, self.cols)), **sizes}
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class ConvCase:
     bias: bool
     x_layout: str
     g_layout: str
+    block_size: tuple[int, int]
     precision: str
     seed: int
 
@@ -110,12 +117,26 @@ class ConvCase:
         weight = _weight(self, self.channels * math.prod(self.kernel))
         return {**weight, **_activations(self, IMAGES, x, g), "input_size": self.image, **window}
 
+    def block_arguments(self) -> dict[str, Any]:
+        """As for LinearCase."""
+        sizes = {"out_channels": self.rows, "in_channels": self.channels, "relu": self.seed % 2 == 0}
+        return {**self.arguments(), **_blocks(self, (self.rows, self.channels, *self.kernel)), **sizes}
+
 
 def _weight(case: LinearCase | ConvCase, cols: int) -> dict[str, Tensor | None]:
     mask = MASKS[case.mask](case.rows, cols)
     _, dtype = PRECISIONS[case.precision]
     values, bias = torch.randn(1, int(mask.sum()), dtype=dtype), torch.randn(case.rows, dtype=dtype)
     return {"values": values, **csr_from_mask(mask)._asdict(), "bias": bias if case.bias else None}
+
+
+def _blocks(case: LinearCase | ConvCase, weight_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Replaces what _weight gave. Past the weight values are NaN."""
+    indices = csr_from_mask(MASKS[case.mask](*block_grid(weight_shape, case.block_size)))
+    _, dtype = PRECISIONS[case.precision]
+    values = torch.randn(indices.nnz, *case.block_size, dtype=dtype)
+    values[gather_blocks(torch.ones(weight_shape), indices, case.block_size) == 0] = torch.nan
+    return {"values": values, **indices._asdict(), "block_size": case.block_size}
 
 
 def _activations(case: LinearCase | ConvCase, layouts: dict, x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -126,9 +147,11 @@ def _activations(case: LinearCase | ConvCase, layouts: dict, x: Tensor, g: Tenso
 # Around the lanes of a slice (8 and 16), the channels of a block, and nothing at all.
 _BATCHES = st.sampled_from((0, 1, 2, 7, 8, 9, 15, 16, 17, 33, 40))
 _CHANNELS = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33))
+_BLOCK_SIDES = st.integers(1, 9) | st.sampled_from((16, 17, 32))
 _COMMON = {
     "mask": st.sampled_from(sorted(MASKS)),
     "bias": st.booleans(),
+    "block_size": st.tuples(_BLOCK_SIDES, _BLOCK_SIDES),
     "precision": st.sampled_from(sorted(PRECISIONS)),
     "seed": st.integers(0, 2**31),
 }

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from op_cases import sparse_matrix
+from op_cases import block_matrix, sparse_matrix
 from torch.utils.data import DataLoader, Dataset
 
 from grasp_sparse.nn import SparseConv2d, SparseLinear
@@ -22,6 +22,16 @@ def _step(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
+class _BlockConv(torch.nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        values, self.indices = block_matrix((size, size, 3, 3), (8, 4), 0.3, torch.float32)
+        self.values = torch.nn.Parameter(values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.grasp_sparse.bsr_conv2d_fprop(self.values, *self.indices, None, x, x.shape[1], *WINDOW)
+
+
 def _layers() -> list[tuple[torch.nn.Module, torch.Tensor]]:
     """Of several sizes, so that a thread's working memory grows while others are in theirs."""
     cases = []
@@ -29,6 +39,7 @@ def _layers() -> list[tuple[torch.nn.Module, torch.Tensor]]:
         linear, conv = torch.nn.Linear(2 * size, size), torch.nn.Conv2d(size, size, 3, padding=1, stride=1 + size % 2)
         cases.append((SparseLinear.from_dense(linear, torch.rand_like(linear.weight) < 0.2), torch.randn(5 * size, 2 * size)))
         cases.append((SparseConv2d.from_dense(conv, torch.rand_like(conv.weight) < 0.2), torch.randn(size // 2, size, 9, 8)))
+        cases.append((_BlockConv(size), torch.randn(size // 2, size, 9, 8)))
     return cases
 
 

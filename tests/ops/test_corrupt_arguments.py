@@ -29,6 +29,8 @@ WALKED = {
     **dict.fromkeys(("csr_spmm", "csr_sddmm", "csr_conv2d_fprop", "csr_conv2d_wgrad"), INDEX_NAMES[:2]),
     **dict.fromkeys(("csr_spmm_t", "csr_conv2d_dgrad"), INDEX_NAMES[2:]),
     **dict.fromkeys(("csr_spmm_backward", "csr_conv2d_backward"), INDEX_NAMES),
+    **dict.fromkeys(("bsr_spmm", "bsr_sddmm", "bsr_conv2d_fprop", "bsr_conv2d_wgrad"), INDEX_NAMES[:2]),
+    **dict.fromkeys(("bsr_spmm_t", "bsr_conv2d_dgrad"), INDEX_NAMES[2:]),
 }
 
 
@@ -91,6 +93,17 @@ WRONG = [  # operation, argument, how it is made wrong
     ("csr_conv2d_backward", "x", torch.Tensor.double),
     ("csr_conv2d_backward", "values", lambda v: v[:, :-1]),
     ("csr_conv2d_backward", "g", lambda g: g[:, :-1]),
+    ("bsr_spmm", "values", lambda v: v[:-1]),
+    ("bsr_spmm", "values", torch.Tensor.double),
+    ("bsr_spmm", "bias", lambda b: b[:-1]),
+    ("bsr_spmm", "out_features", lambda _: 7),
+    ("bsr_spmm_t", "in_features", lambda _: 7),
+    ("bsr_sddmm", "g", lambda g: g[:-1]),
+    ("bsr_conv2d_fprop", "values", lambda v: v[:-1]),
+    ("bsr_conv2d_fprop", "out_channels", lambda _: 5),
+    ("bsr_conv2d_fprop", "kernel_size", lambda _: [2, 2]),
+    ("bsr_conv2d_dgrad", "in_channels", lambda _: 7),
+    ("bsr_conv2d_wgrad", "g", lambda g: g[:-1]),
 ]
 WRONG_FOR_KERNELS = [  # what the reference's torch functions accept, but a kernel must not
     ("csr_conv2d_fprop", "x", lambda x: x[0]),
@@ -111,6 +124,24 @@ WRONG_FOR_KERNELS = [  # what the reference's torch functions accept, but a kern
     ("csr_conv2d_wgrad", "x", lambda x: x[:, :-1]),
     ("csr_spmm_backward", "x", lambda x: x[:, :-1]),
     ("csr_conv2d_backward", "g", lambda g: g[:, :, :-1]),
+    ("bsr_spmm", "x", lambda x: x[0]),
+    ("bsr_spmm", "x", lambda x: x[:, :2]),
+    ("bsr_spmm", "values", lambda v: v.flatten(1)),
+    ("bsr_spmm", "out_features", lambda _: -1),
+    ("bsr_spmm", "out_features", lambda _: 2**62),
+    ("bsr_spmm_t", "g", lambda g: g[:, :2]),
+    ("bsr_sddmm", "block_size", lambda _: [2]),
+    ("bsr_sddmm", "block_size", lambda _: [2, 0]),
+    ("bsr_sddmm", "block_size", lambda _: [2**40, 3]),
+    ("bsr_sddmm", "block_size", lambda _: [1, 2]),
+    ("bsr_sddmm", "block_size", lambda _: [3, 1]),
+    ("bsr_sddmm", "x", torch.Tensor.double),
+    ("bsr_conv2d_fprop", "x", lambda x: x[:, :2]),
+    ("bsr_conv2d_fprop", "x", lambda x: x[0]),
+    ("bsr_conv2d_dgrad", "g", lambda g: g[:, :, :-1]),
+    ("bsr_conv2d_dgrad", "input_size", lambda _: [9, 4]),
+    ("bsr_conv2d_wgrad", "block_size", lambda _: [2, 5]),
+    ("bsr_conv2d_wgrad", "x", lambda x: x[:, :2]),
 ]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import COMPILED, close, sparse_matrix
+from op_cases import COMPILED, block_matrix, close, sparse_matrix
 
-from grasp_sparse.ops import reference
+from grasp_sparse.ops import reference, reference_blocks
 
 ops = torch.ops.grasp_sparse
 FAR = 2**31 + 8  # elements
@@ -60,6 +60,22 @@ def test_conv_family_on_far_strides(far_apart, far):
     close(ops.csr_conv2d_dgrad(transposed, *their, x, shape[2:], *WINDOW), dx)
     z = torch.randn(shape[0], 7, *shape[2:])
     close(ops.csr_conv2d_wgrad(*their, x, z, *WINDOW), reference.csr_conv2d_wgrad(*their, near, z.double(), *WINDOW))
+
+
+@pytest.mark.parametrize("far", [0, 1, 2, 3], ids=["batch", "channels", "rows", "columns"])
+def test_blocks_on_far_strides(far_apart, far):
+    shape, block_size = tuple(2 if i == far else size for i, size in enumerate((3, 4, 6, 5))), (4, 3)
+    values, indices = block_matrix((7, shape[1], *WINDOW[0]), block_size, 0.5, torch.float32)
+    transposed, their = block_matrix((shape[1], 7, *WINDOW[0]), block_size, 0.5, torch.float32)
+    x = far_apart(shape, far)
+    near = x.double()
+    y = reference_blocks.bsr_conv2d_fprop(values.double(), *indices, None, near, 7, *WINDOW)
+    close(ops.bsr_conv2d_fprop(values, *indices, None, x, 7, *WINDOW), y)
+    g = torch.randn(y.shape)
+    dv = reference_blocks.bsr_conv2d_wgrad(*indices, g.double(), near, block_size, *WINDOW)
+    close(ops.bsr_conv2d_wgrad(*indices, g, x, block_size, *WINDOW), dv)
+    dx = reference_blocks.bsr_conv2d_dgrad(transposed.double(), *their, near, 7, shape[2:], *WINDOW)
+    close(ops.bsr_conv2d_dgrad(transposed, *their, x, 7, shape[2:], *WINDOW), dx)
 
 
 @pytest.mark.skipif(not COMPILED, reason="a limit of the kernels")

@@ -18,12 +18,14 @@ from random_cases import MASKS, ConvCase, LinearCase, conv_cases, linear_cases, 
 from torch import Tensor, nn
 
 from grasp_sparse.nn import SparseConv2d, SparseLinear
-from grasp_sparse.ops import reference
-from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.ops import reference, reference_blocks
+from grasp_sparse.ops.schema import BLOCK_SCHEMAS, SCHEMAS
 
 ops = torch.ops.grasp_sparse
 LINEAR = [name for name in SCHEMAS if "conv2d" not in name]
 CONV = [name for name in SCHEMAS if "conv2d" in name]
+BLOCK_LINEAR = [name for name in BLOCK_SCHEMAS if "conv2d" not in name]
+BLOCK_CONV = [name for name in BLOCK_SCHEMAS if "conv2d" in name]
 
 
 def arguments_of(name: str, available: dict) -> list:
@@ -49,12 +51,12 @@ def lie_alike(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or all(s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
 
 
-def check_against_reference(names: list[str], case: LinearCase | ConvCase) -> None:
-    available = case.arguments()
+def check_against_reference(names: list[str], available: dict) -> None:
     exact = in_float64(available)
     for name in names:
         actual = results_of(getattr(ops, name)(*arguments_of(name, available)))
-        expected = results_of(getattr(reference, name)(*arguments_of(name, exact)))
+        module = reference_blocks if name in BLOCK_SCHEMAS else reference
+        expected = results_of(getattr(module, name)(*arguments_of(name, exact)))
         for got, want in zip(actual, expected, strict=True):
             assert (got is None) == (want is None), name
             if got is not None:
@@ -64,16 +66,25 @@ def check_against_reference(names: list[str], case: LinearCase | ConvCase) -> No
 
 @given(linear_cases)
 def test_linear_family_equals_reference(case):
-    check_against_reference(LINEAR, case)
+    check_against_reference(LINEAR, case.arguments())
 
 
 @given(conv_cases)
 def test_conv_family_equals_reference(case):
-    check_against_reference(CONV, case)
+    check_against_reference(CONV, case.arguments())
 
 
-def check_threads(names: list[str], case: LinearCase | ConvCase) -> None:
-    available = case.arguments()
+@given(linear_cases)
+def test_linear_family_of_blocks_equals_reference(case):
+    check_against_reference(BLOCK_LINEAR, case.block_arguments())
+
+
+@given(conv_cases)
+def test_conv_family_of_blocks_equals_reference(case):
+    check_against_reference(BLOCK_CONV, case.block_arguments())
+
+
+def check_threads(names: list[str], available: dict) -> None:
     for name in names:
         results = []
         for threads in (1, 2):
@@ -86,12 +97,14 @@ def check_threads(names: list[str], case: LinearCase | ConvCase) -> None:
 
 @given(linear_cases)
 def test_linear_family_has_the_same_bits_with_one_thread_and_two(case):
-    check_threads(LINEAR, case)
+    check_threads(LINEAR, case.arguments())
+    check_threads(BLOCK_LINEAR, case.block_arguments())
 
 
 @given(conv_cases)
 def test_conv_family_has_the_same_bits_with_one_thread_and_two(case):
-    check_threads(CONV, case)
+    check_threads(CONV, case.arguments())
+    check_threads(BLOCK_CONV, case.block_arguments())
 
 
 def check_layer(dense: nn.Module, make: Callable[[nn.Module, Tensor], nn.Module], case: LinearCase | ConvCase) -> None:
