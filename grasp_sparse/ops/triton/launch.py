@@ -14,7 +14,7 @@ from grasp_sparse.ops.triton.lists import longest_first_kernel, regroup_kernel
 from grasp_sparse.ops.triton.product import product_kernel
 from grasp_sparse.ops.triton.sampled import ROWS_AT_ONCE, sampled_kernel
 from grasp_sparse.ops.triton.tuning import Tile, fastest, parts_of_tokens, processors, product_tiles, sampled_tiles
-from grasp_sparse.ops.triton.window import POINT, Window
+from grasp_sparse.ops.triton.window import POINT, Window, divisor
 
 # Programs of equal length need no order; where each processor has many, short ones fill the gaps of long ones anyway.
 ORDERED_BELOW = 8
@@ -36,8 +36,11 @@ class Images(NamedTuple):
     grid: tuple[int, int]
     written: tuple[int, int]
 
-    def arguments(self) -> tuple[int, ...]:
-        return *self.read, *self.grid, *self.written, self.window.padding[0], self.window.padding[2]
+    def grid_arguments(self) -> tuple[int, ...]:
+        return *divisor(math.prod(self.grid)), *divisor(self.grid[1])
+
+    def padding(self) -> tuple[int, int]:
+        return self.window.padding[0], self.window.padding[2]
 
 
 _NO_IMAGES = Images(POINT, (0, 0), (0, 0), (0, 0))
@@ -76,15 +79,17 @@ def product(
         raise ValueError(f"Expected {expected} lists of blocks for {written_channels} channels, got {groups}; the indices are of another weight.")
     if y.numel() == 0:
         return
-    values = values.to(x.dtype).contiguous()
+    # Tensor cores take 32-bit operands only with the reduced channels as neighbours; small blocks turn faster than large tiles.
+    read_inner = not transposed or x.dtype == torch.float32
+    values = (values.transpose(1, 2) if transposed and read_inner else values).to(x.dtype).contiguous()
 
     def launch(tile: Tile) -> None:
         programs = math.ceil(tokens / tile.size) * groups
         product_kernel[(programs,)](
             x, values, *lists, _longest_first(lists.pointers, programs), bias, y,
             tokens, groups, read_channels, written_channels,
-            read_blocks, written_blocks, *geometry.arguments(),
-            IMAGES=images is not None, TRANSPOSED=transposed, **geometry.window.constants(),
+            written_blocks, *divisor(read_blocks), *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
+            IMAGES=images is not None, TRANSPOSED=transposed, READ_INNER=read_inner, **geometry.window.constants(),
             RELU=relu, EVEN=read_channels % reduced == 0, KB=reduced, NB=produced,
             PRECISION=precision, BM=tile.size, BK=tile.step, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -114,17 +119,17 @@ def sampled(
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
     out_channels, in_channels = g.shape[-1], x.shape[-1]
     tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, images is not None)
-    together, step = tiles[0].size, tiles[0].step  # the same in all: they are part of the order of the sum
-    slots = nblocks // together + rows
-    parts, part = parts_of_tokens(tokens, step, slots, processors(x.device), parts)
+    step = tiles[0].step  # the same in all
+    parts, part = parts_of_tokens(tokens, step, nblocks // tiles[0].size + rows, processors(x.device), parts)
     partial = g.new_empty(*(parts,) * (parts > 1), nblocks, bh, bw, dtype=torch.float32)
 
     def launch(tile: Tile) -> None:
+        slots = nblocks // tile.size + rows
         sampled_kernel[(slots * parts,)](
             g, x, crow_indices, col_indices, partial, tokens, part, nblocks, rows, out_channels, in_channels,
-            math.ceil(in_channels / bw), *geometry.read, *geometry.grid, geometry.window.padding[0], geometry.window.padding[2],
+            *divisor(math.ceil(in_channels / bw)), *geometry.grid_arguments(), *geometry.read, *geometry.padding(),
             IMAGES=images is not None, **geometry.window.constants(),
-            EVEN_IN=in_channels % bw == 0, EVEN_OUT=out_channels % bh == 0, BH=bh, BW=bw, TOGETHER=together,
+            EVEN_IN=in_channels % bw == 0, EVEN_OUT=out_channels % bh == 0, BH=bh, BW=bw, TOGETHER=tile.size,
             PRECISION=precision, BT=step, ROWS=ROWS_AT_ONCE, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

@@ -17,26 +17,42 @@ import triton.language as tl
 
 
 @triton.jit
-def on_grid(m, height, width):
-    """Image, row and column of the m-th pixel of ``[N, height, width]``."""
-    image = m // (height * width)
-    rest = m - image * (height * width)
-    row = rest // width
+def divided(m, magic, shift):
+    """m // d in three instructions, for 0 <= m < 2^31; see window.Divisor."""
+    doubled = m.to(tl.uint32) << 1
+    return (tl.umulhi(doubled, magic.to(tl.uint32, bitcast=True) + tl.zeros_like(doubled)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def on_grid(m, pixels, pixels_magic, pixels_shift, width, width_magic, width_shift):
+    """Image, row and column of the m-th pixel of images of so many pixels, so many in a row."""
+    image = divided(m, pixels_magic, pixels_shift)
+    rest = m - image * pixels
+    row = divided(rest, width_magic, width_shift)
     return image, row, rest - row * width
 
 
 @triton.jit
-def tap_and_chunk(block, chunks, KERNEL_W: tl.constexpr):
+def tap_and_chunk(block, chunks, magic, shift, KERNEL_W: tl.constexpr):
     """A block column, tap-major: the row and column of its tap in the window, and which piece of the channels it is."""
-    tap = block // chunks
+    tap = divided(block, magic, shift)
     row = tap // KERNEL_W
     return row, tap - row * KERNEL_W, block - tap * chunks
 
 
 @triton.jit
+def tap_and_chunk_of_runs(block, chunks, magic, shift, KERNEL_W: tl.constexpr, LENGTH: tl.constexpr):
+    """The same where runs of LENGTH lanes have one block, which the compiler must know to make wide masked loads of them."""
+    row, column, chunk = tap_and_chunk(block, chunks, magic, shift, KERNEL_W)
+    return tl.max_constancy(row, LENGTH), tl.max_constancy(column, LENGTH), tl.max_constancy(chunk, LENGTH)
+
+
+@triton.jit
 def between(row, column, height, width):
-    """Whether pixels lie inside an image."""
-    return (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    """Whether pixels lie inside an image; as unsigned numbers, those before it are large."""
+    unsigned: tl.constexpr = tl.uint32
+    rows = row.to(unsigned, bitcast=True) < height.to(unsigned)
+    return rows & (column.to(unsigned, bitcast=True) < width.to(unsigned))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk
+from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk, tap_and_chunk_of_runs
 
 
 @triton.jit
@@ -39,13 +39,13 @@ def _entry(entries, places, start, end, step, k, KB: tl.constexpr, BK: tl.conste
 
 @triton.jit(
     do_not_specialize=(
-        "tokens", "groups", "read_blocks", "written_blocks", "read_h", "read_w", "grid_h", "grid_w",
-        "written_h", "written_w", "pad_top", "pad_left",
+        "tokens", "groups", "written_blocks", "read_blocks", "blocks_magic", "blocks_shift", "pixels", "pixels_magic",
+        "pixels_shift", "grid_w", "width_magic", "width_shift", "read_h", "read_w", "written_h", "written_w", "pad_top", "pad_left",
     )
 )  # fmt: skip
 def product_kernel(
     x,  # [tokens, read_channels] or [N, read_h, read_w, read_channels]
-    values,  # [nblocks, bh, bw]
+    values,  # [nblocks, NB, KB] if READ_INNER else [nblocks, KB, NB]
     pointers,  # [groups + 1] where each list begins
     entries,  # [nblocks] which block of read channels; for images tap * read_blocks + block
     places,  # [nblocks] of the entry in values, or None: in this order
@@ -56,18 +56,25 @@ def product_kernel(
     groups,
     read_channels,
     written_channels,
-    read_blocks,
     written_blocks,
+    read_blocks,
+    blocks_magic,
+    blocks_shift,
+    pixels,  # of the grid, which is that of the result or of one phase of it
+    pixels_magic,
+    pixels_shift,
+    grid_w,
+    width_magic,
+    width_shift,
     read_h,
     read_w,
-    grid_h,
-    grid_w,
     written_h,
     written_w,
     pad_top,
     pad_left,
     IMAGES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,  # dgrad: the block is used as [bh, bw], and the window runs backwards
+    TRANSPOSED: tl.constexpr,  # dgrad: the window runs backwards
+    READ_INNER: tl.constexpr,  # in values, the read channels of a block are neighbours; else the written ones
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -94,7 +101,7 @@ def product_kernel(
     live = m < tokens
     top, left, phase_h, phase_w = m, m, 0, 0
     if IMAGES:
-        image, top, left = on_grid(m, grid_h, grid_w)
+        image, top, left = on_grid(m, pixels, pixels_magic, pixels_shift, grid_w, width_magic, width_shift)
         if TRANSPOSED:
             phase_h = group // written_blocks // STRIDE_W
             phase_w = group // written_blocks % STRIDE_W
@@ -111,7 +118,7 @@ def product_kernel(
     read *= read_channels
 
     k, n = tl.arange(0, BK), tl.arange(0, NB)
-    across = n * (1 if TRANSPOSED else KB)  # of the block in memory
+    across = n * (KB if READ_INNER else 1)
     acc = tl.zeros((BM, NB), tl.float32)
     steps = (end - start) * PARTS if PARTS > 0 else tl.cdiv(end - start, TOGETHER)
     block, place = _entry(entries, places, start, end, 0, k, KB, BK)
@@ -123,7 +130,10 @@ def product_kernel(
         next_block, next_place = _entry(entries, places, start, end, step + 1, k, KB, BK)
 
         if IMAGES:
-            tap_h, tap_w, chunk = tap_and_chunk(block, read_blocks, KERNEL_W)
+            if PARTS == 0:
+                tap_h, tap_w, chunk = tap_and_chunk_of_runs(block, read_blocks, blocks_magic, blocks_shift, KERNEL_W, KB)
+            else:
+                tap_h, tap_w, chunk = tap_and_chunk(block, read_blocks, blocks_magic, blocks_shift, KERNEL_W)
             if TRANSPOSED:
                 down = (phase_h + pad_top - tap_h * DILATION_H) // STRIDE_H
                 right = (phase_w + pad_left - tap_w * DILATION_W) // STRIDE_W
@@ -139,12 +149,12 @@ def product_kernel(
             channel = block * KB + inner
             along = channel
             inside = live[:, None]
-        down_block = place.to(tl.int64) * (KB * NB) + inner * (NB if TRANSPOSED else 1)
+        down_block = place.to(tl.int64) * (KB * NB) + inner * (1 if READ_INNER else NB)
         if PARTS == 0:
             inside = inside & listed[None, :]
             if EVEN:
                 along = runs(along, KB)
-            if not TRANSPOSED:
+            if READ_INNER:
                 down_block = runs(down_block, KB)
         w = values + down_block[:, None] + across[None, :]
         if not EVEN:  # what values hold past the weight may be anything, and 0 * nan is no 0

@@ -16,14 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk
+from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk, tap_and_chunk_of_runs
 
 ROWS_AT_ONCE = 256  # of crow_indices, compared in one go
 
 
 @triton.jit(
     do_not_specialize=(
-        "tokens", "part", "nblocks", "rows", "chunks", "image_h", "image_w", "grid_h", "grid_w", "pad_top", "pad_left",
+        "tokens", "part", "nblocks", "rows", "chunks", "chunks_magic", "chunks_shift", "pixels", "pixels_magic", "pixels_shift",
+        "grid_w", "width_magic", "width_shift", "image_h", "image_w", "pad_top", "pad_left",
     )
 )  # fmt: skip
 def sampled_kernel(
@@ -39,10 +40,16 @@ def sampled_kernel(
     out_channels,
     in_channels,
     chunks,  # block columns a tap
+    chunks_magic,
+    chunks_shift,
+    pixels,  # of an image of g
+    pixels_magic,
+    pixels_shift,
+    grid_w,
+    width_magic,
+    width_shift,
     image_h,
     image_w,
-    grid_h,
-    grid_w,
     pad_top,
     pad_left,
     IMAGES: tl.constexpr,
@@ -80,7 +87,10 @@ def sampled_kernel(
             block = tl.load(col_indices + start)
         down, right, chunk = 0, 0, block
         if IMAGES:
-            tap_h, tap_w, chunk = tap_and_chunk(block, chunks, KERNEL_W)
+            if TOGETHER > 1:
+                tap_h, tap_w, chunk = tap_and_chunk_of_runs(block, chunks, chunks_magic, chunks_shift, KERNEL_W, BW)
+            else:
+                tap_h, tap_w, chunk = tap_and_chunk(block, chunks, chunks_magic, chunks_shift, KERNEL_W)
             down, right = tap_h * DILATION_H - pad_top, tap_w * DILATION_W - pad_left
         channel, filter = chunk * BW + inner, row * BH + o
         along = channel.to(tl.int64)
@@ -96,7 +106,7 @@ def sampled_kernel(
             m = t + tl.arange(0, BT)
             live = m < last
             if IMAGES:
-                image, a, b = on_grid(m, grid_h, grid_w)
+                image, a, b = on_grid(m, pixels, pixels_magic, pixels_shift, grid_w, width_magic, width_shift)
                 a, b = a * STRIDE_H, b * STRIDE_W
                 read = ((image.to(tl.int64) * image_h + a) * image_w + b) * in_channels
                 if TOGETHER > 1:

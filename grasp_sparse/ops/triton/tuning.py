@@ -41,10 +41,10 @@ def product_tiles(dtype: torch.dtype, precision: str, reduced: int, produced: in
     """
     if dtype == torch.float32 and precision == "ieee":  # fused multiply-adds, no tensor cores: operands live in registers
         return Tile(64, 16, 4, 3), Tile(64, 16, 4, 2)
-    step = min(64, max(reduced, 64)) if dtype != torch.float32 else 32
-    tiles = [Tile(128, step, 4, 4), Tile(128, step, 4, 3), Tile(64, step, 4, 4)]
-    if produced == 128 and not images:
-        tiles.append(Tile(128, step, 8, 3))
+    step = 32 if dtype == torch.float32 else 64  # channels: the 128 bytes of a swizzled row of shared memory
+    tiles = [Tile(128, step, 4, 3), Tile(64, step, 4, 4), Tile(128, step, 4, 4)]
+    if not images:
+        tiles.append(Tile(128 if produced == 128 else 256, step, 8, 3))
     return tuple(tiles)
 
 
@@ -53,8 +53,11 @@ def sampled_tiles(dtype: torch.dtype, precision: str, block_size: Sequence[int],
     together = max(1, 64 // block_size[1])
     if dtype == torch.float32 and precision == "ieee":
         return (Tile(together, 16, 4, 2),)
-    step = 64 if dtype != torch.float32 else 32
-    return Tile(together, step, 4, 3), Tile(together, step, 4, 4)
+    step = 32 if dtype == torch.float32 or min(block_size) == 128 else 64  # of the largest, registers hold no more
+    tiles = [Tile(together, step, 4, 3), Tile(together, step, 4, 4)]
+    if block_size[1] < 128:  # what is read of g serves twice the channels, if rows have as many blocks
+        tiles.append(Tile(2 * together, step, 4, 3))
+    return tuple(tiles)
 
 
 def parts_of_tokens(tokens: int, step: int, programs: int, processors: int, wanted: int | None = None) -> tuple[int, int]:

@@ -47,6 +47,24 @@ class Window(NamedTuple):
         return dict(zip(names, (self.kernel[1], *self.stride, *self.dilation), strict=True))
 
 
+class Divisor(NamedTuple):
+    """A number by which kernels divide many: m // number is (2m · magic / 2^32) >> shift, exact for 0 <= m < 2^31.
+
+    With 2^(shift-1) < number <= 2^shift, magic = floor(2^(31+shift) / number) + 1 has 32 bits and is too large by less than what
+    could lift any quotient to the next integer (Granlund and Montgomery, PLDI 1994). Kernels take it as a signed number.
+    """
+
+    number: int
+    magic: int
+    shift: int
+
+
+def divisor(number: int) -> Divisor:
+    number = max(1, number)  # of nothing: there is nothing to divide either
+    shift = (number - 1).bit_length()
+    return Divisor(number, (1 << 31 + shift) // number + 1 - (1 << 32), shift)
+
+
 def window(kernel_size, stride, padding, dilation) -> Window:
     return Window(*(tuple(int(i) for i in of) for of in (kernel_size, stride, padding, dilation)))
 

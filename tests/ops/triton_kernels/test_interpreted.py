@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import grasp_sparse
+
 pytest.importorskip("triton")
-TESTS = Path(__file__).parents[1]
+TESTS, PACKAGE = Path(__file__).parents[1], Path(grasp_sparse.__file__).parents[1]
 
 
 @pytest.mark.parametrize("sweep", ["linear", "conv2d", "tiles", "lists"])
 def test_equals_reference(sweep):
-    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join((str(TESTS), str(PACKAGE)))
     program = [sys.executable, str(Path(__file__).with_name("interpreted.py")), sweep]
     done = subprocess.run(program, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
