@@ -64,7 +64,7 @@ def bsr_conv2d_wgrad(
 
 def _precision(x: Tensor) -> str:
     """What tl.dot does with float32: TF32 where torch's own convolutions may."""
-    return "tf32" if x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if x.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def _pixels_last(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from grasp_sparse.ops.triton.lists import longest_first_kernel, regroup_kernel
 from grasp_sparse.ops.triton.product import product_kernel
 from grasp_sparse.ops.triton.sampled import ROWS_AT_ONCE, sampled_kernel
-from grasp_sparse.ops.triton.tuning import Tile, fastest, parts_of_tokens, processors, product_tiles, sampled_tiles
+from grasp_sparse.ops.triton.tuning import Tile, fastest, has_wgmma, parts_of_tokens, processors, product_tiles, sampled_tiles
 from grasp_sparse.ops.triton.window import POINT, Window, divisor
 
 # Programs of equal length need no order; where each processor has many, short ones fill the gaps of long ones anyway.
@@ -94,7 +94,7 @@ def product(
             PRECISION=precision, BM=tile.size, BK=tile.step, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    tiles = product_tiles(x.dtype, precision, reduced, produced, images is not None)
+    tiles = product_tiles(x.dtype, precision, produced, images is not None, has_wgmma(x.device))
     shape = (transposed, x.dtype, precision, read_channels, written_channels, bh, bw, geometry)
     with on_device(x):
         launch(tile or fastest((shape, _magnitude(tokens), _magnitude(values.shape[0])), tiles, launch, x.device))
@@ -118,7 +118,7 @@ def sampled(
     if tokens == 0 or nblocks == 0:
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
     out_channels, in_channels = g.shape[-1], x.shape[-1]
-    tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, images is not None)
+    tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, has_wgmma(x.device))
     step = tiles[0].step  # the same in all
     parts, part = parts_of_tokens(tokens, step, nblocks // tiles[0].size + rows, processors(x.device), parts)
     partial = g.new_empty(*(parts,) * (parts > 1), nblocks, bh, bw, dtype=torch.float32)

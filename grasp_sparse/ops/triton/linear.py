@@ -29,7 +29,7 @@ def bsr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation,
 
 def precision(x: Tensor) -> str:
     """What tl.dot does with float32: TF32 where torch's own products may."""
-    return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def contiguous_like(out: Tensor) -> Tensor:

@@ -34,28 +34,32 @@ class Tile(NamedTuple):
     stages: int
 
 
-def product_tiles(dtype: torch.dtype, precision: str, reduced: int, produced: int, images: bool) -> tuple[Tile, ...]:
-    """For blocks that take ``reduced`` channels to ``produced``; the usual best first.
+def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: bool, wgmma: bool) -> tuple[Tile, ...]:
+    """For blocks that make ``produced`` channels of whatever they read; the usual best first.
 
-    Eight warps only without a window: Triton has miscompiled loops over one with eight.
+    Eight warps only without a window: Triton has miscompiled loops over one with eight. Tiles of 128 x 128 only where operands
+    do not pass through registers on their way to the tensor cores.
     """
     if dtype == torch.float32 and precision == "ieee":  # fused multiply-adds, no tensor cores: operands live in registers
-        return Tile(64, 16, 4, 3), Tile(64, 16, 4, 2)
+        return (Tile(64, 16, 4, 3),) if produced == 128 else (Tile(64, 16, 4, 3), Tile(64, 16, 4, 2))
     step = 32 if dtype == torch.float32 else 64  # channels: the 128 bytes of a swizzled row of shared memory
-    tiles = [Tile(128, step, 4, 3), Tile(64, step, 4, 4), Tile(128, step, 4, 4)]
+    if produced == 128 and (not wgmma or images and dtype == torch.float32):
+        tiles = [Tile(64, step, 4, 3), Tile(64, step, 4, 2)]
+    else:
+        tiles = [Tile(128, step, 4, 3), Tile(64, step, 4, 4), Tile(128, step, 4, 4)]
     if not images:
         tiles.append(Tile(128 if produced == 128 else 256, step, 8, 3))
     return tuple(tiles)
 
 
-def sampled_tiles(dtype: torch.dtype, precision: str, block_size: Sequence[int], images: bool) -> tuple[Tile, ...]:
+def sampled_tiles(dtype: torch.dtype, precision: str, block_size: Sequence[int], wgmma: bool) -> tuple[Tile, ...]:
     """For kept blocks ``[bh, bw]``; the usual best first."""
     together = max(1, 64 // block_size[1])
     if dtype == torch.float32 and precision == "ieee":
         return (Tile(together, 16, 4, 2),)
     step = 32 if dtype == torch.float32 or min(block_size) == 128 else 64  # of the largest, registers hold no more
     tiles = [Tile(together, step, 4, 3), Tile(together, step, 4, 4)]
-    if block_size[1] < 128:  # what is read of g serves twice the channels, if rows have as many blocks
+    if wgmma and block_size[1] < 128:  # what is read of g serves twice the channels, if rows have as many blocks
         tiles.append(Tile(2 * together, step, 4, 3))
     return tuple(tiles)
 
@@ -74,6 +78,11 @@ def parts_of_tokens(tokens: int, step: int, programs: int, processors: int, want
 @functools.cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _chosen: dict[Hashable, Tile] = {}

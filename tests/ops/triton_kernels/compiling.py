@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from grasp_sparse.ops.triton import launch
@@ -35,8 +36,8 @@ class Launch(NamedTuple):
 
 class Compiled(NamedTuple):
     registers: int
-    stack: int  # bytes a thread: spilled registers
     local: int  # bytes a thread
+    spills: int  # instructions that go to local memory; a stack of some bytes that nothing touches is none
     shared: int  # bytes a program, with what the launch adds
     ptx: str
 
@@ -71,33 +72,28 @@ class _Recorder:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Inside, nothing is launched; what would have been is in the list."""
+def recorded(wgmma: bool = True) -> Iterator[list[Launch]]:
+    """Inside, nothing is launched; what would have been on a device with or without wgmma is in the list."""
     launches: list[Launch] = []
-    kernels = {name: getattr(launch, name) for name in KERNELS}
-    try:
-        for name, kernel in kernels.items():
-            setattr(launch, name, _Recorder(kernel, launches))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "has_wgmma", lambda device: wgmma)
+        for name in KERNELS:
+            patch.setattr(launch, name, _Recorder(getattr(launch, name), launches))
         yield launches
-    finally:
-        for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
 
 
 @contextmanager
 def chosen_tile(choose: Callable) -> Iterator[list]:
     """Inside, of several tiles the one that ``choose`` gives of their tuple is launched; the list has all there were."""
-    fastest, seen = launch.fastest, []
+    seen = []
 
     def chosen(key, tiles, run, device):
         seen[:] = tiles
         return choose(tiles)
 
-    try:
-        launch.fastest = chosen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "fastest", chosen)
         yield seen
-    finally:
-        launch.fastest = fastest
 
 
 def compiled(of: Launch, capability: int) -> Compiled:
@@ -108,10 +104,14 @@ def compiled(of: Launch, capability: int) -> Compiled:
     kernel = getattr(import_module(of.module), of.kernel)
     source = ASTSource(fn=kernel, signature=of.signature, constexprs=of.constants, attrs=of.attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=of.options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"] + made.metadata.shared, made.asm["ptx"])
+        resources, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    usage = {name: int(number) for name, number in re.findall(r"(REG|LOCAL|SHARED):(\d+)", resources)}
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return Compiled(usage["REG"], usage["LOCAL"], spills, usage["SHARED"] + made.metadata.shared, made.asm["ptx"])

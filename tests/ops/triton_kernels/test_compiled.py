@@ -45,7 +45,9 @@ CASES = (
 )
 
 
-def launches(name: str, dtype: str, size: tuple[int, int], channels: int = 256, stride: int = 1) -> list[list[Launch]]:
+def launches(
+    capability: int, name: str, dtype: str, size: tuple[int, int], channels: int = 256, stride: int = 1
+) -> list[list[Launch]]:
     """Of one call, for each tile that may be chosen."""
     activations, tf32 = DTYPES[dtype]
     family, kernel = (conv2d, (3, 3)) if "conv" in name else (linear, ())
@@ -70,7 +72,7 @@ def launches(name: str, dtype: str, size: tuple[int, int], channels: int = 256, 
     found, tiles = [], 1
     try:
         while len(found) < tiles:
-            with recorded() as made, chosen_tile(lambda of: of[len(found)]) as seen:
+            with recorded(wgmma=capability >= 90) as made, chosen_tile(lambda of: of[len(found)]) as seen:
                 getattr(family, name)(*arguments)
             found.append(list(made))
             tiles = len(seen)
@@ -94,7 +96,7 @@ def results(pool):
     """All compiled at once, two at a time: the tests below wait for theirs."""
     futures = {}
     for capability, *case in CASES:
-        tiles = launches(*case)
+        tiles = launches(capability, *case)
         for i, made in enumerate(tiles if ALL else tiles[:1]):
             futures[capability, *case, i] = pool.submit(compiled, main(made), capability)
     return futures
@@ -105,7 +107,7 @@ def test_resources_and_instructions(results, capability, name, dtype, size):
     found: dict[int, Compiled] = {key[-1]: future.result() for key, future in results.items() if key[:-1] == (capability, name, dtype, size)}
     assert found
     for i, code in found.items():
-        assert code.stack == code.local == 0, f"tile {i}: {code.stack} + {code.local} bytes of registers in memory"
+        assert code.spills == code.local == 0, f"tile {i}: {code.spills} accesses to {code.local} bytes of local memory"
         assert code.shared <= (SHARED_LIMIT[capability] if i else FIRST_SHARED_LIMIT), f"tile {i}"
         assert code.count("cp.async.cg.shared.global") + code.count("cp.async.ca.shared.global") > 0, f"tile {i}"
         if dtype in ("bfloat16", "float16"):
@@ -128,6 +130,6 @@ def test_variants_spill_nothing(pool, variant):
         assert chosen
     else:
         settings = {"ragged": dict(channels=250), "stride2": dict(stride=2)}[variant]
-        chosen = [main(launches(name, "bfloat16", (64, 64), **settings)[0]) for name in PRODUCTS if variant == "ragged" or "conv" in name]
+        chosen = [main(launches(90, name, "bfloat16", (64, 64), **settings)[0]) for name in PRODUCTS if variant == "ragged" or "conv" in name]
     for code in pool.map(compiled, chosen, [90] * len(chosen)):
-        assert code.stack == code.local == 0
+        assert code.spills == code.local == 0
