@@ -28,14 +28,16 @@ def op(name: str):
 
 
 @pytest.fixture(autouse=True)
-def exact_and_poisoned(monkeypatch):
+def exact_and_poisoned():
     """float32 is float32; what torch.empty gives on the device is nan until it is written, which torch does in this mode."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    matmul.allow_tf32 = conv.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    matmul.allow_tf32, conv.allow_tf32 = before
+    torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
 
 
 @pytest.mark.parametrize("size", [*product(SIDES, SIDES), *OTHER_BLOCKS], ids=lambda size: "x".join(map(str, size)))
@@ -73,9 +75,9 @@ def test_conv2d_in_every_layout(dtype, layout):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 128), (8, 8)], ids=str)
-def test_tf32_where_torch_may_use_it(size, monkeypatch):
+def test_tf32_where_torch_may_use_it(size):
     """Not the float32 result, and within 2^-10 of it relative to what was summed."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True
     values, indices = block_matrix((256, 512), size, 0.3, torch.float32)
     x = torch.randn(300, 512)
     y = ops.bsr_spmm(values.cuda(), *(i.cuda() for i in indices), None, x.cuda(), 256).cpu().double()

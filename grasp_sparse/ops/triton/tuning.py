@@ -41,10 +41,15 @@ def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: boo
     do not pass through registers on their way to the tensor cores.
     """
     if dtype == torch.float32 and precision == "ieee":  # fused multiply-adds, no tensor cores: operands live in registers
-        return (Tile(64, 16, 4, 3),) if produced == 128 else (Tile(64, 16, 4, 3), Tile(64, 16, 4, 2))
+        tiles = [Tile(64, 16, 4, 3)]
+        if produced < 64:
+            tiles.append(Tile(128, 16, 4, 3))
+        if not images:
+            tiles.append(Tile(128, 16, 8, 3))
+        return tuple(tiles)
     step = 32 if dtype == torch.float32 else 64  # channels: the 128 bytes of a swizzled row of shared memory
     if produced == 128 and (not wgmma or images and dtype == torch.float32):
-        tiles = [Tile(64, step, 4, 3), Tile(64, step, 4, 2)]
+        tiles = [Tile(64, step, 4, 3)]
     else:
         tiles = [Tile(128, step, 4, 3), Tile(64, step, 4, 4), Tile(128, step, 4, 4)]
     if not images:
@@ -56,7 +61,7 @@ def sampled_tiles(dtype: torch.dtype, precision: str, block_size: Sequence[int],
     """For kept blocks ``[bh, bw]``; the usual best first."""
     together = max(1, 64 // block_size[1])
     if dtype == torch.float32 and precision == "ieee":
-        return (Tile(together, 16, 4, 2),)
+        return (Tile(together, 16 if max(block_size) == 128 else 32, 4, 3),)
     step = 32 if dtype == torch.float32 or min(block_size) == 128 else 64  # of the largest, registers hold no more
     tiles = [Tile(together, step, 4, 3), Tile(together, step, 4, 4)]
     if wgmma and block_size[1] < 128:  # what is read of g serves twice the channels, if rows have as many blocks

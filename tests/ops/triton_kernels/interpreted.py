@@ -13,8 +13,11 @@ from itertools import product
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
+import triton
+import triton.language as tl
 from block_cases import ConvCase, LinearCase, check_conv2d, check_linear
 from op_cases import WINDOWS, block_matrix, close
+from triton.errors import TritonError
 from triton.runtime.interpreter import InterpretedFunction
 
 from grasp_sparse import poison
@@ -105,12 +108,32 @@ def regrouped_by_hand(indices: CsrIndices, rows: int, chunks: int, of) -> tuple[
     return pointers, entries, places
 
 
+@triton.jit
+def _counting_kernel(count, times):
+    total = 0
+    for i in range(tl.load(times)):
+        total += 1
+    tl.store(count, total)
+
+
+def interpreter_counts() -> bool:
+    """Whether this interpreter and this numpy get along: that of Triton 3.6 has no loops with numpy 2.4."""
+    count, times = torch.zeros(1, dtype=torch.int32), torch.full((1,), 3, dtype=torch.int32)
+    try:
+        _counting_kernel[(1,)](count, times)
+    except TritonError:
+        return False
+    return count.item() == 3
+
+
 SWEEPS = {"linear": sweep_linear, "conv2d": sweep_conv2d, "tiles": sweep_tiles, "lists": sweep_lists}
 
 if __name__ == "__main__":
     assert isinstance(launch.product_kernel, InterpretedFunction)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if not interpreter_counts():
+        sys.exit("no loops in this interpreter")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with poison.poisoned_memory():
         SWEEPS[sys.argv[1]]()

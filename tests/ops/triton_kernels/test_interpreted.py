@@ -20,5 +20,7 @@ def test_equals_reference(sweep):
     paths = os.pathsep.join((str(TESTS), str(PACKAGE)))
     program = [sys.executable, str(Path(__file__).with_name("interpreted.py")), sweep]
     done = subprocess.run(program, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    if done.stderr.endswith("no loops in this interpreter\n"):
+        pytest.skip("this Triton's interpreter has no loops with this numpy; install numpy<2.4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["interpreted", sweep]
