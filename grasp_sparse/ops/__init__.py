@@ -1,7 +1,17 @@
-"""Sparse operations: schemas, pure-torch reference, autograd, and the typed entry that layers call."""
+"""Sparse operations: schemas, pure-torch reference, kernels in Triton, autograd, and the typed entry that layers call."""
 
 from grasp_sparse.ops import schema  # isort: skip  (names the operations; the others register their part of each)
-from grasp_sparse.ops import autograd, autograd_blocks, fake, flops, reference, reference_blocks, reference_pool, reference_update
+from grasp_sparse.ops import (
+    autograd,
+    autograd_blocks,
+    fake,
+    flops,
+    reference,
+    reference_blocks,
+    reference_pool,
+    reference_update,
+    triton,
+)
 from grasp_sparse.ops.functional import bsr_conv2d, bsr_linear, csr_conv2d, csr_linear
 
 __all__ = [
@@ -18,4 +28,5 @@ __all__ = [
     "reference_pool",
     "reference_update",
     "schema",
+    "triton",
 ]

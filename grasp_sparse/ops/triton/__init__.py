@@ -1,0 +1,28 @@
+"""Kernels in Triton for weights of whole blocks; they take over on CUDA from the reference.
+
+Blocks with sides of 16, 32, 64 or 128 (of which any two make a block), activations in float32, bfloat16 or float16, on devices of
+compute capability 8.0 and above. Everything else the reference computes.
+
+Nothing of Triton is imported before a first CUDA tensor comes by, and where Triton is not installed nothing is registered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from grasp_sparse.ops.schema import BLOCK_SCHEMAS
+
+
+def _run(name: str, *arguments):
+    from grasp_sparse.ops.triton import kernels
+
+    return kernels.run(name, *arguments)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library = torch.library.Library("grasp_sparse", "IMPL")
+    for _name in BLOCK_SCHEMAS:
+        _library.impl(_name, functools.partial(_run, _name), "CUDA")

@@ -1,0 +1,168 @@
+"""Launches of the kernels on tensors that lie as they want: rows ``[tokens, channels]``, images ``[N, H, W, C]``, contiguous."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from grasp_sparse.ops.triton.lists import longest_first_kernel, regroup_kernel
+from grasp_sparse.ops.triton.product import product_kernel
+from grasp_sparse.ops.triton.sampled import ROWS_AT_ONCE, sampled_kernel
+from grasp_sparse.ops.triton.tuning import Tile, fastest, has_wgmma, parts_of_tokens, processors, product_tiles, sampled_tiles
+from grasp_sparse.ops.triton.window import POINT, Window, divisor
+
+# Programs of equal length need no order; where each processor has many, short ones fill the gaps of long ones anyway.
+ORDERED_BELOW = 8
+
+
+class Lists(NamedTuple):
+    """The blocks that each block of the result is made of; see product.py."""
+
+    pointers: Tensor
+    entries: Tensor
+    places: Tensor | None
+
+
+class Images(NamedTuple):
+    """Sizes (height, width) of what a convolution reads and writes, and of the grid whose pixels are its tokens."""
+
+    window: Window
+    read: tuple[int, int]
+    grid: tuple[int, int]
+    written: tuple[int, int]
+
+    def grid_arguments(self) -> tuple[int, ...]:
+        return *divisor(math.prod(self.grid)), *divisor(self.grid[1])
+
+    def padding(self) -> tuple[int, int]:
+        return self.window.padding[0], self.window.padding[2]
+
+
+_NO_IMAGES = Images(POINT, (0, 0), (0, 0), (0, 0))
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    lists: Lists,
+    bias: Tensor | None,
+    y: Tensor,
+    precision: str,
+    transposed: bool = False,
+    relu: bool = False,
+    images: Images | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Writes y, whose last dimension like that of x are channels; ``values [nblocks, bh, bw]`` in any floating dtype.
+
+    A dgrad (``transposed``) reduces the rows of blocks, fprop their columns.
+    """
+    bh, bw = values.shape[1:]
+    reduced, produced = (bh, bw) if transposed else (bw, bh)
+    geometry = images or _NO_IMAGES
+    tokens = x.shape[0] * (math.prod(geometry.grid) if images else 1)
+    groups = lists.pointers.shape[0] - 1
+    read_channels, written_channels = x.shape[-1], y.shape[-1]
+    read_blocks, written_blocks = math.ceil(read_channels / reduced), math.ceil(written_channels / produced)
+    expected = written_blocks * (geometry.window.phases if transposed else 1)
+    if groups != expected:
+        raise ValueError(f"Expected {expected} lists of blocks for {written_channels} channels, got {groups}; the indices are of another weight.")
+    if y.numel() == 0:
+        return
+    # Tensor cores take 32-bit operands only with the reduced channels as neighbours; small blocks turn faster than large tiles.
+    read_inner = not transposed or x.dtype == torch.float32
+    values = (values.transpose(1, 2) if transposed and read_inner else values).to(x.dtype).contiguous()
+
+    def launch(tile: Tile) -> None:
+        programs = math.ceil(tokens / tile.size) * groups
+        product_kernel[(programs,)](
+            x, values, *lists, _longest_first(lists.pointers, programs), bias, y,
+            tokens, groups, read_channels, written_channels,
+            written_blocks, *divisor(read_blocks), *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
+            IMAGES=images is not None, TRANSPOSED=transposed, READ_INNER=read_inner, **geometry.window.constants(),
+            RELU=relu, EVEN=read_channels % reduced == 0, KB=reduced, NB=produced,
+            PRECISION=precision, BM=tile.size, BK=tile.step, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    tiles = product_tiles(x.dtype, precision, produced, images is not None, has_wgmma(x.device))
+    shape = (transposed, x.dtype, precision, read_channels, written_channels, bh, bw, geometry)
+    with on_device(x):
+        launch(tile or fastest((shape, _magnitude(tokens), _magnitude(values.shape[0])), tiles, launch, x.device))
+
+
+def sampled(
+    g: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_size: tuple[int, int],
+    precision: str,
+    images: Images | None = None,
+    tile: Tile | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """gᵀ x at the kept blocks, ``[nblocks, bh, bw]`` in float32; ``parts`` is for tests, how often the tokens are cut."""
+    (bh, bw), nblocks, rows = block_size, col_indices.shape[0], crow_indices.shape[0] - 1
+    geometry = images or _NO_IMAGES
+    tokens = g.shape[0] * (math.prod(geometry.grid) if images else 1)
+    if tokens == 0 or nblocks == 0:
+        return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
+    out_channels, in_channels = g.shape[-1], x.shape[-1]
+    tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, has_wgmma(x.device))
+    step = tiles[0].step  # the same in all
+    parts, part = parts_of_tokens(tokens, step, nblocks // tiles[0].size + rows, processors(x.device), parts)
+    partial = g.new_empty(*(parts,) * (parts > 1), nblocks, bh, bw, dtype=torch.float32)
+
+    def launch(tile: Tile) -> None:
+        slots = nblocks // tile.size + rows
+        sampled_kernel[(slots * parts,)](
+            g, x, crow_indices, col_indices, partial, tokens, part, nblocks, rows, out_channels, in_channels,
+            *divisor(math.ceil(in_channels / bw)), *geometry.grid_arguments(), *geometry.read, *geometry.padding(),
+            IMAGES=images is not None, **geometry.window.constants(),
+            EVEN_IN=in_channels % bw == 0, EVEN_OUT=out_channels % bh == 0, BH=bh, BW=bw, TOGETHER=tile.size,
+            PRECISION=precision, BT=step, ROWS=ROWS_AT_ONCE, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    shape = ("sampled", x.dtype, precision, out_channels, in_channels, bh, bw, geometry)
+    with on_device(x):
+        launch(fastest((shape, _magnitude(tokens), _magnitude(nblocks)), tiles, launch, x.device))
+    return partial.sum(0) if parts > 1 else partial
+
+
+def regrouped(ccol_indices: Tensor, row_indices: Tensor, permutation: Tensor, rows: int, window: Window) -> Lists:
+    """The lists of a convolution's dgrad: one for each phase and each block of input channels."""
+    groups = (ccol_indices.shape[0] - 1) // window.taps * window.phases
+    lists = Lists(ccol_indices.new_empty(groups + 1), torch.empty_like(row_indices), torch.empty_like(permutation))
+    taps = triton.next_power_of_2(window.taps)
+    if groups:
+        with on_device(ccol_indices):
+            regroup_kernel[(groups,)](
+                ccol_indices, row_indices, permutation, *lists, groups // window.phases, rows, window.taps, groups,
+                *window.shift, **window.constants(), TAPS=taps, BLOCK=max(16, 2048 // taps),
+            )  # fmt: skip
+    return lists
+
+
+def _longest_first(pointers: Tensor, programs: int) -> Tensor | None:
+    """The lists by falling length, where few programs run: a long one that starts last would leave the device waiting."""
+    groups = pointers.shape[0] - 1
+    if groups == 1 or programs > ORDERED_BELOW * processors(pointers.device):
+        return None
+    order = pointers.new_empty(groups)
+    longest_first_kernel[(math.ceil(groups / 64),)](pointers, order, groups, BLOCK=64)
+    return order
+
+
+def _magnitude(count: int) -> int:
+    """Counts of about the same size are tuned once."""
+    return count.bit_length()

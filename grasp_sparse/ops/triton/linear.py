@@ -1,0 +1,41 @@
+"""The linear family of blocks on Triton's kernels, with the arguments of the operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.ops.layout import empty_rows
+from grasp_sparse.ops.triton.launch import Lists, product, sampled
+
+
+def bsr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, out_features, relu=False):
+    out = empty_rows(x, (x.shape[0], out_features))
+    y = contiguous_like(out)
+    product(x.contiguous(), values, Lists(crow_indices, col_indices, None), bias, y, precision(x), relu=relu)
+    return written_back(y, out)
+
+
+def bsr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, in_features):
+    out = empty_rows(g, (g.shape[0], in_features))
+    dx = contiguous_like(out)
+    product(g.contiguous(), values, Lists(ccol_indices, row_indices, permutation), None, dx, precision(g), transposed=True)
+    return written_back(dx, out)
+
+
+def bsr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, block_size):
+    return sampled(g.contiguous(), x.contiguous(), crow_indices, col_indices, tuple(block_size), precision(x))
+
+
+def precision(x: Tensor) -> str:
+    """What tl.dot does with float32: TF32 where torch's own products may."""
+    return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def contiguous_like(out: Tensor) -> Tensor:
+    """``out`` itself where a kernel can write it."""
+    return out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+def written_back(y: Tensor, out: Tensor) -> Tensor:
+    return out if y is out else out.copy_(y)

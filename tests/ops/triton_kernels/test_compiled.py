@@ -1,0 +1,135 @@
+"""The Triton kernels compile for sm_80 and sm_90 into what they are meant to be: no spills, shared memory that is there, tensor
+cores, asynchronous copies. No device is needed.
+
+A selection by default; GRASP_SPARSE_ALL_KERNELS=1 compiles every operation × dtype × block × tile (minutes).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+
+import pytest
+import torch
+from op_cases import block_matrix
+
+pytest.importorskip("triton")
+
+from compiling import Compiled, Launch, chosen_tile, compiled, recorded
+
+from grasp_sparse.ops.triton import conv2d, linear
+from grasp_sparse.ops.triton.tuning import BLOCK_SIDES
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
+FIRST_SHARED_LIMIT = 99 * 1024  # of the first tile, which is taken unmeasured: the least of the devices from sm_80 on
+DTYPES = {  # of activations, and whether float32 may be TF32
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+}
+PRODUCTS = ("bsr_spmm", "bsr_spmm_t", "bsr_sddmm", "bsr_conv2d_fprop", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad")
+ALL = os.environ.get("GRASP_SPARSE_ALL_KERNELS") == "1"
+SQUARES = [(side, side) for side in BLOCK_SIDES]
+CASES = (
+    list(product((80, 90), PRODUCTS, DTYPES, [*SQUARES, (128, 16), (16, 128), (64, 32)]))
+    if ALL
+    else [
+        *product((90,), PRODUCTS, ("bfloat16",), SQUARES),
+        *product((90,), PRODUCTS, ("float32", "tf32"), ((64, 64),)),
+        *product((80,), PRODUCTS, ("bfloat16",), ((32, 32), (128, 128))),
+        *product((90,), PRODUCTS, ("float16",), ((16, 64),)),
+    ]
+)
+
+
+def launches(
+    capability: int, name: str, dtype: str, size: tuple[int, int], channels: int = 256, stride: int = 1
+) -> list[list[Launch]]:
+    """Of one call, for each tile that may be chosen."""
+    activations, tf32 = DTYPES[dtype]
+    family, kernel = (conv2d, (3, 3)) if "conv" in name else (linear, ())
+    values, indices = block_matrix((channels, channels, *kernel), size, 1.0, torch.float32)
+    x = torch.empty(2000, channels, dtype=activations)
+    g, rest = x, ()
+    if kernel:
+        images = torch.empty(4, channels, 16, 16, dtype=activations, memory_format=torch.channels_last)
+        x, g = images, images[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last)
+        rest = (kernel, (stride, stride), (1, 1, 1, 1), (1, 1))
+    bias = torch.empty(channels)
+    arguments = {
+        "bsr_spmm": (values, *indices, bias, x, channels),
+        "bsr_spmm_t": (values, *indices, g, channels),
+        "bsr_sddmm": (*indices, g, x, size),
+        "bsr_conv2d_fprop": (values, *indices, bias, x, channels, *rest),
+        "bsr_conv2d_dgrad": (values, *indices, g, channels, x.shape[2:], *rest),
+        "bsr_conv2d_wgrad": (*indices, g, x, size, *rest),
+    }[name]
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    found, tiles = [], 1
+    try:
+        while len(found) < tiles:
+            with recorded(wgmma=capability >= 90) as made, chosen_tile(lambda of: of[len(found)]) as seen:
+                getattr(family, name)(*arguments)
+            found.append(list(made))
+            tiles = len(seen)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    return found
+
+
+def main(made: list[Launch]) -> Launch:
+    return next(of for of in made if of.kernel in ("product_kernel", "sampled_kernel"))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def results(pool):
+    """All compiled at once, two at a time: the tests below wait for theirs."""
+    futures = {}
+    for capability, *case in CASES:
+        tiles = launches(capability, *case)
+        for i, made in enumerate(tiles if ALL else tiles[:1]):
+            futures[capability, *case, i] = pool.submit(compiled, main(made), capability)
+    return futures
+
+
+@pytest.mark.parametrize("capability, name, dtype, size", CASES, ids=lambda of: "x".join(map(str, of)) if isinstance(of, tuple) else str(of))
+def test_resources_and_instructions(results, capability, name, dtype, size):
+    found: dict[int, Compiled] = {key[-1]: future.result() for key, future in results.items() if key[:-1] == (capability, name, dtype, size)}
+    assert found
+    for i, code in found.items():
+        assert code.spills == code.local == 0, f"tile {i}: {code.spills} accesses to {code.local} bytes of local memory"
+        assert code.shared <= (SHARED_LIMIT[capability] if i else FIRST_SHARED_LIMIT), f"tile {i}"
+        assert code.count("cp.async.cg.shared.global") + code.count("cp.async.ca.shared.global") > 0, f"tile {i}"
+        if dtype in ("bfloat16", "float16"):
+            assert (code.count("wgmma.mma_async") > 0) == (capability == 90), f"tile {i}"
+            assert (code.count("mma.sync") > 0) == (capability == 80), f"tile {i}"
+        elif dtype == "tf32":
+            assert code.count("wgmma.mma_async") + code.count("mma.sync") > 0, f"tile {i}"
+        else:
+            assert code.count("fma.rn.f32") + code.count("fma.rn.f32x2") > 0 and "mma" not in code.ptx, f"tile {i}"
+
+
+@pytest.mark.parametrize("variant", ["ragged", "stride2", "lists", "order"])
+def test_variants_spill_nothing(pool, variant):
+    if variant in ("lists", "order"):
+        kernel = {"lists": "regroup_kernel", "order": "longest_first_kernel"}[variant]
+        with recorded() as made:
+            values, indices = block_matrix((64, 64, 3, 3), (16, 16), 1.0, torch.float32)
+            conv2d.bsr_conv2d_dgrad(values, *indices, torch.empty(1, 64, 4, 4), 64, (8, 8), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1))
+        chosen = [of for of in made if of.kernel == kernel]
+        assert chosen
+    else:
+        settings = {"ragged": dict(channels=250), "stride2": dict(stride=2)}[variant]
+        chosen = [main(launches(90, name, "bfloat16", (64, 64), **settings)[0]) for name in PRODUCTS if variant == "ragged" or "conv" in name]
+    for code in pool.map(compiled, chosen, [90] * len(chosen)):
+        assert code.spills == code.local == 0

@@ -1,0 +1,104 @@
+"""What the launchers decide on the host, and that the package does without Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from op_cases import WINDOWS, block_matrix
+
+pytest.importorskip("triton")
+
+from grasp_sparse.ops.schema import BLOCK_SCHEMAS
+from grasp_sparse.ops.triton import kernels, tuning
+from grasp_sparse.ops.triton.window import divisor, window
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_pair_of_pixels_that_a_tap_joins_meets_in_one_phase(name):
+    """By brute force over the image: dgrad's phases, grid and shifted reads reach each (input, tap, output) exactly once."""
+    kernel, stride, padding, dilation, image = WINDOWS[name]
+    of = window(kernel, stride, padding, dilation)
+    output, grid = of.output_size(image), of.phase_size(image)
+    for axis in (0, 1):
+        s, pad, d = stride[axis], padding[2 * axis], dilation[axis]
+        joined = {(j * s - pad + k * d, k, j) for j in range(output[axis]) for k in range(kernel[axis])}
+        joined = {(i, k, j) for i, k, j in joined if 0 <= i < image[axis]}
+        found = []
+        for phase, a, k in product(range(s), range(grid[axis]), range(kernel[axis])):
+            if (k * d + of.shift[axis]) % s == phase:
+                i, (j, rest) = phase + a * s, divmod(phase + pad - k * d, s)
+                assert rest == 0
+                if i < image[axis] and 0 <= a + j < output[axis]:
+                    found.append((i, k, a + j))
+        assert len(found) == len(set(found)) and set(found) == joined
+
+
+def test_parts_cover_the_tokens_and_depend_on_nothing_that_is_measured():
+    for tokens, step, programs, processors in product((1, 511, 513, 16384, 10**6), (32, 64), (1, 29, 5000), (1, 132)):
+        parts, part = tuning.parts_of_tokens(tokens, step, programs, processors)
+        assert 1 <= parts <= 32 and part % step == 0 and (parts - 1) * part < tokens <= parts * part
+        assert parts == 1 or part >= 256
+
+
+def test_divisors_divide_exactly():
+    numbers = [*range(1, 70), 196, 2**16 - 1, 2**16, 12345, 2**30 - 1, 2**30 + 1, 2**31 - 1]
+    for number in numbers:
+        _, magic, shift = divisor(number)
+        assert -(2**31) <= magic < 0
+        most = 2**31 - 1
+        for m in {*range(200), number - 1, number, number + 1, most - most % number - 1, most - most % number, most}:
+            assert 0 > m or m > most or (2 * m * (magic + 2**32) >> 32) >> shift == m // number, f"{m} / {number}"
+
+
+def test_tiles_of_sampled_products_share_what_decides_the_order_of_the_sum():
+    for dtype, precision, size, wgmma in product(
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(tuning.BLOCK_SIDES, repeat=2), (False, True)
+    ):
+        tiles = tuning.sampled_tiles(dtype, precision, size, wgmma)
+        assert len({tile.step for tile in tiles}) == 1
+
+
+def test_a_window_never_runs_with_eight_warps():
+    for dtype, precision, size, wgmma in product(
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(tuning.BLOCK_SIDES, repeat=2), (False, True)
+    ):
+        tiles = tuning.product_tiles(dtype, precision, size[0], True, wgmma) + tuning.sampled_tiles(dtype, precision, size, wgmma)
+        assert all(tile.warps <= 4 for tile in tiles)
+
+
+@pytest.mark.parametrize("why", ["float64", "block of 8", "block of 48", "two dtypes", "an older device"])
+def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
+    size = {"block of 8": (16, 8), "block of 48": (48, 16)}.get(why, (16, 16))
+    dtype = torch.float64 if why == "float64" else torch.float32
+    values, indices = block_matrix((40, 70), size, 0.5, dtype)
+    x, g = torch.randn(9, 70, dtype=dtype), torch.randn(9, 40, dtype=torch.bfloat16 if why == "two dtypes" else dtype)
+    monkeypatch.setattr(kernels, "_has_tensor_cores", lambda device: why != "an older device")
+    monkeypatch.setattr(kernels, "_FAMILIES", {name: (None, at) for name, (_, at) in kernels._FAMILIES.items()})  # not to be called
+    for name, arguments in {"bsr_spmm": (values, *indices, None, x, 40), "bsr_sddmm": (*indices, g, x, size)}.items():
+        if name == "bsr_sddmm" or why != "two dtypes":
+            torch.testing.assert_close(kernels.run(name, *arguments), getattr(torch.ops.grasp_sparse, name)(*arguments))
+
+
+def test_indices_of_another_weight_are_refused():
+    values, indices = block_matrix((40, 70), (16, 16), 0.5, torch.float32)
+    with pytest.raises(ValueError, match="Expected 5 lists of blocks for 70 channels, got 3"):
+        kernels.linear.bsr_spmm(values, *indices, None, torch.randn(9, 70), 70)
+
+
+def test_registered_for_cuda_when_triton_is_there_and_imported_when_it_runs():
+    program = """
+import sys
+import grasp_sparse
+assert "grasp_sparse.ops.triton" in sys.modules and "grasp_sparse.ops.triton.kernels" not in sys.modules
+import torch
+print(*(torch._C._dispatch_has_kernel_for_dispatch_key(f"grasp_sparse::{name}", "CUDA") for name in sys.argv[1:]))
+"""
+    hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)"
+    for setup, registered in (("", "True"), (hidden, "False")):
+        done = subprocess.run([sys.executable, "-c", setup + program, *BLOCK_SCHEMAS], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [registered] * len(BLOCK_SCHEMAS)
