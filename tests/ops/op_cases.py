@@ -20,6 +20,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STORED = {**DTYPES, "bfloat16": torch.bfloat16}  # of activations; values beside bfloat16 are float32
 TOLERANCE = {
     torch.bfloat16: dict(rtol=8e-3, atol=1e-3),  # one rounding to 8 bits, at the end
+    torch.float16: dict(rtol=1e-3, atol=1e-3),  # to 11 bits
     torch.float32: dict(rtol=1e-4, atol=1e-4),
     torch.float64: dict(rtol=1e-10, atol=1e-10),
 }
