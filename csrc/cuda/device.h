@@ -24,6 +24,14 @@ constexpr int kWarp = 32;
 
 __device__ inline float widened(Bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 __device__ inline float widened(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+// Both halves of a word: each costs one instruction, half of it taken out first would cost two.
+__device__ inline void widened_pair(unsigned word, Bf16, float& low, float& high) {
+  low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void widened_pair(unsigned word, Fp16, float& low, float& high) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  low = both.x, high = both.y;
+}
 __device__ inline void narrowed(float x, Bf16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void narrowed(float x, Fp16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
@@ -70,6 +78,20 @@ struct alignas(sizeof(S) * V) Pack {
 template <class S, int V>
 __device__ inline Pack<S, V> load(const S* from) {
   return *reinterpret_cast<const Pack<S, V>*>(from);
+}
+
+// V neighbours in what is computed in.
+template <class S, int V>
+__device__ inline void load_wide(const S* from, Compute<S> (&to)[V]) {
+  if constexpr (sizeof(S) == 2) {
+    const auto words = load<unsigned, V / 2>(reinterpret_cast<const unsigned*>(from));
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) widened_pair(words.at[i], S{}, to[2 * i], to[2 * i + 1]);
+  } else {
+    const auto pack = load<S, V>(from);
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = pack.at[v];
+  }
 }
 
 // Quotients by a divisor that the host knows, for dividends below 2^31 (Granlund and Montgomery 1994).

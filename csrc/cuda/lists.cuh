@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kWarp) count_groups(Lists lists, Bounds bounds
 
 // begins and groups: one block a tile, one warp a row of it.
 template <class T, int R>
-__global__ void __launch_bounds__(R * kWarp) fill_groups(Lists lists, Bounds bounds, const int* by_count, int tiles,
+__global__ void __launch_bounds__(R * kWarp, 1) fill_groups(Lists lists, Bounds bounds, const int* by_count, int tiles,
                                                          const uint16_t* sizes, const int* starts, const int* totals, const T* values,
                                                          int64_t capacity, int64_t* begins, Group<T>* groups) {
   const int tile = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

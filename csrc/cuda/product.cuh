@@ -91,6 +91,20 @@ class Stream {
   Group<T> held_{};
 };
 
+// sums[r] += row. Registers have no address: a few branches lead to the right ones, which the whole warp takes together. Unrolling
+// the loop over rows instead would need none, but its code would not fit into the instruction cache.
+template <int First, int Count, class T, int R, int V>
+__device__ inline void add_row(T (&sums)[R][V], int r, const T (&row)[V]) {
+  if constexpr (Count == 1) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[First][v] += row[v];
+  } else if (r < First + Count / 2) {
+    add_row<First, Count / 2>(sums, r, row);
+  } else {
+    add_row<First + Count / 2, Count - Count / 2>(sums, r, row);
+  }
+}
+
 template <class S, int R, int V>
 __global__ void __launch_bounds__(kProductThreads, 1) product(const __grid_constant__ ProductArgs<S> a) {
   using T = Compute<S>;
@@ -110,25 +124,30 @@ __global__ void __launch_bounds__(kProductThreads, 1) product(const __grid_const
   Stream<T> weights(rings[warp], a.groups + begin, total, lane);
   const uint16_t* const sizes = a.sizes + static_cast<int64_t>(row_tile) * t.chunks * R;
 
+  const unsigned line_bytes = sizeof(S) << t.images_log2;
   T sums[R][V] = {};
   stage(t, a.x, tile, 0, buffers);
   for (int chunk = 0; chunk < t.chunks; ++chunk) {
     stage(t, a.x, tile, chunk + 1, buffers + (chunk + 1) % 2 * elements);
     wait_for_copies<1>();
     __syncthreads();
-    const S* const x = buffers + chunk % 2 * elements + place.staged;
+    const unsigned char* const x = reinterpret_cast<const unsigned char*>(buffers + chunk % 2 * elements + place.staged);
     const int size = lane < R && total ? sizes[chunk * R + lane] : 0;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
+      T row[V] = {};
+#pragma unroll 1
       for (int left = __shfl_sync(kAllLanes, size, r); left > 0; --left) {
         const typename Stream<T>::Taken group = weights.take();
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          const Pack<S, V> line = load<S, V>(x + (static_cast<int>(group.place.at[i]) << t.images_log2));
+          T line[V];
+          load_wide(reinterpret_cast<const S*>(x + group.place.at[i] * line_bytes), line);
 #pragma unroll
-          for (int v = 0; v < V; ++v) sums[r][v] += group.value[i] * widened(line.at[v]);
+          for (int v = 0; v < V; ++v) row[v] += group.value[i] * line[v];
         }
       }
+      add_row<0, R>(sums, r, row);
     }
     __syncthreads();
   }

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
   const int64_t plane = static_cast<int64_t>(a.h.output) * a.w.output * t.batch;
   const bool whole = t.batch % V == 0 && reinterpret_cast<uintptr_t>(a.g) % sizeof(Pack<S, V>) == 0;
 
+  const int line_bytes = static_cast<int>(sizeof(S)) << t.images_log2;
   const auto stage_tile = [&](int64_t tile) {
     const bool more = tile < end_tile;
     stage(t, a.x, TileAt(t, more ? tile : 0), more ? chunk : t.chunks, buffers + (tile - first_tile) % 2 * elements);
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
     wait_for_copies<1>();
     __syncthreads();
     const PlaceAt place(t, a.h, a.w, TileAt(t, tile), lane * V);
-    const S* const x = buffers + (tile - first_tile) % 2 * elements + place.staged;
+    const unsigned char* const x = reinterpret_cast<const unsigned char*>(buffers + (tile - first_tile) % 2 * elements + place.staged);
     const S* const g = a.g + (static_cast<int64_t>(place.h) * a.w.output + place.w) * t.batch + place.image;
 
     for (int rank = first_row + warp; rank < end_row; rank += warps) {
@@ -84,9 +85,7 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
       if (begin == end) continue;
       T gradient[V] = {};
       if (place.valid && whole) {
-        const Pack<S, V> read = load<S, V>(g + row * plane);
-#pragma unroll
-        for (int v = 0; v < V; ++v) gradient[v] = widened(read.at[v]);
+        load_wide(g + row * plane, gradient);
       } else if (place.valid) {
 #pragma unroll
         for (int v = 0; v < V; ++v)
@@ -102,17 +101,18 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
           if (sound) own_place = lists.place(channel, index % lists.taps);
         }
         __syncwarp();
-        places[lane] = own_place << t.images_log2;
+        places[lane] = own_place * line_bytes;
         __syncwarp();
         T own_sum = 0;
         for (int batch = 0; batch * kBatch < kWarp && first + batch * kBatch < end; ++batch) {
           T parts[kBatch];
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            const Pack<S, V> line = load<S, V>(x + places[batch * kBatch + i]);
+            T line[V];
+            load_wide(reinterpret_cast<const S*>(x + places[batch * kBatch + i]), line);
             parts[i] = 0;
 #pragma unroll
-            for (int v = 0; v < V; ++v) parts[i] += gradient[v] * widened(line.at[v]);
+            for (int v = 0; v < V; ++v) parts[i] += gradient[v] * line[v];
           }
           const T sum = sum_lanes(parts, lane);
           if (lane / kBatch == batch) own_sum = sum;

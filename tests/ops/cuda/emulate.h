@@ -289,5 +289,9 @@ inline void narrowed(float x, Fp16& to) {
   const _Float16 half = static_cast<_Float16>(x);
   std::memcpy(&to.bits, &half, sizeof(half));
 }
+template <class S>
+void widened_pair(unsigned word, S, float& low, float& high) {
+  low = widened(S{static_cast<uint16_t>(word)}), high = widened(S{static_cast<uint16_t>(word >> 16)});
+}
 
 }  // namespace grasp_sparse::cuda

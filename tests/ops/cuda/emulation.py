@@ -26,7 +26,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 # By size, so that the slowest to compile start first.
 TYPES = {"double": "float64", "Fp16": "float16", "Bf16": "bfloat16", "float": "float32"}
 FLAGS = [
-    "-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Werror=return-type", "-Wno-unknown-pragmas", "-DGRASP_SPARSE_EMULATED",
+    "-std=c++17", "-O1", "-g0", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Werror=return-type", "-Wno-unknown-pragmas", "-DGRASP_SPARSE_EMULATED",
     "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{KERNELS}", *(f"-I{path}" for path in include_paths()),
 ]  # fmt: skip
 

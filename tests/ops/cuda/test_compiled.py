@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,13 @@ import torch
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = ("sm_80", "sm_90")
 REGISTERS = 65536  # of a multiprocessor
-SECONDS = 180
+SECONDS = 180  # of one core
 
 # setup.py as it is, but for the one extension.
 BUILD = """
 import sys
-from setuptools._distutils.core import run_setup
+import setuptools
+from distutils.core import run_setup
 setup = run_setup("setup.py", ["-q", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1]], stop_after="commandline")
 setup.ext_modules = [e for e in setup.ext_modules if e.name == "grasp_sparse._cuda"]
 setup.run_commands()
@@ -31,6 +32,7 @@ import sys, torch, grasp_sparse.ops
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("_cuda", sys.argv[1])
 module = module_from_spec(spec)
+spec.loader.exec_module(module)
 print(module.targets())
 for name in grasp_sparse.ops.schema.SCHEMAS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::" + name, "CUDA"), name
@@ -44,16 +46,21 @@ def _nvcc() -> bool:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _nvcc(), reason="needs nvcc and a torch built with CUDA")]
 
 
+def _child_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, float]:
     folder = tmp_path_factory.mktemp("cuda")
     environment = {**os.environ, "FORCE_CUDA": "1", "GRASP_SPARSE_REQUIRE_EXT": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX", "PYTHONWARNINGS": "ignore"}
     environment.pop("GRASP_SPARSE_NO_EXT", None)
-    began = time.perf_counter()
+    began = _child_seconds()
     done = subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (library,) = folder.rglob("_cuda*.so")
-    return library, time.perf_counter() - began
+    return library, _child_seconds() - began
 
 
 @pytest.fixture(scope="module")
