@@ -135,7 +135,11 @@ def extension_arguments():
                 sorted(str(path) for path in (*CUDA.glob("*.cpp"), *CUDA.glob("*.cu"))),
                 define_macros=[target, ("USE_CUDA", None), ("GRASP_SPARSE_CUDA_TARGETS", f'"{cuda_targets()}"')],
                 depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
-                extra_compile_args={"cxx": ["-g0", "-O2", here], "nvcc": ["-O3"]},
+                # Hidden: of equal names in two libraries of a process the linker would take one for both.
+                extra_compile_args={
+                    "cxx": ["-g0", "-O2", "-fvisibility=hidden", here],
+                    "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"],
+                },
             )
         )
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildKernels}}

@@ -32,7 +32,7 @@ template <class S>
 struct Shapes {
   static constexpr int R = sizeof(S) == 4 ? 32 : sizeof(S) == 2 ? 16 : 8, V = sizeof(S) == 2 ? 4 : 2;
   static constexpr int small_R = 8, small_V = 2;
-  static constexpr ProductShape all[] = {{R, V, 16}, {R, V, 8}, {small_R, small_V, 8}, {small_R, small_V, 4}};
+  static constexpr ProductShape all[] = {{R, V, 16, 1}, {R, V, 8, 2}, {small_R, small_V, 8, 2}, {small_R, small_V, 4, 4}};
 };
 template <class S>
 constexpr int kSampledVector = sizeof(S) == 8 ? 2 : 4;

@@ -67,10 +67,10 @@ inline std::optional<Tiling> tiling_of(const Gathered& x, int outputs, int image
   t.channels = x.h.taps && x.w.taps ? x.channels : 0;
   const int64_t plane = static_cast<int64_t>(t.h.lines) * t.w.lines, line_bytes = static_cast<int64_t>(images) * x.element_size;
   const int64_t most = std::min<int64_t>(shared_bytes / 2 / line_bytes, kMaxPlaces) / plane;
-  if (most < 1) return std::nullopt;
+  if (most < 1 && t.channels) return std::nullopt;
   t.plane = Divisor(static_cast<unsigned>(plane)), t.lines_w = Divisor(t.w.lines);
-  t.chunks = static_cast<int>((t.channels + most - 1) / most);
-  t.chunk = t.chunks ? (t.channels + t.chunks - 1) / t.chunks : 1;
+  t.chunks = t.channels ? static_cast<int>((t.channels + most - 1) / most) : 0;
+  t.chunk = t.chunks ? (t.channels + t.chunks - 1) / t.chunks : 0;
   return t;
 }
 
@@ -84,9 +84,10 @@ inline std::optional<Tiling> widest_tiling(const Gathered& x, int outputs, int v
   return std::nullopt;
 }
 
-// What one block of the product kernel is: tiles of `rows` rows by 32 * `vector` outputs, one a warp.
+// What one block of the product kernel is: tiles of `rows` rows by 32 * `vector` outputs, one a warp; and how many of them should
+// find room on a multiprocessor.
 struct ProductShape {
-  int rows, vector, warps;
+  int rows, vector, warps, neighbours;
 };
 
 struct ProductPlan {
@@ -99,13 +100,14 @@ struct ProductPlan {
 };
 
 inline std::optional<ProductPlan> plan_product(const Gathered& x, int rows, const ProductShape& shape, int ring_bytes, const DeviceLimits& device) {
-  constexpr int kMostWarps = 16, kReserved = 1024;  // bytes that every block of a multiprocessor takes besides
+  constexpr int kReserved = 1024;  // bytes that every block of a multiprocessor takes besides
   ProductPlan plan{};
   plan.shape = shape;
   plan.tiles = (rows + shape.rows - 1) / shape.rows;
   plan.warp_rows = std::min(shape.warps, power_of_two_from(plan.tiles));
   plan.row_blocks = (plan.tiles + plan.warp_rows - 1) / plan.warp_rows;
-  const int64_t rings = shape.warps * ring_bytes, room = device.shared_bytes / (kMostWarps / shape.warps) - (shape.warps < kMostWarps ? kReserved : 0) - rings - 16;
+  const int64_t rings = shape.warps * ring_bytes;
+  const int64_t room = device.shared_bytes / shape.neighbours - (shape.neighbours > 1 ? kReserved : 0) - rings - 16;
   const auto tiling = widest_tiling(x, kWarp * shape.vector * (shape.warps / plan.warp_rows), shape.vector, room);
   if (!tiling) return std::nullopt;
   plan.tiling = *tiling;
@@ -115,7 +117,7 @@ inline std::optional<ProductPlan> plan_product(const Gathered& x, int rows, cons
   return plan;
 }
 
-// The first of the shapes, best first, that gives every multiprocessor a block; else the last that fits.
+// The first of the shapes, best first, that gives every multiprocessor a block; else the last that fits, if need be alone.
 template <size_t Count>
 ProductPlan plan_product(const Gathered& x, int rows, const ProductShape (&shapes)[Count], int ring_bytes, const DeviceLimits& device) {
   std::optional<ProductPlan> best;
@@ -124,6 +126,8 @@ ProductPlan plan_product(const Gathered& x, int rows, const ProductShape (&shape
     if (plan) best = plan;
     if (plan && plan->blocks >= device.multiprocessors) break;
   }
+  const ProductShape& last = shapes[Count - 1];
+  if (!best) best = plan_product(x, rows, ProductShape{last.rows, last.vector, last.warps, 1}, ring_bytes, device);
   if (!best) throw std::runtime_error("grasp_sparse: Expected a window whose taps fit into shared memory; leave this layer dense.");
   return *best;
 }

@@ -22,8 +22,8 @@ def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | No
         relu: whether a ReLU is applied on the way out, which costs nothing there.
 
     Returns:
-        ``[..., out_features]``; under autocast in the autocast dtype. bfloat16 is read and written as such and computed in
-        float32, float16 goes through float32.
+        ``[..., out_features]``; under autocast in the autocast dtype. bfloat16, and on CUDA float16, is read and written as
+        such and computed in float32; on the CPU float16 goes through float32.
 
     Raises:
         ValueError: the last dimension of x is not in_features, or the dtypes differ.
@@ -57,8 +57,8 @@ def csr_conv2d(
         bias: ``[out_channels]`` or None.
 
     Returns:
-        ``[N, out_channels, H', W']``; under autocast in the autocast dtype. bfloat16 is read and written as such and
-        computed in float32, float16 goes through float32.
+        ``[N, out_channels, H', W']``; under autocast in the autocast dtype. bfloat16, and on CUDA float16, is read and
+        written as such and computed in float32; on the CPU float16 goes through float32.
 
     Raises:
         ValueError: wrong rank or channels, a window that does not fit into the padded image, or dtypes that differ.
@@ -84,7 +84,7 @@ def csr_conv2d(
 def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     """Casts to what the kernels take and names the dtype the result must have.
 
-    They compute in the dtype of the values, float32 or float64; x has it too, or is bfloat16 beside float32.
+    They compute in the dtype of the values, float32 or float64; x has it too, or is stored in 16 bits beside float32.
 
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
@@ -98,6 +98,7 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     else:
         result = x.dtype
     compute = x.dtype if x.dtype in _COMPUTE and x.dtype == values.dtype else torch.float32
-    storage = result if result == torch.bfloat16 else compute
+    stored = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
+    storage = result if result in stored else compute
     wanted = ((x, storage), (values, compute), (bias, compute))
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in wanted), result

@@ -38,6 +38,7 @@ DeviceLimits limits_of(int) { return limits; }
 
 using namespace grasp_sparse::cuda;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 void set_limits(int multiprocessors, int shared_bytes) { limits = {multiprocessors, shared_bytes}; }
@@ -59,3 +60,4 @@ const char* launch_faulty(int which) {
 
 void read_early(const int* from, int* to) { launch(nullptr, read_before_waiting, 1, 32, 32 * sizeof(int), from, to); }
 }
+#pragma GCC visibility pop

@@ -18,17 +18,26 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from grasp_sparse import _extension
 from grasp_sparse.ops.schema import SCHEMAS
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 # By size, so that the slowest to compile start first.
-TYPES = {"double": "float64", "Fp16": "float16", "Bf16": "bfloat16", "float": "float32"}
+TYPES = ("double", "Fp16", "Bf16", "float")
+# In a process with sanitizers (make sanitize) the kernels have them too: what they read and write out of bounds is seen.
+SANITIZED = _extension.status().built.get("compiler", "").endswith("sanitized")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
 FLAGS = [
-    "-std=c++17", "-O1", "-g0", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Werror=return-type", "-Wno-unknown-pragmas", "-DGRASP_SPARSE_EMULATED",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{KERNELS}", *(f"-I{path}" for path in include_paths()),
-]  # fmt: skip
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Werror=return-type", "-Wno-unknown-pragmas"),
+    "-fno-strict-aliasing",  # two numbers of 16 bits are read as one word
+    "-fvisibility=hidden",  # the compiled package may be in the process too, with the same names for the same templates
+    "-DGRASP_SPARSE_EMULATED",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *(f"-I{path}" for path in (HERE, KERNELS, *include_paths())),
+    *SANITIZERS,
+]
 
 
 @functools.cache
@@ -61,7 +70,7 @@ def _build(path: Path) -> None:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compile_unit, units))
         libraries = [f"-L{folder}" for folder in library_paths()] + ["-lc10", "-ltorch_cpu"]
-        _run([COMPILER, "-shared", *objects, *libraries, "-o", f"{folder}/library.so"])
+        _run([COMPILER, "-shared", *SANITIZERS, *objects, *libraries, "-o", f"{folder}/library.so"])
         os.replace(shutil.copy(f"{folder}/library.so", f"{path}.{os.getpid()}"), path)  # whole or not at all, for parallel runs
 
 
