@@ -1,7 +1,7 @@
-"""Loads the compiled library once and remembers why when it cannot.
+"""Loads the compiled libraries once and remembers why when it cannot.
 
-The operators register themselves for the CPU when the library loads and take over from the pure-torch reference; nothing
-else in the package asks whether it is there.
+The operators register themselves for the CPU, or for CUDA, when their library loads and take over from the pure-torch reference;
+nothing else in the package asks whether it is there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 
-import torch  # noqa: F401  (its libraries must be in the process before ours asks for them)
+import torch  # its libraries must be in the process before ours asks for them
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class ExtensionStatus:
         isa: the instruction set in use: "avx512", "avx2", "scalar", "reference" without the library, or "none" when
             GRASP_SPARSE_ISA names one that cannot run: every kernel then raises RuntimeError with the reason.
         runnable_isas: those that GRASP_SPARSE_ISA may name on this machine, best first.
-        built: what was compiled in, for people: {"cpu": "avx512 avx2 scalar", "compiler": …}.
+        built: what was compiled in, for people: {"cpu": "avx512 avx2 scalar", "compiler": …, "cuda": "sm_80 sm_90"}.
+        cuda_reason: why the CUDA kernels are not in use, in one sentence with what to do; None when they are loaded.
     """
 
     loaded: bool
@@ -32,6 +33,7 @@ class ExtensionStatus:
     isa: str
     runnable_isas: tuple[str, ...]
     built: dict[str, str]
+    cuda_reason: str | None = None
 
 
 def status() -> ExtensionStatus:
@@ -52,17 +54,32 @@ def _load() -> ExtensionStatus:
     except ImportError as error:
         return _without(f"the extension does not load ({error}); rebuild it against this torch: pip install --no-build-isolation .")
     runnable = tuple(library.runnable_isas())
-    built = {"cpu": " ".join(library.compiled_isas()), "compiler": library.compiler()}
+    cuda, cuda_reason = _load_cuda()
+    built = {"cpu": " ".join(library.compiled_isas()), "compiler": library.compiler(), **cuda}
     try:
-        return ExtensionStatus(True, None, library.active_isa(), runnable, built)
+        return ExtensionStatus(True, None, library.active_isa(), runnable, built, cuda_reason)
     except ValueError as error:  # GRASP_SPARSE_ISA; a warning here, so that a program can end in a line of its own
         warnings.warn(f"grasp_sparse cannot run its kernels: {error}", RuntimeWarning, stacklevel=2)
-        return ExtensionStatus(False, str(error), "none", runnable, built)
+        return ExtensionStatus(False, str(error), "none", runnable, built, cuda_reason)
+
+
+def _load_cuda() -> tuple[dict[str, str], str | None]:
+    """What was compiled for GPUs, and why it is not in use. Warns only where there is a GPU that would run it."""
+    rebuild = "FORCE_CUDA=1 pip install --no-build-isolation ."
+    try:
+        return {"cuda": import_module("grasp_sparse._cuda").targets()}, None
+    except ModuleNotFoundError:
+        reason = f"the CUDA kernels were not built; with nvcc and a torch built with CUDA, run {rebuild}"
+    except ImportError as error:
+        reason = f"the CUDA kernels do not load ({error}); rebuild them against this torch: {rebuild}"
+    if torch.cuda.device_count():  # asks the driver's library, and starts nothing
+        warnings.warn(f"grasp_sparse runs its slow pure-torch reference on CUDA: {reason}", RuntimeWarning, stacklevel=3)
+    return {}, reason
 
 
 def _without(reason: str) -> ExtensionStatus:
     warnings.warn(f"grasp_sparse runs on its slow pure-torch reference: {reason}", RuntimeWarning, stacklevel=2)
-    return ExtensionStatus(False, reason, "reference", (), {})
+    return ExtensionStatus(False, reason, "reference", (), {}, reason)
 
 
 _status = _load()

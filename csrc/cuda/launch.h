@@ -1,0 +1,47 @@
+// Queues a kernel: on a device, or in the emulator.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "tiling.h"
+
+namespace grasp_sparse::cuda {
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("grasp_sparse: CUDA: ") + cudaGetErrorString(error));
+}
+
+template <class... Params, class... Args>
+void launch(void* stream, void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, const Args&... args) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("grasp_sparse: Expected work for at most 2^31 - 1 blocks; split the batch.");
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (shared_bytes > kWithoutAsking)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError());
+}
+
+inline DeviceLimits limits_of(int device) {
+  DeviceLimits limits{};
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return limits;
+}
+
+#else
+
+template <class... Params, class... Args>
+void launch(void*, void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, const Args&... args) {
+  emulator::launch(kernel, blocks, threads, shared_bytes, args...);
+}
+
+DeviceLimits limits_of(int device);  // as the tests set them
+
+#endif
+
+}  // namespace grasp_sparse::cuda

@@ -1,0 +1,106 @@
+"""The CUDA kernels compile with setup.py for the architectures it names, spill nothing, and load where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+ARCHITECTURES = ("sm_80", "sm_90")
+REGISTERS = 65536  # of a multiprocessor
+SECONDS = 180  # of one core
+
+# setup.py as it is, but for the one extension.
+BUILD = """
+import sys
+import setuptools
+from distutils.core import run_setup
+setup = run_setup("setup.py", ["-q", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1]], stop_after="commandline")
+setup.ext_modules = [e for e in setup.ext_modules if e.name == "grasp_sparse._cuda"]
+setup.run_commands()
+"""
+LOAD = """
+import sys, torch, grasp_sparse.ops
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("_cuda", sys.argv[1])
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.targets())
+for name in grasp_sparse.ops.schema.SCHEMAS:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::" + name, "CUDA"), name
+"""
+
+
+def _nvcc() -> bool:
+    return torch.version.cuda is not None and (shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists())
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _nvcc(), reason="needs nvcc and a torch built with CUDA")]
+
+
+def _child_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, float]:
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {**os.environ, "FORCE_CUDA": "1", "GRASP_SPARSE_REQUIRE_EXT": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX", "PYTHONWARNINGS": "ignore"}
+    environment.pop("GRASP_SPARSE_NO_EXT", None)
+    began = _child_seconds()
+    done = subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (library,) = folder.rglob("_cuda*.so")
+    return library, _child_seconds() - began
+
+
+@pytest.fixture(scope="module")
+def resources(built) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> registers, stack, shared and local memory of each, as cuobjdump prints them."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA or of triton's package")
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    text = subprocess.run([tool, "--dump-resource-usage", str(built[0])], capture_output=True, text=True, check=True).stdout
+    found, architecture = {}, ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found[architecture, kernel] = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return found
+
+
+def test_it_compiles_in_time(built):
+    assert built[1] < SECONDS
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills(resources, architecture):
+    kernels = {name: usage for (target, name), usage in resources.items() if target == architecture}
+    assert {"product", "sampled", "fill_groups", "count_groups", "rank_rows", "find_bounds"} <= {
+        word for name in kernels for word in re.findall(r"product|sampled|fill_groups|count_groups|rank_rows|find_bounds", name)
+    }
+    for name, usage in kernels.items():
+        assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{name}: {usage}"
+        if re.search("product|sampled", name):
+            assert usage["REG"] * 512 <= REGISTERS, f"{name}: {usage}"
+
+
+def test_it_loads_without_a_gpu(built):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("GRASP_SPARSE_NO_EXT", None)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(built[0])], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == list(ARCHITECTURES)
