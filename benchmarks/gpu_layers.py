@@ -26,7 +26,6 @@ from benchmarks.shapes import LinearShape, Shape
 from grasp_sparse.bench.ceilings import Ceilings, measure_ceilings
 from grasp_sparse.bench.cuda_arms import CudaArm, check, dense_arms, pruned_arms
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
-from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.results import DENSE, Row, geometric_mean, kind_of, timing_columns
 from grasp_sparse.cuda_timing import device_times
 from grasp_sparse.nn import SparseConv2d, SparseLinear
@@ -34,7 +33,7 @@ from grasp_sparse.pruning import make_masks
 from grasp_sparse.timing import Timing, interleaved
 
 PASSES = ("forward", "forward+backward")
-KEY = ("group", "shape", "pattern", "sparsity")
+KEY = ("group", "shape")
 # Single weights are no work for tensor cores, whole blocks no work for anything else.
 PRECISIONS = {"unstructured": ("float32", "bfloat16"), "block": ("tf32", "bfloat16")}
 
@@ -181,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         if results.has(known):
             return
         rows = measure(group, shape, patterns, list(options.sparsity), ceilings, options.device, options.rounds, options.seed)
-        results.add(rows, ("group", "shape"))
+        results.add(rows, KEY)
         for line in describe(rows):
             tell(line)
 

@@ -32,6 +32,7 @@ class GpuNetwork:
     name: str
     batch: int
     criterion: str = "grasp"
+    side: int = 224  # pixels
 
     def make(self) -> nn.Module:
         return _model(self.name)
@@ -66,3 +67,4 @@ TINY: list[tuple[str, Shape]] = [
     ("linear", LinearShape(128, 128, 32)),
     ("conv", ConvShape(32, 64, 6, 2, bias=False)),
 ]
+TINY_NETWORK = GpuNetwork("resnet18", 4, criterion="snip", side=32)

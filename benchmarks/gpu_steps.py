@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_layers import times_of
-from benchmarks.gpu_shapes import NETWORKS, PATTERNS, GpuNetwork
+from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from grasp_sparse.bench.arms import LAYOUTS
 from grasp_sparse.bench.precision import STORAGE, precision
@@ -67,7 +67,7 @@ def arms_of(masked: nn.Module, masks: MaskSet, x: Tensor, y: Tensor, precisions:
     for used in precisions:
         for kind in (DENSE, SPARSE):
             for layout, memory_format in LAYOUTS.items():
-                if x.dim() != 4 or (kind == SPARSE and layout != "channels_last"):
+                if kind == SPARSE and layout != "channels_last":
                     continue
                 model, given = copy.deepcopy(masked).to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
                 if kind == SPARSE:
@@ -130,18 +130,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     settings = settings_of(options)
     results = Results(options.out or RESULTS / "gpu-steps.csv", settings, options.resume)
-    networks = [network for network in NETWORKS if network.name in options.model][: 1 if options.quick else None]
+    networks = [TINY_NETWORK] if options.quick else [network for network in NETWORKS if network.name in options.model]
     cases = [(network, pattern, sparsity) for network in networks for pattern in options.pattern for sparsity in options.sparsity]
-    if options.quick:
-        cases = cases[:1]
 
     def run_one(case: tuple[GpuNetwork, str, float]) -> None:
         network, pattern, sparsity = case
         if results.has([{"model": network.name, "pattern": pattern, "sparsity": f"{sparsity:g}"}]):
             return
         torch.manual_seed(options.seed)
-        model, count = network.make().to(options.device), 2 if options.quick else network.batch
-        batch = torch.randn(count, 3, 224, 224, device=options.device), torch.randint(CLASSES, (count,), device=options.device)
+        model, count, side = network.make().to(options.device), network.batch, network.side
+        batch = torch.randn(count, 3, side, side, device=options.device), torch.randint(CLASSES, (count,), device=options.device)
         rows = measure(network, model, batch, pattern, sparsity, options.precision, options.device, options.rounds)
         results.add(rows, KEY)
         tell(describe(rows))

@@ -56,12 +56,7 @@ class CudaArm:
                 found["input gradient"] = self.x.grad
             if layer.bias is not None:
                 found["bias gradient"] = layer.bias.grad
-            if self.pruned:
-                trained, layer.values.data = layer.values.data, layer.values.grad
-                found["weight gradient"] = layer.to_dense_weight().detach()
-                layer.values.data = trained
-            else:
-                found["weight gradient"] = layer.weight.grad
+            found["weight gradient"] = layer.placed(layer.values.grad) if self.pruned else layer.weight.grad
         return {what: tensor.double() for what, tensor in found.items()}
 
 

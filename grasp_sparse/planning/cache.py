@@ -88,7 +88,7 @@ def layer_key(layer: nn.Module, given: LayerInput, pattern: str = "unstructured"
     device = layer.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     facts = [
-        *_machine(), device, torch.get_num_threads(), autocast, pattern, type(layer).__name__, tuple(layer.weight.shape),
+        *_machine(), *_device(device), torch.get_num_threads(), autocast, pattern, type(layer).__name__, tuple(layer.weight.shape),
         layer.weight.stride(), layer.weight.dtype, layer.weight.requires_grad, layer.bias is not None, *given,
     ]  # fmt: skip
     if isinstance(layer, nn.Conv2d):
@@ -102,10 +102,17 @@ def _machine() -> tuple[str, ...]:
     return (cpu_model(), _extension.status().isa, _kernels(), str(torch.__version__), version_of("grasp_sparse"), allocator())
 
 
-def _kernels() -> str:
-    """Tells one build of the compiled library from another."""
-    library = sys.modules.get("grasp_sparse._C")
-    return str(os.stat(library.__file__).st_mtime_ns) if library is not None else "none"
+def _device(kind: str) -> tuple:
+    """A GPU by name, with what decides the precision of its float32 products."""
+    if kind != "cuda":
+        return (kind,)
+    return torch.cuda.get_device_name(), _kernels("_cuda"), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def _kernels(library: str = "_C") -> str:
+    """Tells one build of a compiled library from another."""
+    loaded = sys.modules.get(f"grasp_sparse.{library}")
+    return str(os.stat(loaded.__file__).st_mtime_ns) if loaded is not None else "none"
 
 
 def _read() -> _Store:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.cuda_timing import device_times
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.timing import interleaved
@@ -19,6 +20,7 @@ _LONG_ENOUGH = 1.0  # seconds of calls after which, from _USUAL_ROUNDS on, measu
 _TOO_LONG = 5.0  # … at any rate
 _CLEAR = 1.5  # one way this much faster: no more rounds are needed
 _SETTLED = 1.1  # … if the two fastest calls of each are this near
+_DEVICE_ROUNDS = 10  # a GPU is nobody else's meanwhile
 _BRIEF = 1e-3  # seconds; calls shorter than this get one unmeasured call each before the measured one
 
 
@@ -60,10 +62,12 @@ def measure_layer(
                 ("sparse", sparse_kind.from_dense(dense, mask, block_size)),
             )
         }
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        first = interleaved(arms, 2, warmup=1, synchronize=synchronize)
-        lead_in = int(max(timing.best for timing in first.values()) < _BRIEF)
-        timings = interleaved(arms, rounds, warmup=0, lead_in=lead_in, synchronize=synchronize, enough=_decided)
+        if device.type == "cuda":
+            timings = device_times(arms, min(rounds, _DEVICE_ROUNDS))
+        else:
+            first = interleaved(arms, 2, warmup=1)
+            lead_in = int(max(timing.best for timing in first.values()) < _BRIEF)
+            timings = interleaved(arms, rounds, warmup=0, lead_in=lead_in, enough=_decided)
     return Times(*(timings[name].best for name in Times._fields))
 
 

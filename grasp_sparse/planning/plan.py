@@ -185,9 +185,10 @@ def by_density(target: Target, max_density: float) -> tuple[str, str]:
 def _no_kernels(target: Target) -> str | None:
     """Why measuring would say nothing: the sparse operations run on their pure-torch reference."""
     device = target.mask.device.type
-    if device == "cpu" and _extension.status().loaded:
-        return None
-    return f"no compiled kernels for {device}"
+    status = _extension.status()
+    if device == "cuda":
+        return status.cuda_reason if target.block_size is None else None  # blocks are Triton's, which comes with torch for CUDA
+    return None if device == "cpu" and status.loaded else f"no compiled kernels for {device}"
 
 
 def _row(target: Target, inputs: Mapping[str, Counter[LayerInput]], times: Times | None, runs: str, reason: str) -> PlanRow:
