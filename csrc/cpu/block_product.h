@@ -14,6 +14,7 @@ constexpr int kBlockTile = 24;  // accumulators of one slice each, of 32 registe
 constexpr int kBlockTile = kMaxTile;
 #endif
 constexpr int kMostOutputs = kBlockTile < 8 ? kBlockTile : 8;
+constexpr int kBlocksAhead = 6;  // of a transposed list, whose values lie anywhere
 constexpr int kChunkPixels = 16, kStagedOutputs = 32;  // 32 KiB, of L1
 
 template <class T>
@@ -49,6 +50,7 @@ __attribute__((noinline)) void block_tile(const BlockTile<T>& t) {
   for (int32_t j = t.entries->begin[t.row]; j < end; ++j) {
     const T* at = t.packed + places[j];
     const T* value = t.values + block_size * (index ? index[j] : j);
+    if (index && end - j > kBlocksAhead) __builtin_prefetch(t.values + block_size * index[j + kBlocksAhead]);
     const int inputs = places[j] < last ? b.inputs : b.last_inputs;
     for (int i = 0; i < inputs; ++i, at += channel_step, value += input_step) {
       if constexpr (P <= G) {

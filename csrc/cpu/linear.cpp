@@ -18,10 +18,21 @@ struct Matrix {
 Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
 
 // Columns of a panel: what keeps its packed features (64 bytes each) in L2, at least 8, so that a weight's own loads are
-// shared by several multiply-adds; the passes take more features than then fit in blocks.
-int64_t panel_columns(int64_t features) {
+// shared by several multiply-adds; the passes take more features than then fit in blocks. The product of blocks shares loads
+// among outputs as well, and their sampled product would fold sums of fewer pixels too often.
+constexpr int64_t kLeastColumns = 8, kLeastColumnsOfBlocks = 4, kMostColumns = 16;
+
+int64_t panel_columns(int64_t features, int64_t least) {
   constexpr int64_t kPanelBytes = 512 << 10;
-  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), 8, 16);
+  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), least, kMostColumns);
+}
+
+int64_t product_columns(const CsrView& csr, int64_t features) {
+  return panel_columns(features, csr.has_blocks ? kLeastColumnsOfBlocks : kLeastColumns);
+}
+
+int64_t sampled_columns(const CsrView& csr, int64_t features) {
+  return panel_columns(features, csr.has_blocks ? kMostColumns : kLeastColumns);
 }
 
 // One rectangular piece of a matrix: rows [first, first + panels * columns * lanes).
@@ -87,7 +98,7 @@ Tensor product(const char* op, const CsrView& csr, const Tensor& values, const s
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix in = matrix_of(x), out = matrix_of(y);
-    for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
+    for (const Piece& p : pieces(in.rows, product_columns(csr, in.features), kLanes<T>))
       image_fprop<S>(csr, const_data<T>(v), bias ? const_data<T>(b) : nullptr, image_of(const_data<S>(x), in, p), point(p),
                      image_of(mutable_data<S>(y), out, p), relu);
   });
@@ -102,7 +113,7 @@ Tensor transposed_product(const char* op, const CsrView& csr, const Tensor& valu
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix in = matrix_of(g), out = matrix_of(dx);
-    for (const Piece& p : pieces(in.rows, panel_columns(in.features), kLanes<T>))
+    for (const Piece& p : pieces(in.rows, product_columns(csr, in.features), kLanes<T>))
       image_dgrad<S>(csr, const_data<T>(v), image_of(const_data<S>(g), in, p), point(p), image_of(mutable_data<S>(dx), out, p));
   });
   return dx;
@@ -121,7 +132,7 @@ Tensor sampled_product(const char* op, const CsrView& csr, const Tensor& g, cons
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
     const Matrix mg = matrix_of(g), mx = matrix_of(x);
-    for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
+    for (const Piece& p : pieces(mx.rows, sampled_columns(csr, mx.features), kLanes<T>))
       image_wgrad<S>(csr, image_of(const_data<S>(g), mg, p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
                      nullptr, p.first > 0);
   });
@@ -206,9 +217,9 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
     // One walk for both, as convolutions have it, gained nothing here: the two gather from different matrices, and the wider
     // one would make the panels of both narrow.
     if (input_grad)
-      for (const Piece& p : pieces(mx.rows, panel_columns(mg.features), kLanes<T>))
+      for (const Piece& p : pieces(mx.rows, product_columns(csr, mg.features), kLanes<T>))
         image_dgrad<S>(csr, const_data<T>(v), gradient(p), point(p), image_of(mutable_data<S>(dx), matrix_of(dx), p));
-    for (const Piece& p : pieces(mx.rows, panel_columns(mx.features), kLanes<T>))
+    for (const Piece& p : pieces(mx.rows, sampled_columns(csr, mx.features), kLanes<T>))
       image_wgrad<S>(csr, gradient(p), image_of(const_data<S>(x), mx, p), point(p), mutable_data<T>(sums),
                      mutable_data<T>(bias_sums), p.first > 0);
   });
