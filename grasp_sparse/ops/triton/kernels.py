@@ -1,4 +1,4 @@
-"""Which calls of the operations Triton's kernels take; the others go to the reference, which refuses nothing."""
+"""Which calls of the operations Triton's kernels take; the others go to the reference, which computes them or says what is wrong."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def run(name: str, *arguments):
     """The operation ``name`` on CUDA tensors."""
     kernel, at = _FAMILIES[name]
     activations = [arguments[i] for i in at]
-    block_size = arguments[7] if len(at) == 2 else arguments[0].shape[1:]
+    block_size, indices = (arguments[7], arguments[:5]) if len(at) == 2 else (arguments[0].shape[1:], arguments[1:6])
     dtypes = {activation.dtype for activation in activations}
     if (
         len(dtypes) == 1
         and dtypes <= set(_DTYPES)
         and all(side in BLOCK_SIDES for side in block_size)
+        and all(index.dtype == torch.int32 and index.is_contiguous() for index in indices)
+        and len({argument.device for argument in arguments if isinstance(argument, torch.Tensor)}) == 1
         and _has_tensor_cores(activations[0].device)
     ):
         return kernel(*arguments)

@@ -74,14 +74,14 @@ def product(
     groups = lists.pointers.shape[0] - 1
     read_channels, written_channels = x.shape[-1], y.shape[-1]
     read_blocks, written_blocks = math.ceil(read_channels / reduced), math.ceil(written_channels / produced)
-    expected = written_blocks * (geometry.window.phases if transposed else 1)
-    if groups != expected:
-        raise ValueError(f"Expected {expected} lists of blocks for {written_channels} channels, got {groups}; the indices are of another weight.")
+    if values.shape[0] != lists.entries.shape[0]:
+        raise ValueError(f"Expected {lists.entries.shape[0]} blocks of values, got {values.shape[0]}.")
     if y.numel() == 0:
         return
     # Tensor cores take 32-bit operands only with the reduced channels as neighbours; small blocks turn faster than large tiles.
     read_inner = not transposed or x.dtype == torch.float32
     values = (values.transpose(1, 2) if transposed and read_inner else values).to(x.dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
 
     def launch(tile: Tile) -> None:
         programs = math.ceil(tokens / tile.size) * groups
@@ -91,7 +91,7 @@ def product(
             written_blocks, *divisor(read_blocks), *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
             IMAGES=images is not None, TRANSPOSED=transposed, READ_INNER=read_inner, **geometry.window.constants(),
             RELU=relu, EVEN=read_channels % reduced == 0, KB=reduced, NB=produced,
-            PRECISION=precision, BM=tile.size, BK=tile.step, num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision, BM=tile.size, BK=tile.step, **tile.options(),
         )  # fmt: skip
 
     tiles = product_tiles(x.dtype, precision, produced, images is not None, has_wgmma(x.device))
@@ -114,6 +114,8 @@ def sampled(
     """gᵀ x at the kept blocks, ``[nblocks, bh, bw]`` in float32; ``parts`` is for tests, how often the tokens are cut."""
     (bh, bw), nblocks, rows = block_size, col_indices.shape[0], crow_indices.shape[0] - 1
     geometry = images or _NO_IMAGES
+    if g.shape[0] != x.shape[0]:
+        raise ValueError(f"Expected g and x of one batch, got {g.shape[0]} and {x.shape[0]}.")
     tokens = g.shape[0] * (math.prod(geometry.grid) if images else 1)
     if tokens == 0 or nblocks == 0:
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
@@ -130,7 +132,7 @@ def sampled(
             *divisor(math.ceil(in_channels / bw)), *geometry.grid_arguments(), *geometry.read, *geometry.padding(),
             IMAGES=images is not None, **geometry.window.constants(),
             EVEN_IN=in_channels % bw == 0, EVEN_OUT=out_channels % bh == 0, BH=bh, BW=bw, TOGETHER=tile.size,
-            PRECISION=precision, BT=step, ROWS=ROWS_AT_ONCE, num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision, BT=step, ROWS=ROWS_AT_ONCE, **tile.options(),
         )  # fmt: skip
 
     shape = ("sampled", x.dtype, precision, out_channels, in_channels, bh, bw, geometry)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from grasp_sparse.ops.triton.launch import Lists, product, sampled
 
 
 def bsr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, out_features, relu=False):
+    check_grid(crow_indices, ccol_indices, out_features, x.shape[1], values.shape[1:])
     out = empty_rows(x, (x.shape[0], out_features))
     y = contiguous_like(out)
     product(x.contiguous(), values, Lists(crow_indices, col_indices, None), bias, y, precision(x), relu=relu)
@@ -17,6 +21,7 @@ def bsr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permu
 
 
 def bsr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, in_features):
+    check_grid(crow_indices, ccol_indices, g.shape[1], in_features, values.shape[1:])
     out = empty_rows(g, (g.shape[0], in_features))
     dx = contiguous_like(out)
     product(g.contiguous(), values, Lists(ccol_indices, row_indices, permutation), None, dx, precision(g), transposed=True)
@@ -24,7 +29,25 @@ def bsr_spmm_t(values, crow_indices, col_indices, ccol_indices, row_indices, per
 
 
 def bsr_sddmm(crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, block_size):
+    check_grid(crow_indices, ccol_indices, g.shape[1], x.shape[1], block_size)
     return sampled(g.contiguous(), x.contiguous(), crow_indices, col_indices, tuple(block_size), precision(x))
+
+
+def check_grid(
+    crow_indices: Tensor, ccol_indices: Tensor, out_channels: int, in_channels: int, block_size: Sequence[int], taps: int = 1
+) -> None:
+    """A kernel that walked the indices of another weight would leave its tensors.
+
+    Raises:
+        ValueError: the indices are not those of a weight of this size.
+    """
+    expected = math.ceil(out_channels / block_size[0]), math.ceil(in_channels / block_size[1]) * taps
+    got = crow_indices.shape[0] - 1, ccol_indices.shape[0] - 1
+    if got != expected:
+        raise ValueError(
+            f"Expected indices of {expected[0]} x {expected[1]} blocks {list(block_size)} for {out_channels} x {in_channels} channels "
+            f"and {taps} taps, got {got[0]} x {got[1]}; they are those of another weight."
+        )
 
 
 def precision(x: Tensor) -> str:

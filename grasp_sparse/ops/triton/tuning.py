@@ -33,6 +33,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: bool, wgmma: bool) -> tuple[Tile, ...]:
     """For blocks that make ``produced`` channels of whatever they read; the usual best first.
@@ -41,10 +44,8 @@ def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: boo
     do not pass through registers on their way to the tensor cores.
     """
     if dtype == torch.float32 and precision == "ieee":  # fused multiply-adds, no tensor cores: operands live in registers
-        tiles = [Tile(64, 16, 4, 3)]
-        if produced < 64:
-            tiles.append(Tile(128, 16, 4, 3))
-        if not images:
+        tiles = [Tile(128 if produced == 32 else 64, 16, 4, 3)]  # the other size spills
+        if produced > 32 and not images:
             tiles.append(Tile(128, 16, 8, 3))
         return tuple(tiles)
     step = 32 if dtype == torch.float32 else 64  # channels: the 128 bytes of a swizzled row of shared memory
@@ -61,8 +62,8 @@ def sampled_tiles(dtype: torch.dtype, precision: str, block_size: Sequence[int],
     """For kept blocks ``[bh, bw]``; the usual best first."""
     together = max(1, 64 // block_size[1])
     if dtype == torch.float32 and precision == "ieee":
-        return (Tile(together, 16 if max(block_size) == 128 else 32, 4, 3),)
-    step = 32 if dtype == torch.float32 or min(block_size) == 128 else 64  # of the largest, registers hold no more
+        return (Tile(together, 16, 4, 2),)
+    step = 64 if wgmma and dtype != torch.float32 and min(block_size) < 128 else 32  # where registers hold no more
     tiles = [Tile(together, step, 4, 3), Tile(together, step, 4, 4)]
     if wgmma and block_size[1] < 128:  # what is read of g serves twice the channels, if rows have as many blocks
         tiles.append(Tile(2 * together, step, 4, 3))

@@ -70,11 +70,13 @@ def test_a_window_never_runs_with_eight_warps():
         assert all(tile.warps <= 4 for tile in tiles)
 
 
-@pytest.mark.parametrize("why", ["float64", "block of 8", "block of 48", "two dtypes", "an older device"])
+@pytest.mark.parametrize("why", ["float64", "block of 8", "block of 48", "two dtypes", "64-bit indices", "an older device"])
 def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
     size = {"block of 8": (16, 8), "block of 48": (48, 16)}.get(why, (16, 16))
     dtype = torch.float64 if why == "float64" else torch.float32
     values, indices = block_matrix((40, 70), size, 0.5, dtype)
+    if why == "64-bit indices":
+        indices = indices._replace(permutation=indices.permutation.long())
     x, g = torch.randn(9, 70, dtype=dtype), torch.randn(9, 40, dtype=torch.bfloat16 if why == "two dtypes" else dtype)
     monkeypatch.setattr(kernels, "_has_tensor_cores", lambda device: why != "an older device")
     monkeypatch.setattr(kernels, "_FAMILIES", {name: (None, at) for name, (_, at) in kernels._FAMILIES.items()})  # not to be called
@@ -83,10 +85,23 @@ def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
             torch.testing.assert_close(kernels.run(name, *arguments), getattr(torch.ops.grasp_sparse, name)(*arguments))
 
 
-def test_indices_of_another_weight_are_refused():
-    values, indices = block_matrix((40, 70), (16, 16), 0.5, torch.float32)
-    with pytest.raises(ValueError, match="Expected 5 lists of blocks for 70 channels, got 3"):
-        kernels.linear.bsr_spmm(values, *indices, None, torch.randn(9, 70), 70)
+def test_what_would_lead_kernels_out_of_their_tensors_is_refused():
+    values, indices = block_matrix((40, 70), (16, 16), 1.0, torch.float32)
+    x, g = torch.randn(9, 70), torch.randn(9, 40)
+    run = kernels.linear
+    for call in (
+        lambda: run.bsr_spmm(values, *indices, None, torch.randn(9, 90), 40),
+        lambda: run.bsr_spmm(values, *indices, None, x, 70),
+        lambda: run.bsr_spmm_t(values, *indices, g, 90),
+        lambda: run.bsr_sddmm(*indices, x, g, (16, 16)),
+        lambda: kernels.conv2d.bsr_conv2d_fprop(values, *indices, None, torch.randn(2, 70, 4, 4), 40, (3, 1), (1, 1), (0,) * 4, (1, 1)),
+    ):
+        with pytest.raises(ValueError, match="they are those of another weight"):
+            call()
+    with pytest.raises(ValueError, match="Expected 15 blocks of values, got 14"):
+        run.bsr_spmm(values[1:], *indices, None, x, 40)
+    with pytest.raises(ValueError, match="Expected g and x of one batch, got 8 and 9"):
+        run.bsr_sddmm(*indices, g[1:], x, (16, 16))
 
 
 def test_registered_for_cuda_when_triton_is_there_and_imported_when_it_runs():
