@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product(const __grid_const
   }
 
   if (row_tile >= a.tiles || !place.valid) return;
-  const int64_t out_h = a.h.first + static_cast<int64_t>(place.h) * a.h.every, out_w = a.w.first + static_cast<int64_t>(place.w) * a.w.every;
+  const int64_t out_h = a.h.first + static_cast<int64_t>(place.h) * a.h.every;
+  const int64_t out_w = a.w.first + static_cast<int64_t>(place.w) * a.w.every;
   const bool whole = t.batch % V == 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {

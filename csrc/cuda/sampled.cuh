@@ -1,9 +1,9 @@
 // The sampled product: for each kept weight the sum, over all outputs, of the gradient of its row times the input it multiplies.
 //
-// A block takes one chunk of input channels, some rows, and one share of the tiles of outputs; it stages the inputs of a tile as the
-// product does, 32 * V outputs. A warp holds the gradient of one row at these outputs in registers and walks the row's weights in
-// this chunk: one staged line each, V multiply-adds a lane, and 8 weights at a time are summed over the lanes by halving. A sum is
-// added up by one lane of one warp in a fixed order; the shares meet in a workspace and are summed in order, so results are the
+// A block takes one chunk of input channels, some rows, and one share of the tiles of outputs; it stages the inputs of a tile as
+// the product does, 32 * V outputs. A warp holds the gradient of one row at these outputs in registers and walks the row's weights
+// in this chunk: one staged line each, V multiply-adds a lane, and 8 weights at a time are summed over the lanes by halving. A sum
+// is added up by one lane of one warp in a fixed order; the shares meet in a workspace and are summed in order, so results are the
 // same at every run.
 #pragma once
 
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
     wait_for_copies<1>();
     __syncthreads();
     const PlaceAt place(t, a.h, a.w, TileAt(t, tile), lane * V);
-    const unsigned char* const x = reinterpret_cast<const unsigned char*>(buffers + (tile - first_tile) % 2 * elements + place.staged);
+    const S* const seen = buffers + (tile - first_tile) % 2 * elements + place.staged;
+    const unsigned char* const x = reinterpret_cast<const unsigned char*>(seen);
     const S* const g = a.g + (static_cast<int64_t>(place.h) * a.w.output + place.w) * t.batch + place.image;
 
     for (int rank = first_row + warp; rank < end_row; rank += warps) {
