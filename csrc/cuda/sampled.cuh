@@ -28,6 +28,12 @@ struct SampledArgs {
   int shares, row_blocks, block_rows;
 };
 
+template <class S, int V>
+struct Row {
+  int begin, end;
+  Pack<S, V> gradient;  // zero where there is no output
+};
+
 // The sum over all lanes of values[lane % kBatch].
 template <class T>
 __device__ inline T sum_lanes(T (&values)[kBatch], int lane) {
@@ -80,18 +86,29 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
     const unsigned char* const x = reinterpret_cast<const unsigned char*>(seen);
     const S* const g = a.g + (static_cast<int64_t>(place.h) * a.w.output + place.w) * t.batch + place.image;
 
-    for (int rank = first_row + warp; rank < end_row; rank += warps) {
-      const int64_t row = a.by_count[rank];
-      const int begin = a.bounds.begin(row, chunk), end = begin + a.bounds.count(row, chunk);
-      if (begin == end) continue;
-      T gradient[V] = {};
-      if (place.valid && whole) {
-        load_wide(g + row * plane, gradient);
-      } else if (place.valid) {
+    // The weights of a row in this chunk and its gradient; on their way while those of the row before are worked on.
+    const auto read_row = [&](int rank) {
+      Row<S, V> row{};
+      if (rank >= end_row) return row;
+      const int64_t index = a.by_count[rank];
+      row.begin = a.bounds.begin(index, chunk), row.end = row.begin + a.bounds.count(index, chunk);
+      if (row.begin == row.end || !place.valid) return row;
+      if (whole) {
+        row.gradient = load<S, V>(g + index * plane);
+      } else {
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          if (place.image + v < t.batch) gradient[v] = widened(g[row * plane + v]);
+          if (place.image + v < t.batch) row.gradient.at[v] = g[index * plane + v];
       }
+      return row;
+    };
+    Row<S, V> next = read_row(first_row + warp);
+    for (int rank = first_row + warp; rank < end_row; rank += warps) {
+      const int begin = next.begin, end = next.end;
+      T gradient[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) gradient[v] = widened(next.gradient.at[v]);
+      next = read_row(rank + warps);
       for (int first = begin; first < end; first += kWarp) {
         const int j = first + lane;
         int own_place = 0;  // some line, for a sum that nobody takes

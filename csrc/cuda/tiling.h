@@ -82,12 +82,14 @@ inline int64_t buffer_bytes(const Tiling& t, int element_size) {
   return (2 * elements * element_size + 15) / 16 * 16;
 }
 
-// Neighbouring images of a line: as many as there are where nothing is seen twice, else 32 so that taps share what is staged;
-// fewer, down to `vector`, if a chunk would not fit.
+// Neighbouring images of a line: as many as there are where nothing is seen twice, else 32 so that taps share what is staged, or
+// what fills the banks of shared memory once where neighbouring outputs see lines that are no neighbours; fewer, down to `vector`,
+// if a chunk would not fit.
 inline std::optional<Tiling> widest_tiling(const Gathered& x, int outputs, int vector, int most_channels, int64_t shared_bytes) {
-  constexpr int kShared = 32;
+  constexpr int kShared = 32, kBankBytes = 128;
+  const int shared = x.w.step == 1 ? kShared : std::max(kShared, kBankBytes / x.element_size);
   const bool seen_once = x.h.taps == 1 && x.w.taps == 1;
-  int images = std::clamp(std::min(power_of_two_from(x.batch), seen_once ? outputs : kShared), vector, outputs);
+  int images = std::clamp(std::min(power_of_two_from(x.batch), seen_once ? outputs : shared), vector, outputs);
   for (; images >= vector; images /= 2)
     if (auto tiling = tiling_of(x, outputs, images, most_channels, shared_bytes)) return tiling;
   return std::nullopt;
