@@ -63,10 +63,11 @@ def wants_cuda():
     if home is None:
         print("grasp_sparse: no CUDA toolkit with nvcc was found (set CUDA_HOME), the CUDA kernels are not built")
         if REQUIRED and FORCE_CUDA:
-            raise SystemExit("grasp_sparse: FORCE_CUDA=1 and GRASP_SPARSE_REQUIRE_EXT=1 are set, but the CUDA kernels cannot be built")
+            raise SystemExit("grasp_sparse: FORCE_CUDA=1 and GRASP_SPARSE_REQUIRE_EXT=1 ask for CUDA kernels that cannot be built")
         return False
     os.environ["CUDA_HOME"] = home  # torch would take the script's folder for it
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # torch's own default looks at the GPUs, of which there may be none
+    # torch's own default looks at the GPUs, of which there may be none.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return True
 
 

@@ -9,7 +9,8 @@ namespace {
 void check_numbers(const Sizes& sizes, size_t count, int64_t least, const char* name) {
   STD_TORCH_CHECK(sizes.size() == count, "Expected ", name, " of ", count, " numbers, got ", sizes.size(), ".");
   for (int64_t size : sizes)  // the upper bound keeps every product of two of them within 64 bits
-    STD_TORCH_CHECK(size >= least && size <= INT32_MAX, "Expected ", name, " between ", least, " and ", INT32_MAX, ", got ", size, ".");
+    STD_TORCH_CHECK(size >= least && size <= INT32_MAX, "Expected ", name, " between ", least, " and ", INT32_MAX, ", got ", size,
+                    ".");
 }
 
 // What a convolution is told besides its tensors.
@@ -74,15 +75,16 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
     using T = Compute<S>;
     const Innermost in = Innermost::of<S>(call.queue(), x);
     Result out(x, {x.size(0), csr.rows, window.h.output, window.w.output});
-    fprop<S>(call.queue(), csr, window, x.size(0), const_data<T>(v), bias ? const_data<T>(b) : nullptr, false, in.data<S>(), out.data<S>());
+    fprop<S>(call.queue(), csr, window, x.size(0), const_data<T>(v), bias ? const_data<T>(b) : nullptr, false, in.data<S>(),
+             out.data<S>());
     y = out.finish<S>(call.queue());
   });
   return y;
 }
 
 Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                        const Tensor& permutation, const Tensor& g, Sizes input_size, Sizes kernel_size, Sizes stride, Sizes padding,
-                        Sizes dilation) {
+                        const Tensor& permutation, const Tensor& g, Sizes input_size, Sizes kernel_size, Sizes stride,
+                        Sizes padding, Sizes dilation) {
   const Call call(g);
   const Indices indices(crow, col, ccol, row, permutation, g);
   const CsrView& csr = indices.view();
@@ -119,9 +121,10 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol,
-                                                       const Tensor& row, const Tensor& permutation, const Tensor& g, const Tensor& x,
-                                                       Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
+std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
+                                                       const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                                                       const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride,
+                                                       Sizes padding, Sizes dilation) {
   const Call call(x);
   const Indices indices(crow, col, ccol, row, permutation, x);
   const CsrView& csr = indices.view();

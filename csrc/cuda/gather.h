@@ -25,7 +25,7 @@ struct GatherAxis {
 
 inline int narrow(int64_t value) {
   if (value < -INT32_MAX || value > INT32_MAX)
-    throw std::runtime_error("grasp_sparse: Expected images whose padded sides and windows fit 31 bits; use a smaller window or padding.");
+    throw std::runtime_error("grasp_sparse: Expected padded images and windows that 31 bits can measure; use smaller ones.");
   return static_cast<int>(value);
 }
 

@@ -35,12 +35,15 @@ inline DeviceLimits limits_of(int device) {
 
 #else
 
+DeviceLimits limits_of(int device);  // as the tests set them
+
 template <class... Params, class... Args>
 void launch(void*, void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, const Args&... args) {
+  constexpr int kMostThreads = 1024;
+  if (blocks > INT32_MAX || threads > kMostThreads || shared_bytes > limits_of(0).shared_bytes)
+    throw std::runtime_error("emulated launch: more blocks, threads or shared memory than the device has.");
   emulator::launch(kernel, blocks, threads, shared_bytes, args...);
 }
-
-DeviceLimits limits_of(int device);  // as the tests set them
 
 #endif
 

@@ -13,8 +13,9 @@ template <class S>
 __global__ void __launch_bounds__(kTransposeThreads) transpose_tiles(const Transposition m, const S* from, const S* gate, S* to) {
   S* const tile = reinterpret_cast<S*>(shared_memory());  // [kTile, kTile + 1]
   const int64_t row_tiles = (m.rows + kTile - 1) / kTile, col_tiles = (m.cols + kTile - 1) / kTile;
-  int64_t block = blockIdx.x;
-  const int64_t col = block % col_tiles * kTile, row = block / col_tiles % row_tiles * kTile, matrix = block / col_tiles / row_tiles;
+  const int64_t block = blockIdx.x;
+  const int64_t col = block % col_tiles * kTile, row = block / col_tiles % row_tiles * kTile;
+  const int64_t matrix = block / col_tiles / row_tiles;
   const int lane = threadIdx.x % kTile, first = threadIdx.x / kTile;
   constexpr int step = kTransposeThreads / kTile;
 #pragma unroll

@@ -34,7 +34,8 @@ Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, con
     using T = Compute<S>;
     const Innermost in = Innermost::of<S>(call.queue(), x);
     Result out(x, {x.size(0), csr.rows});
-    fprop<S>(call.queue(), csr, kPoint, x.size(0), const_data<T>(v), bias ? const_data<T>(b) : nullptr, relu, in.data<S>(), out.data<S>());
+    fprop<S>(call.queue(), csr, kPoint, x.size(0), const_data<T>(v), bias ? const_data<T>(b) : nullptr, relu, in.data<S>(),
+             out.data<S>());
     y = out.finish<S>(call.queue());
   });
   return y;
@@ -73,9 +74,10 @@ Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, cons
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol,
-                                                     const Tensor& row, const Tensor& permutation, const Tensor& g, const Tensor& x,
-                                                     const std::optional<Tensor>& y, bool input_grad) {
+std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
+                                                     const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+                                                     const Tensor& g, const Tensor& x, const std::optional<Tensor>& y,
+                                                     bool input_grad) {
   const Call call(x);
   const Indices indices(crow, col, ccol, row, permutation, x);
   const CsrView& csr = indices.view();

@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kWarp) count_groups(Lists lists, Bounds bounds
 // begins and groups: one block a tile, one warp a row of it.
 template <class T, int R>
 __global__ void __launch_bounds__(R * kWarp, 1) fill_groups(Lists lists, Bounds bounds, const int* by_count, int tiles,
-                                                         const uint16_t* sizes, const int* starts, const int* totals, const T* values,
-                                                         int64_t capacity, int64_t* begins, Group<T>* groups) {
+                                                            const uint16_t* sizes, const int* starts, const int* totals,
+                                                            const T* values, int64_t capacity, int64_t* begins, Group<T>* groups) {
   const int tile = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int* const out_of_place = reinterpret_cast<int*>(shared_memory());
   if (threadIdx.x == 0) *out_of_place = 0;
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(R * kWarp, 1) fill_groups(Lists lists, Bounds 
         const int index = lists.index[j], from = lists.permutation ? lists.permutation[j] : j;
         const int channel = index / lists.per_channel(), tap = lists.by_column ? k : index % lists.per_channel();
         const int chunk = channel / lists.chunk;
-        const bool inside = index >= 0 && channel < lists.channels && from >= 0 && from < lists.nnz && j >= bounds.begin(list, chunk) &&
-                            j < bounds.begin(list, chunk + 1);
+        const bool inside = index >= 0 && channel < lists.channels && from >= 0 && from < lists.nnz &&
+                            j >= bounds.begin(list, chunk) && j < bounds.begin(list, chunk + 1);
         sound &= inside;
         if (!inside) continue;
         const int64_t at = weights_before(lists, bounds, row, chunk, k) + j - bounds.begin(list, chunk);

@@ -119,7 +119,8 @@ void fprop(const Queue& queue, const CsrView& csr, const Window& window, int64_t
 }
 
 template <class S>
-void dgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t batch, const Compute<S>* values, const S* g, S* dx) {
+void dgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t batch, const Compute<S>* values, const S* g,
+           S* dx) {
   ProductArgs<S> args{};
   args.x = g, args.y = dx;
   for (const int64_t phase_h : dgrad_phases(window.h))
@@ -129,16 +130,19 @@ void dgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t
     }
 }
 
+template <class T>
+void add_shares(const Queue& queue, const T* from, int64_t count, int shares, T* to) {
+  launch(queue.stream, sum_shares<T>, blocks_for(count, kSumThreads), kSumThreads, 0, from, count, shares, to);
+}
+
 template <class S>
-void wgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t batch, const S* g, const S* x, Compute<S>* dvalues) {
+void wgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t batch, const S* g, const S* x,
+           Compute<S>* dvalues) {
   using T = Compute<S>;
-  const auto sum = [&](const T* from, int shares) {
-    launch(queue.stream, sum_shares<T>, blocks_for(csr.nnz, kSumThreads), kSumThreads, 0, from, static_cast<int64_t>(csr.nnz), shares, dvalues);
-  };
   const Gathered gathered{fprop_axis(window.h), fprop_axis(window.w), batch, csr.cols / static_cast<int>(window.taps()), sizeof(S),
                           reinterpret_cast<uintptr_t>(x)};
   if (csr.nnz == 0) return;
-  if (gathered.is_empty()) return sum(nullptr, 0);
+  if (gathered.is_empty()) return add_shares<T>(queue, nullptr, csr.nnz, 0, dvalues);
   const SampledPlan plan = plan_sampled(gathered, csr.rows, csr.nnz, sizeof(T), kSampledVector<S>, limits_of(queue.device));
 
   SampledArgs<S> args{};
@@ -158,7 +162,7 @@ void wgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t
   index_lists(queue, args.lists, by_count, bounds);
   args.by_count = by_count, args.bounds = {bounds, args.lists.chunks}, args.sums = plan.shares > 1 ? sums : dvalues;
   launch(queue.stream, sampled<S, kSampledVector<S>>, plan.blocks, plan.warps * kWarp, plan.shared_bytes, args);
-  if (plan.shares > 1) sum(sums, plan.shares);
+  if (plan.shares > 1) add_shares<T>(queue, sums, csr.nnz, plan.shares, dvalues);
 }
 
 template <class S>
@@ -170,8 +174,9 @@ void row_sums(const Queue& queue, int rows, int64_t length, const S* from, Compu
   const int shares = static_cast<int>(std::clamp<int64_t>(length / kLeast, 1, wanted));
   const std::shared_ptr<void> memory = shares > 1 ? queue.allocate(shares * static_cast<int64_t>(rows) * sizeof(T)) : nullptr;
   T* const sums = shares > 1 ? static_cast<T*>(memory.get()) : to;
-  launch(queue.stream, sum_rows<S>, static_cast<int64_t>(rows) * shares, kSumThreads, kSumThreads * sizeof(T), from, rows, length, shares, sums);
-  if (shares > 1) launch(queue.stream, sum_shares<T>, blocks_for(rows, kSumThreads), kSumThreads, 0, sums, static_cast<int64_t>(rows), shares, to);
+  const int64_t blocks = static_cast<int64_t>(rows) * shares;
+  launch(queue.stream, sum_rows<S>, blocks, kSumThreads, kSumThreads * sizeof(T), from, rows, length, shares, sums);
+  if (shares > 1) add_shares<T>(queue, sums, rows, shares, to);
 }
 
 template <class S>
@@ -186,12 +191,13 @@ void pass_gate(const Queue& queue, int64_t count, const S* from, const S* gate, 
   launch(queue.stream, gate_elements<S>, blocks, kTransposeThreads, 0, count, from, gate, to);
 }
 
-#define GRASP_SPARSE_PASSES(S)                                                                                                     \
-  template void fprop(const Queue&, const CsrView&, const Window&, int64_t, const Compute<S>*, const Compute<S>*, bool, const S*, S*); \
-  template void dgrad(const Queue&, const CsrView&, const Window&, int64_t, const Compute<S>*, const S*, S*);                       \
-  template void wgrad(const Queue&, const CsrView&, const Window&, int64_t, const S*, const S*, Compute<S>*);                       \
-  template void row_sums(const Queue&, int, int64_t, const S*, Compute<S>*);                                                        \
-  template void transpose(const Queue&, const Transposition&, const S*, const S*, S*);                                              \
+#define GRASP_SPARSE_PASSES(S)                                                                                              \
+  template void fprop(const Queue&, const CsrView&, const Window&, int64_t, const Compute<S>*, const Compute<S>*, bool,     \
+                      const S*, S*);                                                                                        \
+  template void dgrad(const Queue&, const CsrView&, const Window&, int64_t, const Compute<S>*, const S*, S*);               \
+  template void wgrad(const Queue&, const CsrView&, const Window&, int64_t, const S*, const S*, Compute<S>*);               \
+  template void row_sums(const Queue&, int, int64_t, const S*, Compute<S>*);                                                \
+  template void transpose(const Queue&, const Transposition&, const S*, const S*, S*);                                      \
   template void pass_gate(const Queue&, int64_t, const S*, const S*, S*);
 
 }  // namespace grasp_sparse::cuda

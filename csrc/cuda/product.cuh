@@ -126,13 +126,16 @@ __global__ void __launch_bounds__(kProductThreads, 1) product(const __grid_const
 
   const unsigned line_bytes = sizeof(S) << t.images_log2;
   T sums[R][V] = {};
+  const auto size_of = [&](int chunk) { return lane < R && total && chunk < t.chunks ? sizes[chunk * R + lane] : 0; };
+  int next_size = size_of(0);
   stage(t, a.x, tile, 0, buffers);
   for (int chunk = 0; chunk < t.chunks; ++chunk) {
     stage(t, a.x, tile, chunk + 1, buffers + (chunk + 1) % 2 * elements);
     wait_for_copies<1>();
     __syncthreads();
     const unsigned char* const x = reinterpret_cast<const unsigned char*>(buffers + chunk % 2 * elements + place.staged);
-    const int size = lane < R && total ? sizes[chunk * R + lane] : 0;
+    const int size = next_size;
+    next_size = size_of(chunk + 1);
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
       T row[V] = {};
@@ -153,7 +156,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product(const __grid_const
   }
 
   if (row_tile >= a.tiles || !place.valid) return;
-  const int64_t out_h = a.h.first + static_cast<int64_t>(place.h) * a.h.every, out_w = a.w.first + static_cast<int64_t>(place.w) * a.w.every;
+  const int64_t out_h = a.h.first + static_cast<int64_t>(place.h) * a.h.every;
+  const int64_t out_w = a.w.first + static_cast<int64_t>(place.w) * a.w.every;
   const bool whole = t.batch % V == 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {

@@ -1,9 +1,9 @@
 // The sampled product: for each kept weight the sum, over all outputs, of the gradient of its row times the input it multiplies.
 //
-// A block takes one chunk of input channels, some rows, and one share of the tiles of outputs; it stages the inputs of a tile as the
-// product does, 32 * V outputs. A warp holds the gradient of one row at these outputs in registers and walks the row's weights in
-// this chunk: one staged line each, V multiply-adds a lane, and 8 weights at a time are summed over the lanes by halving. A sum is
-// added up by one lane of one warp in a fixed order; the shares meet in a workspace and are summed in order, so results are the
+// A block takes one chunk of input channels, some rows, and one share of the tiles of outputs; it stages the inputs of a tile as
+// the product does, 32 * V outputs. A warp holds the gradient of one row at these outputs in registers and walks the row's weights
+// in this chunk: one staged line each, V multiply-adds a lane, and 8 weights at a time are summed over the lanes by halving. A sum
+// is added up by one lane of one warp in a fixed order; the shares meet in a workspace and are summed in order, so results are the
 // same at every run.
 #pragma once
 
@@ -26,6 +26,12 @@ struct SampledArgs {
   const int* by_count;
   int64_t tiles;
   int shares, row_blocks, block_rows;
+};
+
+template <class S, int V>
+struct Row {
+  int begin, end;
+  Pack<S, V> gradient;  // zero where there is no output
 };
 
 // The sum over all lanes of values[lane % kBatch].
@@ -76,21 +82,33 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
     wait_for_copies<1>();
     __syncthreads();
     const PlaceAt place(t, a.h, a.w, TileAt(t, tile), lane * V);
-    const unsigned char* const x = reinterpret_cast<const unsigned char*>(buffers + (tile - first_tile) % 2 * elements + place.staged);
+    const S* const seen = buffers + (tile - first_tile) % 2 * elements + place.staged;
+    const unsigned char* const x = reinterpret_cast<const unsigned char*>(seen);
     const S* const g = a.g + (static_cast<int64_t>(place.h) * a.w.output + place.w) * t.batch + place.image;
 
-    for (int rank = first_row + warp; rank < end_row; rank += warps) {
-      const int64_t row = a.by_count[rank];
-      const int begin = a.bounds.begin(row, chunk), end = begin + a.bounds.count(row, chunk);
-      if (begin == end) continue;
-      T gradient[V] = {};
-      if (place.valid && whole) {
-        load_wide(g + row * plane, gradient);
-      } else if (place.valid) {
+    // The weights of a row in this chunk and its gradient; on their way while those of the row before are worked on.
+    const auto read_row = [&](int rank) {
+      Row<S, V> row{};
+      if (rank >= end_row) return row;
+      const int64_t index = a.by_count[rank];
+      row.begin = a.bounds.begin(index, chunk), row.end = row.begin + a.bounds.count(index, chunk);
+      if (row.begin == row.end || !place.valid) return row;
+      if (whole) {
+        row.gradient = load<S, V>(g + index * plane);
+      } else {
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          if (place.image + v < t.batch) gradient[v] = widened(g[row * plane + v]);
+          if (place.image + v < t.batch) row.gradient.at[v] = g[index * plane + v];
       }
+      return row;
+    };
+    Row<S, V> next = read_row(first_row + warp);
+    for (int rank = first_row + warp; rank < end_row; rank += warps) {
+      const int begin = next.begin, end = next.end;
+      T gradient[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) gradient[v] = widened(next.gradient.at[v]);
+      next = read_row(rank + warps);
       for (int first = begin; first < end; first += kWarp) {
         const int j = first + lane;
         int own_place = 0;  // some line, for a sum that nobody takes

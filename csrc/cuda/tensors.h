@@ -27,7 +27,8 @@ inline ScalarType computed_type(const Tensor& activations) {
 // The five index tensors, held contiguous for as long as the view is in use.
 class __attribute__((visibility("hidden"))) Indices {
  public:
-  Indices(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation, const Tensor& beside)
+  Indices(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
+          const Tensor& beside)
       : held_{index(crow, "crow_indices", beside), index(col, "col_indices", beside), index(ccol, "ccol_indices", beside),
               index(row, "row_indices", beside), index(permutation, "permutation", beside)} {
     const int64_t nnz = held_[1].numel();
@@ -61,8 +62,10 @@ inline Tensor checked(const Tensor& t, int64_t count, const Tensor& activations,
 }
 
 inline void check_alike(const Tensor& t, const Tensor& other, const char* name) {
-  STD_TORCH_CHECK(is_beside(t, other) && t.scalar_type() == other.scalar_type(), "Expected ", name, " on the device and in the dtype of the other activations.");
-  STD_TORCH_CHECK(t.size(0) == other.size(0), "Expected ", name, " of the same batch, got ", t.size(0), " and ", other.size(0), ".");
+  STD_TORCH_CHECK(is_beside(t, other) && t.scalar_type() == other.scalar_type(), "Expected ", name,
+                  " on the device and in the dtype of the other activations.");
+  STD_TORCH_CHECK(t.size(0) == other.size(0), "Expected ", name, " of the same batch, got ", t.size(0), " and ", other.size(0),
+                  ".");
 }
 
 // Calls f with a null pointer of the storage type of t.
@@ -231,7 +234,8 @@ template <class S>
 Tensor Result::finish(const Queue& queue) {
   if (innermost_.get() != result_.get()) {
     const Sizes sizes = layout::sizes_of(result_);
-    transpose<S>(queue, layout::outwards(sizes, layout::of(result_)), const_data<S>(innermost_), static_cast<const S*>(nullptr), mutable_data<S>(result_));
+    const Transposition back = layout::outwards(sizes, layout::of(result_));
+    transpose<S>(queue, back, const_data<S>(innermost_), static_cast<const S*>(nullptr), mutable_data<S>(result_));
   }
   return result_;
 }

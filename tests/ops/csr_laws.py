@@ -16,7 +16,9 @@ def on(device: str, indices: CsrIndices) -> CsrIndices:
     return CsrIndices(*(index.to(device) for index in indices))
 
 
-def check_linear(ops, dtype: torch.dtype, shape: tuple[int, int], batch: int, density: float, layout: str, device: str = "cpu") -> None:
+def check_linear(
+    ops, dtype: torch.dtype, shape: tuple[int, int], batch: int, density: float, layout: str, device: str = "cpu"
+) -> None:
     """Every operation of the linear family on x [batch, cols] and a weight of this shape."""
     rows, cols = shape
     lay, promised = ROW_LAYOUTS[layout]
@@ -56,8 +58,9 @@ def check_linear(ops, dtype: torch.dtype, shape: tuple[int, int], batch: int, de
 
 
 def check_conv(
-    ops, dtype: torch.dtype, window: tuple, channels: int, filters: int, batch: int, density: float, layout: str, device: str = "cpu"
-) -> None:
+    ops, dtype: torch.dtype, window: tuple, channels: int, filters: int, batch: int, density: float, layout: str,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """Every operation of the convolution family; window as in op_cases.WINDOWS."""
     kernel, stride, padding, dilation, image = window
     lay, promised = IMAGE_LAYOUTS[layout]

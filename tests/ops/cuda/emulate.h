@@ -82,7 +82,8 @@ class Block {
   unsigned lane() const { return current_ % 32; }
 
   void run(const std::function<void()>& body, size_t shared_bytes) {
-    if (threads.x % 32) throw std::runtime_error("emulated launch: Expected whole warps, got " + std::to_string(threads.x) + " threads.");
+    if (threads.x % 32)
+      throw std::runtime_error("emulated launch: Expected whole warps, got " + std::to_string(threads.x) + " threads.");
     body_ = &body;
     constexpr size_t guard = 64;
     shared_.assign(shared_bytes + guard, 0xff);
@@ -179,7 +180,8 @@ class Block {
   std::string place(unsigned i) const {
     const Fiber& f = *fibers_[i];
     if (f.state == Fiber::ended) return "has returned";
-    return std::string("is at the ") + (f.state == Fiber::at_warp ? "warp" : "block") + " barrier of line " + std::to_string(f.line);
+    const char* const whose = f.state == Fiber::at_warp ? "warp" : "block";
+    return std::string("is at the ") + whose + " barrier of line " + std::to_string(f.line);
   }
 
   const std::function<void()>* body_ = nullptr;

@@ -59,7 +59,8 @@ def _build(path: Path) -> None:
     path.parent.mkdir(exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory() as folder:
         units = [(HERE / "emulated.cpp", f"{name}.o", [f"-DEMULATED_TYPE={name}"]) for name in TYPES]
-        units += [(source, f"{source.stem}.o", []) for source in (KERNELS / "conv2d.cpp", KERNELS / "linear.cpp", HERE / "device.cpp")]
+        sources = KERNELS / "conv2d.cpp", KERNELS / "linear.cpp", HERE / "device.cpp"
+        units += [(source, f"{source.stem}.o", []) for source in sources]
 
         def compile_unit(unit):
             source, name, flags = unit
@@ -75,7 +76,8 @@ def _build(path: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # sanitizers are not for the compiler
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[-4:])}: {done.stderr[-4000:]}")
 

@@ -94,7 +94,12 @@ def test_only_what_a_weight_multiplies_counts(emulated, bad):
     assert emulated.csr_conv2d_wgrad(*indices, torch.randn_like(y), images, kernel, stride, padding, dilation).isfinite().all()
 
 
-CORRUPT = {"last far too large": (-1, 2**30), "first negative": (0, -1), "middle negative": (2, -(2**30)), "middle too large": (2, 10_000)}
+CORRUPT = {
+    "last far too large": (-1, 2**30),
+    "first negative": (0, -1),
+    "middle negative": (2, -(2**30)),
+    "middle too large": (2, 10_000),
+}
 
 
 @pytest.mark.parametrize("place, number", CORRUPT.values(), ids=CORRUPT)
