@@ -2,9 +2,11 @@
 # make test      the test-suite (PYTEST_ARGS="-k csr" to choose)
 # make sanitize  the tests of kernels and layers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
 #                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
+# make gpu       on a machine with a CUDA device and nvcc: build, the tests that need a device, benchmarks, a table at the end
+#                (GPU_PYTHON=python3 takes that interpreter and the torch it has; nothing is installed then)
 # make clean     remove what was built; .venv, data and runs stay
 #
-# All but the last set up .venv first: the newest torch from PyPI, then this package with its compiled kernels.
+# All but the last set up .venv first (make gpu: unless told otherwise): the newest torch from PyPI, then this package with its compiled kernels.
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
@@ -15,6 +17,9 @@ OUT ?= runs/demo
 DATA_DIR ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_PYTHON ?=
+GPU_LAYERS ?= --group linear vgg16 --sparsity 0.9 0.95 0.98
+GPU_STEPS ?= --model vgg16_bn resnet50 vit_b_16 --sparsity 0.95 --precision tf32 bfloat16
 
 PACKAGE := $(VENV)/.package-installed
 TORCH := $(VENV)/.torch-installed
@@ -34,7 +39,9 @@ SANITIZED_PYTHON = cd $(SANITIZED) && PYTHONPATH="$$PWD/lib" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 $(abspath $(VENV))/bin/python
 
-.PHONY: demo test sanitize clean data
+DEVICE_PYTHON = $(or $(GPU_PYTHON),$(VENV)/bin/python)
+
+.PHONY: demo test sanitize gpu clean data
 
 demo: $(PACKAGE) data
 	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
@@ -52,6 +59,14 @@ sanitize: $(PACKAGE)
 	@for isa in $$($(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; print(*e.status().runnable_isas[1:])'); do \
 		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \
 		$(CURDIR)/tests/ops/test_properties.py $(PYTEST_ARGS)) || exit 1; done
+
+gpu: $(if $(GPU_PYTHON),,$(PACKAGE))
+	@command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc >/dev/null || { echo "error: Expected nvcc; install the CUDA toolkit or set CUDA_HOME" >&2; exit 2; }
+	@echo "building the kernels"
+	@PYTHONWARNINGS=ignore FORCE_CUDA=1 GRASP_SPARSE_REQUIRE_EXT=1 $(DEVICE_PYTHON) setup.py -q build_ext --inplace >/dev/null
+	@$(DEVICE_PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
+	@$(DEVICE_PYTHON) -m benchmarks.gpu_layers $(GPU_LAYERS)
+	@$(DEVICE_PYTHON) -m benchmarks.gpu_steps $(GPU_STEPS)
 
 # Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
 data:

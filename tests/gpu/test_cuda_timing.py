@@ -1,0 +1,31 @@
+"""Times on a device: recorded calls run, more work takes longer, and what cannot be recorded is timed all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grasp_sparse.cuda_timing import device_times, recorded
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_replay_does_the_work_again():
+    x = torch.zeros(4, device="cuda")
+    replay = recorded(lambda: x.add_(1))
+    before = x[0].item()
+    replay()
+    torch.cuda.synchronize()
+    assert x[0].item() == before + 1
+
+
+def test_more_work_takes_longer():
+    large, small = (torch.randn(2, n, n, device="cuda") for n in (4096, 1024))
+    times = device_times({"large": lambda: large[0] @ large[1], "small": lambda: small[0] @ small[1]}, 5)
+    assert times["large"].median > 4 * times["small"].median > 0
+
+
+def test_a_call_that_waits_for_the_device_is_timed_too():
+    x = torch.randn(1 << 20, device="cuda")
+    assert recorded(lambda: x.sum().item()) is None
+    assert device_times({"waits": lambda: x.sum().item()}, 3)["waits"].median > 0
