@@ -15,7 +15,7 @@ constexpr int64_t kFewestEntries = 16;
 constexpr int64_t kMostBytes = 4 << 20;  // of a block all the same
 
 struct ChannelBlocks {
-  // Blocks of weights, which load a pixel once for several outputs, gain nothing from a nearer cache.
+  // Entries that are blocks of weights take all channels at once: they load a pixel once for several outputs, and gain little here.
   ChannelBlocks(int64_t channels, const Window& window, const Walk& walk) {
     const int64_t bytes = channels * window.w.output * kSliceBytes;
     const int64_t worth = walk.nnz / std::max<int64_t>(1, kFewestEntries * walk.rows);

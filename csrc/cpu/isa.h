@@ -86,14 +86,15 @@ struct Entries {
 
 // What makes entries blocks of [outputs, inputs] weights: an entry's place is that of its first input, the others follow
 // channel_step elements apart. The last blocks may reach past the channels there are; what values hold there is not used.
+// Entries, channel_begin and channel_end then count rows of blocks.
 struct Blocks {
   int outputs, inputs;              // 0: entries are single weights
   int64_t output_step, input_step;  // from one weight of a block to the next, in values
   int64_t channel_step;
-  int32_t last;         // entries at this place or beyond have
-  int last_inputs;      // this many inputs
-  int channels;         // outputs of all blocks; channel_begin, channel_end and Entries count rows of blocks
-  const int32_t* index; // [entries] which block of values an entry is; null: its own number
+  int32_t last;          // entries at this place or beyond have
+  int last_inputs;       // this many inputs
+  int channels;          // outputs of all blocks together
+  const int32_t* index;  // [entries] which block of values an entry is; null: its own number
 };
 
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].
