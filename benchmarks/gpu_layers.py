@@ -51,7 +51,7 @@ def pruned_layer(dense: nn.Module, pattern: str, sparsity: float, seed: int) -> 
 
 
 def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, backward: bool) -> tuple[float, float]:
-    """(floating-point operations, bytes) that a pass cannot do without: kept weights once per position; x, y, dx, dy and values once."""
+    """(floating-point operations, bytes) that a pass cannot do without: kept weights at every position; all tensors once."""
     positions = y.numel() // y.shape[1]
     passes = 3 if backward else 1
     weights = layer.values.numel() * (4 if not backward else 12)
@@ -111,7 +111,10 @@ def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Callable[[], 
     return found
 
 
-def _rows(times, arms: Mapping[str, CudaArm], known: Row, ceilings: Ceilings, layer, x: Tensor, y: Tensor, backward: bool) -> list[Row]:
+def _rows(
+    times: Mapping[str, Timing], arms: Mapping[str, CudaArm], known: Row, ceilings: Ceilings, layer: nn.Module, x: Tensor, y: Tensor,
+    backward: bool,
+) -> list[Row]:  # fmt: skip
     rows = []
     for name in times:
         kind = kind_of(name)

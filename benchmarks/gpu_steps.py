@@ -83,7 +83,8 @@ def measure(
     precisions: list[str], device: str, rounds: int,
 ) -> list[Row]:  # fmt: skip
     x, y = batch
-    masks = prune(model, [(x[:SCORED], y[:SCORED])], sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
+    scored = [(x[:SCORED], y[:SCORED])]
+    masks = prune(model, scored, sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
     masked = masked_copy(model, masks)
     few = x[:8], y[:8]
     steps, _ = sparse_steps(masked, masks, few)
@@ -119,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [network.name for network in NETWORKS]
     flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
-    flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=["unstructured", "block(64, 64)"], help="default: %(default)s")
+    flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=["unstructured", "block(64, 64)"],
+                       help="default: %(default)s")
     flags.add_argument("--sparsity", type=share, nargs="+", default=(0.9, 0.95), metavar="S", help="default: %(default)s")
     flags.add_argument("--precision", nargs="+", choices=tuple(STORAGE), default=list(STORAGE), help="default: all")
     flags.add_argument("--rounds", type=int, default=7, help="measured steps of an arm (default: %(default)s)")

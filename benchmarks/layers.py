@@ -27,21 +27,23 @@ from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
 from grasp_sparse.bench.arms import Arm, check_arms, layer_arms
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_of, same, timing_columns
 from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.patterns import get_pattern
+from grasp_sparse.pruning import make_masks
 from grasp_sparse.timing import interleaved_within
 
 LEAD_IN = 3
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
-KEY = ("group", "shape", "precision", "caches")
+KEY = ("group", "shape", "pattern", "precision", "caches")
 
 
-def random_mask(shape: torch.Size, sparsity: float, generator: torch.Generator) -> torch.Tensor:
-    """A random mask of exactly round((1 - sparsity) * n) places."""
-    mask = torch.zeros(shape.numel(), dtype=torch.bool)
-    mask[torch.randperm(shape.numel(), generator=generator)[: round((1 - sparsity) * shape.numel())]] = True
-    return mask.view(shape)
+def random_mask(shape: torch.Size, sparsity: float, generator: torch.Generator, pattern: str = "unstructured") -> torch.Tensor:
+    """A random mask of this pattern; of exactly round((1 - sparsity) * n) places if they are single ones."""
+    return make_masks({"weight": torch.rand(shape, generator=generator)}, sparsity, pattern)["weight"]
 
 
-def make_arms(shape: Shape, sparsities: list[float], precision: str, seed: int) -> tuple[dict[str, Arm], dict[str, int]]:
+def make_arms(
+    shape: Shape, sparsities: list[float], precision: str, seed: int, pattern: str = "unstructured"
+) -> tuple[dict[str, Arm], dict[str, int]]:
     """All arms of a shape, checked against the dense layer, and the kept weights of each.
 
     Raises WrongResultError when any of them computes something else.
@@ -52,8 +54,8 @@ def make_arms(shape: Shape, sparsities: list[float], precision: str, seed: int) 
         y = dense(x)
     grad = torch.randn(y.shape, generator=generator)
     sparse_kind = SparseLinear if isinstance(shape, LinearShape) else SparseConv2d
-    masks = {f"{sparsity:g}": random_mask(dense.weight.shape, sparsity, generator) for sparsity in sparsities}
-    pruned = {label: sparse_kind.from_dense(dense, mask) for label, mask in masks.items()}
+    masks = {f"{sparsity:g}": random_mask(dense.weight.shape, sparsity, generator, pattern) for sparsity in sparsities}
+    pruned = {label: sparse_kind.from_dense(dense, mask, get_pattern(pattern).block_size) for label, mask in masks.items()}
     arms = layer_arms(dense, pruned, x, grad, input_grad=shape.input_grad, precision=precision)
     everything = torch.ones_like(dense.weight, dtype=torch.bool)
     check_arms({name: arm for name, arm in arms.items() if kind_of(name) == DENSE}, dense, everything)
@@ -64,17 +66,18 @@ def make_arms(shape: Shape, sparsities: list[float], precision: str, seed: int) 
 
 
 def measure(
-    group: str, shape: Shape, sparsities: list[float], *, seconds: float, lead_in: int, precision: str, seed: int
-) -> list[Row]:
+    group: str, shape: Shape, sparsities: list[float], *, seconds: float, lead_in: int, precision: str, seed: int,
+    pattern: str = "unstructured",
+) -> list[Row]:  # fmt: skip
     """Rows of one shape: its dense arms, and at each sparsity its sparse ones."""
-    arms, kept = make_arms(shape, sparsities, precision, seed)
+    arms, kept = make_arms(shape, sparsities, precision, seed, pattern)
     times = interleaved_within(arms, seconds, lead_in=lead_in)
     rows = []
     for name in arms:
         kind, *label, layout = name.split() if not isinstance(shape, LinearShape) else [*name.split(maxsplit=1), "rows"]
         rivals = [other for other in arms if kind_of(other) == kind and (kind == DENSE or other.split()[1] == label[0])]
         rows.append({
-            "group": group, "shape": str(shape), "count": shape.count, "sparsity": label[0] if kind == SPARSE else "0",
+            "group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": label[0] if kind == SPARSE else "0",
             "nnz": kept[name], "pass": "forward+backward", "input_grad": "yes" if shape.input_grad else "no",
             "precision": precision, "caches": "warm" if lead_in else "cold", "layout": layout,
             "arm": name if kind == DENSE else " ".join([SPARSE, *name.split()[2:]]),
@@ -119,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--group", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
     flags.add_argument("--batch", type=int, nargs="+", metavar="N", help="other batch sizes than the group's own")
     flags.add_argument("--sparsity", type=share, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
+    flags.add_argument("--pattern", type=lambda name: get_pattern(name).name, default="unstructured", metavar="P",
+                       help="of the masks; block(16, 16) stores whole blocks (default: %(default)s)")
     flags.add_argument("--seconds-per-shape", type=float, default=6.0, metavar="S",
                        help="how long to measure; at least 5 rounds all the same (default: %(default)s)")
     flags.add_argument("--cold", action="store_true", help="no unmeasured calls in between")
@@ -132,20 +137,22 @@ def main(arguments: list[str] | None = None) -> int:
     make = {group: QUICK[group] if options.quick else GROUPS[group](*([options.batch] if options.batch else [])) for group in options.group}
     cases = [(group, shape) for group, shapes in make.items() for shape in shapes]
 
+    setting = {"pattern": options.pattern, "precision": options.precision, "caches": "cold" if options.cold else "warm"}
+
     def run_one(case: tuple[str, Shape]) -> None:
         group, shape = case
-        known = {"group": group, "shape": str(shape), "precision": options.precision, "caches": "cold" if options.cold else "warm"}
+        known = {"group": group, "shape": str(shape), **setting}
         if results.has([known | {"sparsity": f"{sparsity:g}"} for sparsity in options.sparsity]):
             return
         rows = measure(
             group, shape, list(options.sparsity), seconds=options.seconds_per_shape, lead_in=0 if options.cold else LEAD_IN,
-            precision=options.precision, seed=options.seed,
+            precision=options.precision, seed=options.seed, pattern=options.pattern,
         )
         results.add(rows, KEY)
         tell(describe(rows))
 
     wrong = measure_all(cases, lambda case: str(case[1]), run_one)
-    here = settings | {"precision": options.precision, "caches": "cold" if options.cold else "warm"}
+    here = settings | setting
     print("\n".join(summary([row for row in results.rows if same(row, here, here)])))
     print(f"wrote {results.path}")
     return 1 if wrong else 0

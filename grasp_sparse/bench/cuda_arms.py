@@ -62,11 +62,12 @@ class CudaArm:
 
 def dense_arms(dense: nn.Module, x: Tensor, grad: Tensor | None, *, input_grad: bool = True) -> dict[str, CudaArm]:
     """"dense <precision> <layout>" for every precision; a linear layer has the layout "rows"."""
-    return {
-        f"{DENSE} {name} {layout}": CudaArm(_laid(copy.deepcopy(dense), layout), _laid(x, layout), _laid(grad, layout), name, input_grad)
-        for name in STORAGE
-        for layout in (LAYOUTS if x.dim() == 4 else ("rows",))
-    }
+    arms = {}
+    for name in STORAGE:
+        for layout in LAYOUTS if x.dim() == 4 else ("rows",):
+            own = _laid(copy.deepcopy(dense), layout)
+            arms[f"{DENSE} {name} {layout}"] = CudaArm(own, _laid(x, layout), _laid(grad, layout), name, input_grad)
+    return arms
 
 
 def check(arms: Mapping[str, CudaArm], dense: nn.Module, mask: Tensor) -> None:
@@ -91,7 +92,8 @@ def check(arms: Mapping[str, CudaArm], dense: nn.Module, mask: Tensor) -> None:
                 expected["bias gradient"] = reference.bias.grad
         got = arm.results()
         for what, tensor in expected.items():
-            error = float((got[what] * mask if what == "weight gradient" else got[what]).sub(tensor).abs().max() / tensor.abs().max())
+            result = got[what] * mask if what == "weight gradient" else got[what]
+            error = float((result - tensor).abs().max() / tensor.abs().max())
             if not error <= TOLERANCE[arm.precision]:  # also when it is NaN
                 raise WrongResultError(
                     f"{name}: {what} differs from the dense layer's in float64 by {error:.1e} (allowed "
