@@ -27,9 +27,20 @@ from torch import Tensor
 from grasp_sparse.formats.csr import CsrIndices, csr_from_mask, gather_values
 
 
+_MOST_PADDED = 1 << 26  # entries
+
+
 def block_grid(weight_shape: Sequence[int], block_size: Sequence[int]) -> tuple[int, int]:
-    """Block rows and block columns of a weight ``[out, in]`` or ``[out, in, kh, kw]``."""
-    return math.ceil(weight_shape[0] / block_size[0]), math.ceil(weight_shape[1] / block_size[1]) * math.prod(weight_shape[2:])
+    """Block rows and block columns of a weight ``[out, in]`` or ``[out, in, kh, kw]``.
+
+    Raises:
+        ValueError: blocks so much larger than the weight that its dense copy, padded to whole blocks, would not fit into memory:
+            no mask asks for them, a damaged checkpoint may.
+    """
+    rows, cols = math.ceil(weight_shape[0] / block_size[0]), math.ceil(weight_shape[1] / block_size[1]) * math.prod(weight_shape[2:])
+    if rows * cols * math.prod(block_size) > max(_MOST_PADDED, 8 * math.prod(weight_shape)):
+        raise ValueError(f"Expected blocks about the size of a {list(weight_shape)} weight or smaller, got {list(block_size)}.")
+    return rows, cols
 
 
 def block_extents(weight_shape: Sequence[int], block_size: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -155,3 +155,9 @@ class TestStorage:
     def test_block_sizes_that_are_none(self, block):
         with pytest.raises(ValueError, match="two positive integers"):
             storage_of(block)
+
+
+def test_blocks_far_beyond_the_weight_are_refused():
+    assert block_grid((10, 4096), (256, 256)) == (1, 16)
+    with pytest.raises(ValueError, match="Expected blocks about the size"):
+        block_grid((10, 10), (1 << 20, 1 << 20))
