@@ -91,8 +91,8 @@ def product(
         programs = math.ceil(tokens / tile.size) * groups
         product_kernel[(programs,)](
             x, values, *lists, _longest_first(lists.pointers, programs), bias, whole,
-            tokens, groups, x.shape[-1], whole.shape[-1],
-            written_blocks, *divisor(read_blocks), *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
+            tokens, groups, x.shape[-1], whole.shape[-1], written_blocks, *divisor(read_blocks),
+            *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
             IMAGES=images is not None, TRANSPOSED=transposed, READ_INNER=read_inner, **geometry.window.constants(),
             RELU=relu, KB=reduced, NB=produced,
             PRECISION=precision, BM=tile.size, BK=tile.step, **tile.options(),

@@ -5,8 +5,8 @@ channels stand on the M side of the dot, where wgmma wants 64: four blocks of 16
 to its own place in a workspace of float32, and the parts of the tokens are added up after it in their order: no atomics, the
 same bits at every run. How many parts there are follows from shapes and the device alone.
 
-Slots: block row r has those from ``crow[r] // TOGETHER + r`` on, one more than whole groups fit between, so that a program finds its
-row by counting and no list of groups must be made; at most one slot a row stays empty.
+Slots: block row r has those from ``crow[r] // TOGETHER + r`` on, one more than whole groups fit between, so that a program finds
+its row by counting and no list of groups must be made; at most one slot a row stays empty.
 
 Programs of the same tokens are neighbours: what they read of g and x comes from L2.
 """
