@@ -85,7 +85,7 @@ def _weight(case: LinearCase | ConvCase, shape: tuple[int, ...], dtype: torch.dt
     values, indices = block_matrix(shape, case.block_size, case.density, torch.float32)
     outside = ~gather_blocks(torch.ones(shape, dtype=torch.bool), indices, case.block_size)
     values = values.to(dtype).to(compute_dtype(dtype)).masked_fill(outside, float("nan"))
-    return values, indices, torch.randn(case.out_channels if isinstance(case, ConvCase) else case.out_features) if case.bias else None
+    return values, indices, torch.randn(shape[0]) if case.bias else None
 
 
 def _checker(operation: Callable[[str], Operation], device: str, promised: Callable[[Tensor], bool], case: str):

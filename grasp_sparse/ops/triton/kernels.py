@@ -1,4 +1,4 @@
-"""Which calls of the operations Triton's kernels take; the others go to the reference, which computes them or says what is wrong."""
+"""Which calls of the operations Triton's kernels take; the others go to the reference, which computes or refuses them."""
 
 from __future__ import annotations
 

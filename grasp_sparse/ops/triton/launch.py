@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -78,19 +79,22 @@ def product(
         raise ValueError(f"Expected {lists.entries.shape[0]} blocks of values, got {values.shape[0]}.")
     if y.numel() == 0:
         return
+    if read_channels % reduced:
+        x, values = _whole_blocks(x, reduced), _inside(values, lists, read_blocks, read_channels, transposed)
     # Tensor cores take 32-bit operands only with the reduced channels as neighbours; small blocks turn faster than large tiles.
     read_inner = not transposed or x.dtype == torch.float32
     values = (values.transpose(1, 2) if transposed and read_inner else values).to(x.dtype).contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else _whole_blocks(bias, produced).contiguous()
+    whole = y if written_channels % produced == 0 else y.new_empty(*y.shape[:-1], written_blocks * produced)
 
     def launch(tile: Tile) -> None:
         programs = math.ceil(tokens / tile.size) * groups
         product_kernel[(programs,)](
-            x, values, *lists, _longest_first(lists.pointers, programs), bias, y,
-            tokens, groups, read_channels, written_channels,
-            written_blocks, *divisor(read_blocks), *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
+            x, values, *lists, _longest_first(lists.pointers, programs), bias, whole,
+            tokens, groups, x.shape[-1], whole.shape[-1], written_blocks, *divisor(read_blocks),
+            *geometry.grid_arguments(), *geometry.read, *geometry.written, *geometry.padding(),
             IMAGES=images is not None, TRANSPOSED=transposed, READ_INNER=read_inner, **geometry.window.constants(),
-            RELU=relu, EVEN=read_channels % reduced == 0, KB=reduced, NB=produced,
+            RELU=relu, KB=reduced, NB=produced,
             PRECISION=precision, BM=tile.size, BK=tile.step, **tile.options(),
         )  # fmt: skip
 
@@ -98,6 +102,8 @@ def product(
     shape = (transposed, x.dtype, precision, read_channels, written_channels, bh, bw, geometry)
     with on_device(x):
         launch(tile or fastest((shape, _magnitude(tokens), _magnitude(values.shape[0])), tiles, launch, x.device))
+    if whole is not y:
+        y.copy_(whole[..., :written_channels])
 
 
 def sampled(
@@ -119,6 +125,7 @@ def sampled(
     tokens = g.shape[0] * (math.prod(geometry.grid) if images else 1)
     if tokens == 0 or nblocks == 0:
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
+    g, x = _whole_blocks(g, bh), _whole_blocks(x, bw)
     out_channels, in_channels = g.shape[-1], x.shape[-1]
     tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, has_wgmma(x.device))
     step = tiles[0].step  # the same in all
@@ -129,9 +136,9 @@ def sampled(
         slots = nblocks // tile.size + rows
         sampled_kernel[(slots * parts,)](
             g, x, crow_indices, col_indices, partial, tokens, part, nblocks, rows, out_channels, in_channels,
-            *divisor(math.ceil(in_channels / bw)), *geometry.grid_arguments(), *geometry.read, *geometry.padding(),
+            *divisor(in_channels // bw), *geometry.grid_arguments(), *geometry.read, *geometry.padding(),
             IMAGES=images is not None, **geometry.window.constants(),
-            EVEN_IN=in_channels % bw == 0, EVEN_OUT=out_channels % bh == 0, BH=bh, BW=bw, TOGETHER=tile.size,
+            BH=bh, BW=bw, TOGETHER=tile.size,
             PRECISION=precision, BT=step, ROWS=ROWS_AT_ONCE, **tile.options(),
         )  # fmt: skip
 
@@ -153,6 +160,21 @@ def regrouped(ccol_indices: Tensor, row_indices: Tensor, permutation: Tensor, ro
                 *window.shift, **window.constants(), TAPS=taps, BLOCK=max(16, 2048 // taps),
             )  # fmt: skip
     return lists
+
+
+def _whole_blocks(x: Tensor, side: int) -> Tensor:
+    """With zeros up to whole blocks of channels: rows that start at odd addresses cost a kernel more than a copy does."""
+    rest = -x.shape[-1] % side
+    return F.pad(x, (0, rest)) if rest else x
+
+
+def _inside(values: Tensor, lists: Lists, read_blocks: int, read_channels: int, transposed: bool) -> Tensor:
+    """Values, with zeros where blocks reach past the channels that are read: 0 * nan is no 0."""
+    blocks, dim = lists.entries % read_blocks, 1 if transposed else 2
+    if lists.places is not None:
+        blocks = torch.empty_like(blocks).scatter_(0, lists.places.long(), blocks)
+    channels = blocks[:, None] * values.shape[dim] + torch.arange(values.shape[dim], device=values.device)
+    return torch.where((channels < read_channels).unsqueeze(3 - dim), values, 0)
 
 
 def _longest_first(pointers: Tensor, programs: int) -> Tensor | None:

@@ -45,8 +45,8 @@ def check_grid(
     got = crow_indices.shape[0] - 1, ccol_indices.shape[0] - 1
     if got != expected:
         raise ValueError(
-            f"Expected indices of {expected[0]} x {expected[1]} blocks {list(block_size)} for {out_channels} x {in_channels} channels "
-            f"and {taps} taps, got {got[0]} x {got[1]}; they are those of another weight."
+            f"Expected indices of {expected[0]} x {expected[1]} blocks {list(block_size)} for {out_channels} x {in_channels} "
+            f"channels and {taps} taps, got {got[0]} x {got[1]}; they are those of another weight."
         )
 
 

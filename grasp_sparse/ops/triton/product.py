@@ -44,14 +44,14 @@ def _entry(entries, places, start, end, step, k, KB: tl.constexpr, BK: tl.conste
     )
 )  # fmt: skip
 def product_kernel(
-    x,  # [tokens, read_channels] or [N, read_h, read_w, read_channels]
+    x,  # [tokens, read_channels] or [N, read_h, read_w, read_channels], whole blocks of KB channels
     values,  # [nblocks, NB, KB] if READ_INNER else [nblocks, KB, NB]
     pointers,  # [groups + 1] where each list begins
     entries,  # [nblocks] which block of read channels; for images tap * read_blocks + block
     places,  # [nblocks] of the entry in values, or None: in this order
     order,  # [groups] which list the programs of one tile take, or None
     bias,  # [written_channels] or None
-    y,  # [tokens, written_channels] or [N, written_h, written_w, written_channels]
+    y,  # [tokens, written_channels] or [N, written_h, written_w, written_channels], whole blocks of NB channels
     tokens,
     groups,
     read_channels,
@@ -81,7 +81,6 @@ def product_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     RELU: tl.constexpr,
-    EVEN: tl.constexpr,  # read_channels is a multiple of KB
     KB: tl.constexpr,
     NB: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,31 +138,22 @@ def product_kernel(
                 right = (phase_w + pad_left - tap_w * DILATION_W) // STRIDE_W
             else:
                 down, right = tap_h * DILATION_H, tap_w * DILATION_W
-            channel = chunk * KB + inner
-            along = (down.to(tl.int64) * read_w + right) * read_channels + channel
+            along = (down.to(tl.int64) * read_w + right) * read_channels + (chunk * KB + inner)
             if PARTS > 0:
                 inside = (live & between(top + down, left + right, read_h, read_w))[:, None]
             else:
                 inside = live[:, None] & between(top[:, None] + down[None, :], left[:, None] + right[None, :], read_h, read_w)
         else:
-            channel = block * KB + inner
-            along = channel
+            along = block * KB + inner
             inside = live[:, None]
         down_block = place.to(tl.int64) * (KB * NB) + inner * (1 if READ_INNER else NB)
         if PARTS == 0:
             inside = inside & listed[None, :]
-            if EVEN:
-                along = runs(along, KB)
+            along = runs(along, KB)
             if READ_INNER:
                 down_block = runs(down_block, KB)
         w = values + down_block[:, None] + across[None, :]
-        if not EVEN:  # what values hold past the weight may be anything, and 0 * nan is no 0
-            inside = inside & (channel < read_channels)[None, :]
-            if PARTS == 0:
-                weights = tl.load(w, mask=((channel < read_channels) & listed)[:, None], other=0.0)
-            else:
-                weights = tl.load(w, mask=(channel < read_channels)[:, None], other=0.0)
-        elif PARTS == 0:
+        if PARTS == 0:
             weights = tl.load(w, mask=listed[:, None], other=0.0)
         else:
             weights = tl.load(w)
@@ -172,10 +162,9 @@ def product_kernel(
         block, place = next_block, next_place
 
     column = group % written_blocks * NB + n
-    exists = column < written_channels
     if bias is not None:
-        acc += tl.load(bias + column, mask=exists, other=0.0)[None, :]
+        acc += tl.load(bias + column)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # lets nan through
     result = y + (written * written_channels)[:, None] + column[None, :]
-    tl.store(result, acc.to(y.dtype.element_ty), mask=live[:, None] & exists[None, :])
+    tl.store(result, acc.to(y.dtype.element_ty), mask=live[:, None])

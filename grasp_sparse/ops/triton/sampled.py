@@ -5,8 +5,8 @@ channels stand on the M side of the dot, where wgmma wants 64: four blocks of 16
 to its own place in a workspace of float32, and the parts of the tokens are added up after it in their order: no atomics, the
 same bits at every run. How many parts there are follows from shapes and the device alone.
 
-Slots: block row r has those from ``crow[r] // TOGETHER + r`` on, one more than whole groups fit between, so that a program finds its
-row by counting and no list of groups must be made; at most one slot a row stays empty.
+Slots: block row r has those from ``crow[r] // TOGETHER + r`` on, one more than whole groups fit between, so that a program finds
+its row by counting and no list of groups must be made; at most one slot a row stays empty.
 
 Programs of the same tokens are neighbours: what they read of g and x comes from L2.
 """
@@ -28,8 +28,8 @@ ROWS_AT_ONCE = 256  # of crow_indices, compared in one go
     )
 )  # fmt: skip
 def sampled_kernel(
-    g,  # [tokens, out_channels]
-    x,  # [tokens, in_channels] or [N, image_h, image_w, in_channels]
+    g,  # [tokens, out_channels], whole blocks of BH channels
+    x,  # [tokens, in_channels] or [N, image_h, image_w, in_channels], whole blocks of BW channels
     crow_indices,
     col_indices,
     partial,  # [parts, nblocks, BH, BW]
@@ -58,8 +58,6 @@ def sampled_kernel(
     STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    EVEN_IN: tl.constexpr,  # in_channels is a multiple of BW
-    EVEN_OUT: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -92,11 +90,10 @@ def sampled_kernel(
             else:
                 tap_h, tap_w, chunk = tap_and_chunk(block, chunks, chunks_magic, chunks_shift, KERNEL_W)
             down, right = tap_h * DILATION_H - pad_top, tap_w * DILATION_W - pad_left
-        channel, filter = chunk * BW + inner, row * BH + o
-        along = channel.to(tl.int64)
+        along = (chunk * BW + inner).to(tl.int64)
         if IMAGES:
             along += (down.to(tl.int64) * image_w + right) * in_channels
-        if TOGETHER > 1 and EVEN_IN:
+        if TOGETHER > 1:
             along = runs(along, BW)
 
         acc = tl.zeros((TOGETHER * BW, BH), tl.float32)
@@ -118,13 +115,8 @@ def sampled_kernel(
                 inside = live[:, None]
             if TOGETHER > 1:
                 inside = inside & listed[None, :]
-            if not EVEN_IN:
-                inside = inside & (channel < in_channels)[None, :]
             inputs = tl.load(x + read[:, None] + along[None, :], mask=inside, other=0.0)
-            given = live[:, None]
-            if not EVEN_OUT:
-                given = given & (filter < out_channels)[None, :]
-            grads = tl.load(g + (m.to(tl.int64) * out_channels)[:, None] + filter[None, :], mask=given, other=0.0)
+            grads = tl.load(g + (m.to(tl.int64) * out_channels)[:, None] + (row * BH + o)[None, :], mask=live[:, None], other=0.0)
             acc = tl.dot(tl.trans(inputs), grads, acc, input_precision=PRECISION)
 
         result = partial + split.to(tl.int64) * nblocks * (BH * BW) + entry.to(tl.int64) * (BH * BW) + inner

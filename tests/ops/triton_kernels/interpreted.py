@@ -57,7 +57,8 @@ def sweep_conv2d() -> None:
         case = ConvCase(name, 2, 19 + 16 * (i % 3), 35, blocks[i % 5], (0.1, 0.4)[i % 2], i % 3 > 0, i % 4 == 1, IMAGES[i % 4])
         check_conv2d(lambda name: getattr(conv2d, name), case, dtype)
     even = ConvCase("3x3", 1, 32, 64, (32, 16), 0.3)
-    for case in (even, even._replace(density=0.0), even._replace(batch=0), even._replace(window="3x3-stride2", block_size=(64, 32))):
+    strided = even._replace(window="3x3-stride2", block_size=(64, 32))
+    for case in (even, even._replace(density=0.0), even._replace(batch=0), strided):
         check_conv2d(lambda name: getattr(conv2d, name), case, torch.float32)
 
 

@@ -87,14 +87,14 @@ def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
 
 def test_what_would_lead_kernels_out_of_their_tensors_is_refused():
     values, indices = block_matrix((40, 70), (16, 16), 1.0, torch.float32)
-    x, g = torch.randn(9, 70), torch.randn(9, 40)
+    x, g, images = torch.randn(9, 70), torch.randn(9, 40), torch.randn(2, 70, 4, 4)
     run = kernels.linear
     for call in (
         lambda: run.bsr_spmm(values, *indices, None, torch.randn(9, 90), 40),
         lambda: run.bsr_spmm(values, *indices, None, x, 70),
         lambda: run.bsr_spmm_t(values, *indices, g, 90),
         lambda: run.bsr_sddmm(*indices, x, g, (16, 16)),
-        lambda: kernels.conv2d.bsr_conv2d_fprop(values, *indices, None, torch.randn(2, 70, 4, 4), 40, (3, 1), (1, 1), (0,) * 4, (1, 1)),
+        lambda: kernels.conv2d.bsr_conv2d_fprop(values, *indices, None, images, 40, (3, 1), (1, 1), (0,) * 4, (1, 1)),
     ):
         with pytest.raises(ValueError, match="they are those of another weight"):
             call()
@@ -112,7 +112,11 @@ assert "grasp_sparse.ops.triton" in sys.modules and "grasp_sparse.ops.triton.ker
 import torch
 print(*(torch._C._dispatch_has_kernel_for_dispatch_key(f"grasp_sparse::{name}", "CUDA") for name in sys.argv[1:]))
 """
-    hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)"
+    hidden = """
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+"""
     for setup, registered in (("", "True"), (hidden, "False")):
         done = subprocess.run([sys.executable, "-c", setup + program, *BLOCK_SCHEMAS], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
