@@ -1,5 +1,6 @@
 // Introspection for Python: what was built and which body runs. Importing this module loads the operators too.
 // pybind11 comes with torch. No torch header here: torch's own pybind11 ones refuse TORCH_TARGET_VERSION.
+#undef TORCH_TARGET_VERSION  // and so does, in torch 2.11, pybind11 itself
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -137,7 +137,8 @@ inline std::optional<ProductPlan> plan_product(const Gathered& x, int rows, cons
   return plan;
 }
 
-// The first of the shapes, best first, that gives every multiprocessor a block; else the last that fits, if need be alone.
+// The first of the shapes, best first, that gives every multiprocessor a block; else the last that fits; for a window so wide that
+// none does, the least one.
 template <size_t Count>
 ProductPlan plan_product(const Gathered& x, int rows, const ProductShape (&shapes)[Count], int ring_bytes,
                          const DeviceLimits& device) {
@@ -148,7 +149,7 @@ ProductPlan plan_product(const Gathered& x, int rows, const ProductShape (&shape
     if (plan && plan->blocks >= device.multiprocessors) break;
   }
   const ProductShape& last = shapes[Count - 1];
-  if (!best) best = plan_product(x, rows, ProductShape{last.rows, last.vector, last.warps, 1}, ring_bytes, device);
+  if (!best) best = plan_product(x, rows, ProductShape{last.rows, last.vector, 1, 1}, ring_bytes, device);
   if (!best) throw std::runtime_error(kTooManyTaps);
   return *best;
 }

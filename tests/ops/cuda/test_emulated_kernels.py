@@ -64,6 +64,14 @@ def test_every_way_of_cutting(emulator, emulated, device, dtype):
     check_conv(emulated, dtype, ((3, 3), (1, 1), (9, 9, 9, 9), (9, 9), (7, 12)), 5, 6, 4, 0.3, "CHWN")
 
 
+def test_wide_windows(emulator, emulated):
+    emulator.set_limits(2, 26 << 10)
+    check_conv(emulated, torch.float32, ((15, 13), (1, 1), (7, 7, 6, 6), (1, 1), (9, 9)), 2, 3, 5, 0.05, "CHWN")
+    values, indices, _ = sparse_matrix(1, 200 * 200, 1.0, torch.float32)
+    with pytest.raises(RuntimeError, match="leave this layer dense"):
+        emulated.csr_conv2d_fprop(values, *indices, None, torch.ones(1, 1, 200, 200), (200, 200), (1, 1), (0,) * 4, (1, 1))
+
+
 def test_results_are_the_same_bits(emulated):
     values, indices, _ = sparse_matrix(40, 60, 0.3, torch.float32)
     x, g = torch.randn(60, 130).t(), torch.randn(40, 130).t()
