@@ -34,3 +34,10 @@ def no_times_from_elsewhere(monkeypatch):
     monkeypatch.setenv("GRASP_SPARSE_CACHE", "0")
     monkeypatch.setattr(cache, "_memory", {})
     monkeypatch.setattr(cache, "_unsaved", set())
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

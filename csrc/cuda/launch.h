@@ -9,6 +9,8 @@
 
 namespace grasp_sparse::cuda {
 
+inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t error) {

@@ -51,8 +51,6 @@ inline Lists lists_of(const CsrView& csr, const Window& window, bool by_column, 
   return lists;
 }
 
-inline int64_t blocks_for(int64_t count, int threads) { return (count + threads - 1) / threads; }
-
 // rank_rows and find_bounds: what both kernels read of the lists.
 inline void index_lists(const Queue& queue, const Lists& lists, int* by_count, int* bounds) {
   launch(queue.stream, rank_rows, blocks_for(lists.rows, kRankThreads), kRankThreads, kRankThreads * sizeof(int), lists, by_count);

@@ -40,6 +40,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     def _adamw(self, group: dict, parameters: list[Tensor]) -> None:
         states = [self.state[p] or self._start(p) for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if parameter.is_cuda and not state["step"].is_cuda:  # from a state_dict of torch's AdamW, which counts on the CPU
+                state["step"] = state["step"].to(parameter.device)
         tensors = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
         beta1, beta2 = group["betas"]
         self._run(
@@ -49,8 +52,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     def _start(self, parameter: Tensor) -> dict:
         state = self.state[parameter]
-        # torch counts in float32 on the CPU, unless float64 is the default dtype.
-        state["step"] = torch.zeros((), dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        # As torch's fused AdamW: where the parameter is, so that a CUDA graph counts too, in float32 unless float64 is the default.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        state["step"] = torch.zeros((), dtype=dtype, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state

@@ -15,7 +15,7 @@ from grasp_sparse.formats import block_grid, csr_from_mask
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIDES = (16, 32, 64, 128)

@@ -19,7 +19,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from grasp_sparse import _extension
-from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.ops.schema import SCHEMAS, UPDATE_SCHEMAS
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
@@ -59,8 +59,8 @@ def _build(path: Path) -> None:
     path.parent.mkdir(exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory() as folder:
         units = [(HERE / "emulated.cpp", f"{name}.o", [f"-DEMULATED_TYPE={name}"]) for name in TYPES]
-        sources = KERNELS / "conv2d.cpp", KERNELS / "linear.cpp", HERE / "device.cpp"
-        units += [(source, f"{source.stem}.o", []) for source in sources]
+        sources = *KERNELS.glob("*.cpp"), HERE / "device.cpp", HERE / "emulated_update.cpp"
+        units += [(source, f"{source.stem}.o", []) for source in sources if source.name != "info.cpp"]
 
         def compile_unit(unit):
             source, name, flags = unit
@@ -88,5 +88,5 @@ _library = None
 def _define_operations() -> None:
     global _library
     _library = torch.library.Library("grasp_sparse_emulated", "DEF")
-    for name, schema in SCHEMAS.items():
+    for name, schema in (SCHEMAS | UPDATE_SCHEMAS).items():
         _library.define(name + schema)

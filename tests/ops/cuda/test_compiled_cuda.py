@@ -35,7 +35,7 @@ spec = spec_from_file_location("_cuda", sys.argv[1])
 module = module_from_spec(spec)
 spec.loader.exec_module(module)
 print(module.targets())
-for name in grasp_sparse.ops.schema.SCHEMAS:
+for name in grasp_sparse.ops.schema.SCHEMAS | grasp_sparse.ops.schema.UPDATE_SCHEMAS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("grasp_sparse::" + name, "CUDA"), name
 """
 
@@ -95,8 +95,8 @@ def test_it_compiles_in_time(built):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills(resources, architecture):
     kernels = {name: usage for (target, name), usage in resources.items() if target == architecture}
-    assert {"product", "sampled", "fill_groups", "count_groups", "rank_rows", "find_bounds"} <= {
-        word for name in kernels for word in re.findall(r"product|sampled|fill_groups|count_groups|rank_rows|find_bounds", name)
+    assert {"product", "sampled", "fill_groups", "count_groups", "rank_rows", "find_bounds", "sgd_update", "adamw_update"} <= {
+        word for name in kernels for word in re.findall(r"product|sampled|fill_groups|count_groups|rank_rows|find_bounds|sgd_update|adamw_update", name)
     }
     for name, usage in kernels.items():
         assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{name}: {usage}"

@@ -1,0 +1,2 @@
+// The optimizer steps for the emulator.
+#include "update.cuh"

@@ -1,0 +1,65 @@
+"""The optimizer steps on CUDA, run by the emulator, equal the reference: every layout, masks, more tensors than one launch takes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "optim"))
+from update_cases import LAYOUTS, OPERATIONS, SHAPES, arguments, copied, written  # noqa: E402
+
+from grasp_sparse.ops import reference_update  # noqa: E402
+
+TOLERANCE = {torch.float32: dict(rtol=2e-5, atol=2e-6), torch.float64: dict(rtol=1e-12, atol=1e-13)}
+CHANGES = {
+    "sgd_update_": [{}, dict(nesterov=True, dampening=0.0), dict(first_step=True), dict(maximize=True), dict(weight_decay=0.0)],
+    "adamw_update_": [{}, dict(maximize=True), dict(weight_decay=0.0), dict(eps=1e-3)],
+}
+CASES = [(name, change) for name in OPERATIONS for change in CHANGES[name]]
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name, change", CASES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_reference(emulated, dtype, name, change, layout, masked):
+    shapes = [*SHAPES, (3, 1500)]  # the last in two blocks
+    made = arguments(name, dtype, layout, masked, shapes, **change)
+    exact = copied(made)
+    getattr(emulated, name)(*made)
+    getattr(reference_update, name)(*exact)
+    for got, want in zip(written(name, made), written(name, exact), strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_more_tensors_than_one_launch_takes(emulated, name):
+    made = arguments(name, torch.float32, shapes=[(n % 7 + 1, n % 5 + 1) for n in range(93)])
+    exact = copied(made)
+    getattr(emulated, name)(*made)
+    getattr(reference_update, name)(*exact)
+    for got, want in zip(written(name, made), written(name, exact), strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
+
+
+def test_without_momentum(emulated):
+    made = arguments("sgd_update_", torch.float32)
+    made[2] = []
+    exact = copied(made)
+    emulated.sgd_update_(*made)
+    reference_update.sgd_update_(*exact)
+    for got, want in zip(made[0], exact[0], strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_wrong_arguments_change_nothing(emulated, name):
+    made = arguments(name, torch.float32, shapes=[(17,), (20,)])
+    made[2] = [made[2][0], made[2][1][:3]]
+    before = copied(made)
+    with pytest.raises(RuntimeError, match="Expected states"):
+        getattr(emulated, name)(*made)
+    assert all(torch.equal(a, b) for a, b in zip(written(name, made), written(name, before), strict=True))
