@@ -12,6 +12,7 @@ from op_cases import WINDOWS, block_matrix
 
 pytest.importorskip("triton")
 
+from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
 from grasp_sparse.ops.triton import kernels, tuning
 from grasp_sparse.ops.triton.window import divisor, window
@@ -82,7 +83,7 @@ def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
     monkeypatch.setattr(kernels, "_FAMILIES", {name: (None, at) for name, (_, at) in kernels._FAMILIES.items()})  # not to be called
     for name, arguments in {"bsr_spmm": (values, *indices, None, x, 40), "bsr_sddmm": (*indices, g, x, size)}.items():
         if name == "bsr_sddmm" or why != "two dtypes":
-            torch.testing.assert_close(kernels.run(name, *arguments), getattr(torch.ops.grasp_sparse, name)(*arguments))
+            torch.testing.assert_close(kernels.run(name, *arguments), getattr(reference_blocks, name)(*arguments))
 
 
 def test_what_would_lead_kernels_out_of_their_tensors_is_refused():
