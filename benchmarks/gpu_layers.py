@@ -21,25 +21,32 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_peers import products, semi_structured
 from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY
-from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
+from benchmarks.runner import (
+    RESULTS,
+    Results,
+    add_device,
+    check_device,
+    measure_all,
+    parser,
+    run,
+    settings_of,
+    share,
+    tell,
+    times_of,
+)
 from benchmarks.shapes import LinearShape, Shape
 from grasp_sparse.bench.ceilings import Ceilings, measure_ceilings
 from grasp_sparse.bench.cuda_arms import CudaArm, check, dense_arms, pruned_arms
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
 from grasp_sparse.bench.results import DENSE, Row, geometric_mean, kind_of, timing_columns
-from grasp_sparse.cuda_timing import device_times
 from grasp_sparse.nn import SparseConv2d, SparseLinear
 from grasp_sparse.pruning import make_masks
-from grasp_sparse.timing import Timing, interleaved
+from grasp_sparse.timing import Timing
 
 PASSES = ("forward", "forward+backward")
 KEY = ("group", "shape")
 # Single weights are no work for tensor cores, whole blocks no work for anything else.
 PRECISIONS = {"unstructured": ("float32", "bfloat16"), "block": ("tf32", "bfloat16")}
-
-
-def times_of(arms: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
-    return device_times(arms, rounds) if device == "cuda" else interleaved(dict(arms), rounds)
 
 
 def pruned_layer(dense: nn.Module, pattern: str, sparsity: float, seed: int) -> nn.Module:
@@ -160,15 +167,14 @@ def summary(rows: list[Row]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = parser("gpu_layers", __doc__)
-    flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    add_device(flags)
     flags.add_argument("--group", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
     flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=list(PATTERNS), help="default: all")
     flags.add_argument("--sparsity", type=share, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
     flags.add_argument("--rounds", type=int, default=10, help="measured calls of an arm (default: %(default)s)")
     flags.add_argument("--out", type=Path, help="CSV to write (default: gpu-layers.csv in benchmarks/results)")
     options = flags.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        flags.error("Expected a CUDA device, found none; --device cpu --quick shows that the program runs")
+    check_device(options)
 
     settings = settings_of(options)
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)

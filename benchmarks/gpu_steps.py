@@ -22,9 +22,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_layers import times_of
 from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork
-from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
+from benchmarks.runner import (
+    RESULTS,
+    Results,
+    add_device,
+    check_device,
+    measure_all,
+    parser,
+    run,
+    settings_of,
+    share,
+    tell,
+    times_of,
+)
 from grasp_sparse.bench.arms import LAYOUTS
 from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
@@ -118,7 +129,7 @@ def describe(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     flags = parser("gpu_steps", __doc__)
     names = [network.name for network in NETWORKS]
-    flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    add_device(flags)
     flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
     flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=["unstructured", "block(64, 64)"],
                        help="default: %(default)s")
@@ -127,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--rounds", type=int, default=7, help="measured steps of an arm (default: %(default)s)")
     flags.add_argument("--out", type=Path, help="CSV to write (default: gpu-steps.csv in benchmarks/results)")
     options = flags.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        flags.error("Expected a CUDA device, found none; --device cpu --quick shows that the program runs")
+    check_device(options)
 
     settings = settings_of(options)
     results = Results(options.out or RESULTS / "gpu-steps.csv", settings, options.resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from grasp_sparse.bench.arms import PRECISIONS, WrongResultError
 from grasp_sparse.bench.results import Row, machine, read_rows, same, write_rows
+from grasp_sparse.cuda_timing import device_times
+from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,6 +63,21 @@ def share(text: str) -> float:
 
 def add_precision(to: argparse.ArgumentParser) -> None:
     to.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="bfloat16: under autocast (default: %(default)s)")
+
+
+def add_device(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu with --quick: that the program runs")
+
+
+def check_device(options: argparse.Namespace) -> None:
+    """Raises UserError where there is no such device."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("Expected a CUDA device, found none; --device cpu --quick shows that the program runs")
+
+
+def times_of(arms: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
+    """Of calls in turns, on "cuda" or "cpu"."""
+    return device_times(arms, rounds) if device == "cuda" else interleaved(dict(arms), rounds)
 
 
 def settings_of(options: argparse.Namespace) -> Row:

@@ -7,6 +7,7 @@ for the device, or its launches depend on data) is called as it is, behind enoug
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -64,11 +65,6 @@ def device_times(arms: Mapping[str, Callable[[], object]], rounds: int, *, lead_
     return {name: Timing.of(taken) for name, taken in seconds.items()}
 
 
-_shared_pool = None
-
-
+@functools.cache
 def _pool():
-    global _shared_pool
-    if _shared_pool is None:
-        _shared_pool = torch.cuda.graph_pool_handle()
-    return _shared_pool
+    return torch.cuda.graph_pool_handle()

@@ -75,36 +75,49 @@ S minus_infinity() {
     return -std::numeric_limits<S>::infinity();
 }
 
-// One row of a sheet that is written; pointers are to the sheets.
-template <class Pass, class S>
-void pool_row(const Window& window, const Sheets& read, const Sheets& written, int64_t row, const S* from, const uint8_t* places, S* out,
-              uint8_t* places_out) {
-  static thread_local Reads reads;
-  const int64_t step = Pass::step(window.w), advance = Pass::advance(window.w) * read.run;
+// Columns `step` apart that read alike, because they miss the same taps at an edge, or none.
+struct Run {
+  int64_t col, count;
+};
+
+// All columns of a row in runs: the same for every row, so found once a call.
+template <class Pass>
+std::vector<Run> runs_of(const Axis& axis, int64_t width) {
   const auto alike = [&](int64_t col, int64_t other) {
     bool same = true;
-    for (int64_t s = 0; s < window.w.kernel; ++s) same &= (Pass::at(window.w, col, s) < 0) == (Pass::at(window.w, other, s) < 0);
+    for (int64_t s = 0; s < axis.kernel; ++s) same &= (Pass::at(axis, col, s) < 0) == (Pass::at(axis, other, s) < 0);
     return same;
   };
-  for (int64_t phase = 0; phase < std::min(step, written.width); ++phase) {
-    for (int64_t col = phase; col < written.width;) {
-      int64_t runs = 1;  // columns that miss the same taps at an edge, or none
-      while (col + runs * step < written.width && alike(col, col + runs * step)) ++runs;
-      reads.set<Pass>(window, row, col, read);
-      const int64_t to = row * written.row() + col * written.run;
-      if (reads.taps.empty() && places_out) {  // windows whose every tap is in the padding
-        std::fill_n(out + to, runs * written.run, minus_infinity<S>());
-        std::fill_n(places_out + to, runs * written.run, uint8_t{kMostTaps});
-      } else {
-        const PoolArgs<S> args{from, places, reads.offsets.data(), reads.taps.data(), static_cast<int>(reads.taps.size()), runs,
-                               written.run, advance, step * written.run, out + to, places_out ? places_out + to : nullptr};
-        if constexpr (std::is_same_v<Pass, Forward>)
-          kernels<S>().max_pool(args);
-        else
-          kernels<S>().max_pool_grad(args);
-      }
-      col += runs * step;
+  std::vector<Run> runs;
+  const int64_t step = Pass::step(axis);
+  for (int64_t phase = 0; phase < std::min(step, width); ++phase)
+    for (int64_t col = phase; col < width; col += runs.back().count * step) {
+      runs.push_back({col, 1});
+      while (col + runs.back().count * step < width && alike(col, col + runs.back().count * step)) ++runs.back().count;
     }
+  return runs;
+}
+
+// One row of a sheet that is written; pointers are to the sheets.
+template <class Pass, class S>
+void pool_row(const Window& window, const std::vector<Run>& runs, const Sheets& read, const Sheets& written, int64_t row, const S* from,
+              const uint8_t* places, S* out, uint8_t* places_out) {
+  static thread_local Reads reads;
+  const int64_t step = Pass::step(window.w), advance = Pass::advance(window.w) * read.run;
+  for (const auto& [col, count] : runs) {
+    reads.set<Pass>(window, row, col, read);
+    const int64_t to = row * written.row() + col * written.run;
+    if (reads.taps.empty() && places_out) {  // windows whose every tap is in the padding; forward, where step is 1
+      std::fill_n(out + to, count * written.run, minus_infinity<S>());
+      std::fill_n(places_out + to, count * written.run, uint8_t{kMostTaps});
+      continue;
+    }
+    const PoolArgs<S> args{from, places, reads.offsets.data(), reads.taps.data(), static_cast<int>(reads.taps.size()), count,
+                           written.run, advance, step * written.run, out + to, places_out ? places_out + to : nullptr};
+    if constexpr (std::is_same_v<Pass, Forward>)
+      kernels<S>().max_pool(args);
+    else
+      kernels<S>().max_pool_grad(args);
   }
 }
 
@@ -112,10 +125,11 @@ template <class Pass, class S>
 void pool_sheets(const Window& window, const Sheets& read, const Sheets& written, const S* from, const uint8_t* places, S* out,
                  uint8_t* places_out) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, written.row()));
+  const std::vector<Run> runs = runs_of<Pass>(window.w, written.width);
   parallel_for(0, written.outer * written.height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sheet = task / written.height, base = sheet * read.size(), to = sheet * written.size();
-      pool_row<Pass, S>(window, read, written, task % written.height, from + base, places ? places + base : nullptr, out + to,
+      pool_row<Pass, S>(window, runs, read, written, task % written.height, from + base, places ? places + base : nullptr, out + to,
                         places_out ? places_out + to : nullptr);
     }
   });
@@ -148,6 +162,7 @@ void pool_planes(const Window& window, Sheets read, Sheets written, const S* fro
   constexpr int64_t L = kLanes<T>;
   const int64_t planes = read.outer, read_size = read.size(), written_size = written.size();
   read.run = written.run = L;
+  const std::vector<Run> runs = runs_of<Pass>(window.w, written.width);
   parallel_for(0, ceil_div(planes, L), 1, [&](int64_t begin, int64_t end) {
     TaskScratch& task = TaskScratch::mine();
     T* packed = task.packed.template reserve<T>(read.size());
@@ -161,7 +176,7 @@ void pool_planes(const Window& window, Sheets read, Sheets written, const S* fro
         for (int l = 0; l < L; ++l)
           for (int64_t i = 0; i < read_size; ++i) bytes[i * L + l] = l < lanes ? places[(first + l) * read_size + i] : 0;
       for (int64_t row = 0; row < written.height; ++row)
-        pool_row<Pass, T>(window, read, written, row, packed, places ? bytes : nullptr, result, places ? nullptr : bytes);
+        pool_row<Pass, T>(window, runs, read, written, row, packed, places ? bytes : nullptr, result, places ? nullptr : bytes);
       unpack_planes(result, written_size, lanes, out + first * written_size);
       if (places_out)
         for (int l = 0; l < lanes; ++l)

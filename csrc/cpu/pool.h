@@ -10,7 +10,7 @@ namespace GRASP_SPARSE_ISA {
 template <class T>
 using Bytes = typename ByteLanes<kNativeLanes<T>>::type;
 
-// f(first element) for native vectors that cover [0, length), the last one shifted back; f_one(element) where there are too few.
+// f(first element) for native vectors that cover [0, length), the last one shifted back; one(element) where there are too few.
 template <class T, class F, class One>
 GRASP_SPARSE_INLINE void for_vectors(int64_t length, const F& f, const One& one) {
   constexpr int n = kNativeLanes<T>;

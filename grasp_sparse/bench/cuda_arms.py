@@ -13,14 +13,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.bench.arms import LAYOUTS, WrongResultError
+from grasp_sparse.bench.arms import LAYOUTS, Arm, WrongResultError
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
 from grasp_sparse.bench.results import DENSE
 from grasp_sparse.nn import SparseLayer
 
 
-class CudaArm:
-    """A layer with its input and incoming gradient; a call runs forward and, unless `grad` is None, backward.
+class CudaArm(Arm):
+    """An :class:`~grasp_sparse.bench.arms.Arm` in one more precision, "tf32", whose dense layer is in its precision already.
 
     Runs on whatever device its tensors are on; on the CPU "tf32" is float32.
     """
@@ -34,18 +34,15 @@ class CudaArm:
         self.x = x.detach().to(dtype).requires_grad_(input_grad and grad is not None)
         self.grad = None if grad is None else grad.to(dtype)
 
-    def __call__(self) -> Tensor:
-        self.x.grad = None
-        for parameter in self.layer.parameters():
-            parameter.grad = None
+    def _forward(self) -> Tensor:
         casts = self.pruned and self.precision == "bfloat16"
         autocast = torch.autocast(self.x.device.type, torch.bfloat16) if casts else nullcontext()
-        with precision(self.precision), torch.set_grad_enabled(self.grad is not None):
-            with autocast:
-                y = self.layer(self.x)
-            if self.grad is not None:
-                y.backward(self.grad)
-        return y
+        with torch.set_grad_enabled(self.grad is not None), autocast:
+            return self.layer(self.x)
+
+    def __call__(self) -> Tensor:
+        with precision(self.precision):
+            return super().__call__()
 
     def results(self) -> dict[str, Tensor]:
         """Output and gradients of one call in float64; that of the weight is dense, zeros where pruned."""

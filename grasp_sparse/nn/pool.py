@@ -15,8 +15,7 @@ _MOST_TAPS = 255  # a place in the window is one byte
 
 class MaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d``: the same results and gradients. On the CPU, in float32, float64 and bfloat16, by kernels that write the
-    layout they read: in NCHW they take less than half of torch's time, with the batch innermost a fifth. In channels_last torch is
-    as fast or faster; that and everything else, indices among it, is left to torch.
+    layout they read. In channels_last torch's own is as fast or faster; that and everything else, indices among it, is left to it.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as ``nn.MaxPool2d``.

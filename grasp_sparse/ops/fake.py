@@ -136,7 +136,7 @@ def _(x, kernel_size, stride, padding, dilation, ceil_mode):
 @_register("grasp_sparse::max_pool2d_backward")
 def _(g, places, input_size, kernel_size, stride, padding, dilation, ceil_mode):
     torch._check(g.shape == places.shape, lambda: f"max_pool2d_backward: Expected g {tuple(places.shape)}, got {tuple(g.shape)}")
-    return empty_images(places, (*g.shape[:2], *input_size)).to(g.dtype)
+    return empty_images(places, (*g.shape[:2], *input_size), g.dtype)
 
 
 for _name in UPDATE_SCHEMAS:

@@ -22,15 +22,16 @@ def empty_rows(like: Tensor, size: Sequence[int]) -> Tensor:
     return like.new_empty(tuple(size))
 
 
-def empty_images(like: Tensor, size: Sequence[int]) -> Tensor:
-    """Empty ``[N, C, H, W]`` in the memory layout of the 4-D ``like``."""
+def empty_images(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Empty ``[N, C, H, W]`` in the memory layout of the 4-D ``like``, and in its dtype unless another is given."""
+    dtype = dtype or like.dtype
     if like.is_contiguous():
-        return like.new_empty(tuple(size))
+        return like.new_empty(tuple(size), dtype=dtype)
     if like.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        return torch.empty(tuple(size), dtype=dtype, device=like.device, memory_format=torch.channels_last)
     if like.permute(_CHWN).is_contiguous():
-        return like.new_empty([size[d] for d in _CHWN]).permute(_CHWN_BACK)
-    return like.new_empty(tuple(size))
+        return like.new_empty([size[d] for d in _CHWN], dtype=dtype).permute(_CHWN_BACK)
+    return like.new_empty(tuple(size), dtype=dtype)
 
 
 def output_size(

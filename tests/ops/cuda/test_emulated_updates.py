@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from update_cases import LAYOUTS, OPERATIONS, SHAPES, arguments, copied, written
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "optim"))
-from update_cases import LAYOUTS, OPERATIONS, SHAPES, arguments, copied, written  # noqa: E402
-
-from grasp_sparse.ops import reference_update  # noqa: E402
+from grasp_sparse.ops import reference_update
 
 TOLERANCE = {torch.float32: dict(rtol=2e-5, atol=2e-6), torch.float64: dict(rtol=1e-12, atol=1e-13)}
 CHANGES = {
