@@ -1,4 +1,5 @@
 // csr_conv2d_fprop, _dgrad, _wgrad, _backward, and the first three of bsr_conv2d_*: checks, layouts, and the call of the pass.
+#include "geometry.h"
 #include "isa.h"
 #include "layout.h"
 #include "pixel_lanes.h"
@@ -7,46 +8,6 @@
 namespace grasp_sparse {
 
 namespace {
-
-void check_pair(const Sizes& sizes, size_t count, int64_t least, const char* name) {
-  STD_TORCH_CHECK(sizes.size() == count, "Expected ", name, " of ", count, " numbers, got ", sizes.size(), ".");
-  for (int64_t size : sizes)  // the upper bound keeps every product of two of them within 64 bits
-    STD_TORCH_CHECK(size >= least && size <= INT32_MAX, "Expected ", name, " between ", least, " and ", INT32_MAX, ", got ", size, ".");
-}
-
-Window window_of(int64_t height, int64_t width, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  check_pair(kernel, 2, 1, "kernel_size");
-  check_pair(stride, 2, 1, "stride");
-  check_pair(padding, 4, 0, "padding");
-  check_pair(dilation, 2, 1, "dilation");
-  auto axis = [&](int i, int64_t input) {
-    const int64_t room = input + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1;
-    STD_TORCH_CHECK(room >= 0, "Expected a padded image that holds the window, it is ", -room, " too small.");
-    return Axis{kernel[i], stride[i], dilation[i], padding[2 * i], input, room / stride[i] + 1};
-  };
-  return {axis(0, height), axis(1, width)};
-}
-
-void check_images(const Tensor& t, int64_t channels, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) == channels, "Expected ", name, " of shape [N, ", channels, ", H, W], got ", t.dim(),
-                  " dimensions and ", t.dim() > 1 ? t.size(1) : 0, " channels.");
-}
-
-void check_output(const Tensor& g, const Window& window) {
-  STD_TORCH_CHECK(g.size(2) == window.h.output && g.size(3) == window.w.output, "Expected g of ", window.h.output, " x ",
-                  window.w.output, " pixels, got ", g.size(2), " x ", g.size(3), ".");
-}
-
-int64_t taps_of(const Sizes& kernel) {
-  check_pair(kernel, 2, 1, "kernel_size");
-  return kernel[0] * kernel[1];
-}
-
-int64_t input_channels(const CsrView& csr, const Sizes& kernel) {
-  const int64_t taps = taps_of(kernel);
-  STD_TORCH_CHECK(csr.cols % taps == 0, "Expected columns in multiples of ", taps, " (kernel_size), got ", csr.cols, ".");
-  return csr.cols / taps;
-}
 
 template <class T>
 Image<T> image_of(T* data, const Tensor& t) {
@@ -97,15 +58,15 @@ Window check_pair_of_images(const Tensor& g, int64_t outputs, const Tensor& x, i
   check_images(x, inputs, "x");
   check_type(g, x.scalar_type(), "g");
   STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
-  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
   check_output(g, window);
   return window;
 }
 
 Window window_of_gradient(const Sizes& input_size, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
                           const Sizes& dilation) {
-  check_pair(input_size, 2, 0, "input_size");
-  return window_of(input_size[0], input_size[1], kernel, stride, padding, dilation);
+  check_numbers(input_size, 2, 0, "input_size");
+  return window_of<Window>(input_size[0], input_size[1], kernel, stride, padding, dilation);
 }
 
 Tensor wgrad(const char* op, const CsrView& csr, const Tensor& g, const Tensor& x, const Window& window) {
@@ -128,8 +89,8 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
                         Sizes stride, Sizes padding, Sizes dilation) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  check_images(x, input_channels(csr, kernel_size), "x");
-  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  check_images(x, input_channels(csr.cols, kernel_size), "x");
+  const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
   return fprop("csr_conv2d_fprop", csr, values, bias, x, csr.rows, window, false);
 }
 
@@ -139,7 +100,7 @@ Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& 
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
   check_images(g, csr.rows, "g");
-  const int64_t inputs = input_channels(csr, kernel_size);
+  const int64_t inputs = input_channels(csr.cols, kernel_size);
   const Window window = window_of_gradient(input_size, kernel_size, stride, padding, dilation);
   return dgrad("csr_conv2d_dgrad", csr, values, g, inputs, window);
 }
@@ -148,7 +109,7 @@ Tensor csr_conv2d_wgrad(const Tensor& crow, const Tensor& col, const Tensor& cco
                         const Tensor& g, const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  const int64_t inputs = input_channels(csr, kernel_size);
+  const int64_t inputs = input_channels(csr.cols, kernel_size);
   const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
   return wgrad("csr_conv2d_wgrad", csr, g, x, window);
 }
@@ -159,7 +120,7 @@ Tensor bsr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   check_images(x, channels_of(x), "x");
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView csr = indices.view_of_blocks(block_size_of(values), out_channels, x.size(1), taps_of(kernel_size));
-  const Window window = window_of(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
+  const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
   return fprop("bsr_conv2d_fprop", csr, values, bias, x, out_channels, window, relu);
 }
 
@@ -187,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
                                                        Sizes padding, Sizes dilation) {
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView& csr = indices.view();
-  const int64_t inputs = input_channels(csr, kernel_size);
+  const int64_t inputs = input_channels(csr.cols, kernel_size);
   const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
   check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));

@@ -1,6 +1,6 @@
 // csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward: a matrix [N, features] is N images of one pixel.
 #include "register.h"
-#include "tensors.h"
+#include "run.h"
 
 namespace grasp_sparse::cuda {
 
@@ -27,18 +27,7 @@ Tensor csr_spmm(const Tensor& values, const Tensor& crow, const Tensor& col, con
   const Indices indices(crow, col, ccol, row, permutation, x);
   const CsrView& csr = indices.view();
   check_matrix(x, csr.cols, "x");
-  const Tensor v = checked(values, csr.nnz, x, "values"), b = bias ? checked(*bias, csr.rows, x, "bias") : v;
-  Tensor y = x;
-  for_storage(x, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    using T = Compute<S>;
-    const Innermost in = Innermost::of<S>(call.queue(), x);
-    Result out(x, {x.size(0), csr.rows});
-    fprop<S>(call.queue(), csr, kPoint, x.size(0), const_data<T>(v), bias ? const_data<T>(b) : nullptr, relu, in.data<S>(),
-             out.data<S>());
-    y = out.finish<S>(call.queue());
-  });
-  return y;
+  return run_fprop(csr, kPoint, values, bias, relu, x, {x.size(0), csr.rows}, call);
 }
 
 Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
@@ -47,37 +36,20 @@ Tensor csr_spmm_t(const Tensor& values, const Tensor& crow, const Tensor& col, c
   const Indices indices(crow, col, ccol, row, permutation, g);
   const CsrView& csr = indices.view();
   check_matrix(g, csr.rows, "g");
-  const Tensor v = checked(values, csr.nnz, g, "values");
-  Tensor dx = g;
-  for_storage(g, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    const Innermost in = Innermost::of<S>(call.queue(), g);
-    Result out(g, {g.size(0), csr.cols});
-    dgrad<S>(call.queue(), csr, kPoint, g.size(0), const_data<Compute<S>>(v), in.data<S>(), out.data<S>());
-    dx = out.finish<S>(call.queue());
-  });
-  return dx;
+  return run_dgrad(csr, kPoint, values, g, {g.size(0), csr.cols}, call);
 }
 
 Tensor csr_sddmm(const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row, const Tensor& permutation,
                  const Tensor& g, const Tensor& x) {
   const Call call(x);
   const Indices indices(crow, col, ccol, row, permutation, x);
-  const CsrView& csr = indices.view();
-  check_matrices(csr, g, x);
-  const Tensor sums = empty_sums(x, {1, csr.nnz});
-  for_storage(x, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    const Innermost in_g = Innermost::of<S>(call.queue(), g), in_x = Innermost::of<S>(call.queue(), x);
-    wgrad<S>(call.queue(), csr, kPoint, x.size(0), in_g.data<S>(), in_x.data<S>(), mutable_data<Compute<S>>(sums));
-  });
-  return sums;
+  check_matrices(indices.view(), g, x);
+  return run_wgrad(indices.view(), kPoint, g, x, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col,
-                                                     const Tensor& ccol, const Tensor& row, const Tensor& permutation,
-                                                     const Tensor& g, const Tensor& x, const std::optional<Tensor>& y,
-                                                     bool input_grad) {
+Gradients csr_spmm_backward(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
+                            const Tensor& permutation, const Tensor& g, const Tensor& x, const std::optional<Tensor>& y,
+                            bool input_grad) {
   const Call call(x);
   const Indices indices(crow, col, ccol, row, permutation, x);
   const CsrView& csr = indices.view();
@@ -86,23 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
     check_matrix(*y, csr.rows, "y");
     check_alike(*y, x, "y");
   }
-  const Tensor v = checked(values, csr.nnz, x, "values");
-  const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
-  Tensor dx = empty(g, {0}, {1}, layout::dtype(g));
-  for_storage(x, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    using T = Compute<S>;
-    const Queue& queue = call.queue();
-    const Innermost in_g = Innermost::of<S>(queue, g, y ? &*y : nullptr), in_x = Innermost::of<S>(queue, x);
-    if (input_grad) {
-      Result out(g, {x.size(0), csr.cols});
-      dgrad<S>(queue, csr, kPoint, x.size(0), const_data<T>(v), in_g.data<S>(), out.data<S>());
-      dx = out.finish<S>(queue);
-    }
-    wgrad<S>(queue, csr, kPoint, x.size(0), in_g.data<S>(), in_x.data<S>(), mutable_data<T>(sums));
-    row_sums<S>(queue, csr.rows, x.size(0), in_g.data<S>(), mutable_data<T>(bias_sums));
-  });
-  return {dx, sums, bias_sums};
+  return run_backward(csr, kPoint, values, g, x, y ? &*y : nullptr, input_grad, call);
 }
 
 }  // namespace grasp_sparse::cuda
