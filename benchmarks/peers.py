@@ -136,7 +136,8 @@ def make_arms(
     dense, x = shape.layer(), shape.input(generator)
     mask = random_mask(dense.weight.shape, sparsity, generator)
     with torch.no_grad():
-        dense.weight.mul_(mask)
+        # Peers keep what is not zero; among millions of random weights some are.
+        dense.weight.masked_fill_(dense.weight == 0, torch.finfo(dense.weight.dtype).eps).mul_(mask)
         y = dense(x)
     grad = torch.randn(y.shape, generator=generator) if training else None
     ours = (SparseLinear if isinstance(shape, LinearShape) else SparseConv2d).from_dense(dense, mask)

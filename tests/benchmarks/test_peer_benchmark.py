@@ -69,3 +69,14 @@ def test_sparseprop_is_not_fed_what_it_computes_wrongly() -> None:
     pytest.importorskip("sparseprop")
     with pytest.raises(peers.UnsupportedError, match="batch 12 is not a multiple of 8"):
         peers.SparseProp().make(nn.Linear(4, 4), torch.ones(4, 4, dtype=torch.bool), torch.randn(12, 4), None)
+
+
+def test_a_kept_weight_that_is_zero_is_kept_by_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SMALL["linear"][0]
+    dense = shape.layer()
+    with torch.no_grad():
+        dense.weight.zero_()
+    monkeypatch.setattr(type(shape), "layer", lambda self: dense)
+    arms, kept, left_out = peers.make_arms(shape, 0.5, True, (peers.TorchCsr(),), seed=0)
+    assert not left_out
+    assert arms["torch CSR"].layer.weight.values().numel() == kept > 0
