@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grasp_sparse.bench.arms import WrongResultError
-from grasp_sparse.bench.layers import layer_table, measure_layers
+from grasp_sparse.bench.layers import layer_table, measure_layers, verdict
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, write_rows
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
 from grasp_sparse.choice import sparsity_under
@@ -127,6 +127,7 @@ def _measure(options: BenchOptions, model: nn.Module, masks: MaskSet, batch: tup
     say()
     header = ("layer", "input", "runs", "density", "dense ms", "sparse ms", "speed")
     say(table(header, layer_table(layers), right=(3, 4, 5, 6)))
+    say(verdict(layers))
     left = [row.name or "(the model)" for row in report.rows if row.runs == "dense"]
     if left:
         say(f"left dense: {', '.join(left)}")

@@ -58,6 +58,16 @@ def measure_layers(
     return rows
 
 
+def verdict(rows: list[Row], noise: float = 0.03) -> str:
+    """How many layers are as fast as dense, and of each that is slower by more than `noise` its share of all layers' dense time."""
+    best = {kind: {row["layer"]: row for row in rows if row["best"] and kind_of(row["arm"]) == kind} for kind in (DENSE, SPARSE)}
+    dense = {name: float(row["median_s"]) for name, row in best[DENSE].items()}
+    slower = {name: float(row["vs best dense"]) for name, row in best[SPARSE].items() if float(row["vs best dense"]) < 1 - noise}
+    text = f"{len(dense) - len(slower)} of {len(dense)} layers as fast as dense or faster (within {noise:.0%})"
+    shares = (f"{name} {ratio:.2f}x, {dense[name] / sum(dense.values()):.2%} of the time of all" for name, ratio in slower.items())
+    return f"{text}; slower: {'; '.join(shares)}" if slower else text
+
+
 def layer_table(rows: list[Row]) -> list[tuple[str, ...]]:
     """Columns layer, runs, density, dense ms, sparse ms, ratio: of each layer its fastest dense and its fastest pruned arm."""
     lines = []

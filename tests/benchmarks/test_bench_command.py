@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grasp_sparse import cli
+from grasp_sparse.bench.layers import verdict
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.nn import SparseConv2d
 from grasp_sparse.planning import Times, measure
@@ -71,6 +72,20 @@ def test_a_pattern(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert re.search(r"^3 +4x8x9x9 +sparse ", capsys.readouterr().out, re.M)
     assert _bench("--model", "own_models:tiny", "--input", "4x3x9x9", "--pattern", "block(4)") == 2
     assert "written block(bh, bw)" in capsys.readouterr().err
+
+
+def test_the_verdict_counts_layers_and_weighs_the_slower_ones() -> None:
+    def arms(layer: str, dense: float, sparse: float) -> list[dict]:
+        times = {"dense a": dense, "dense b": 2 * dense, "sparse a": sparse}
+        return [
+            {"layer": layer, "arm": arm, "median_s": seconds, "best": "" if arm == "dense b" else "yes",
+             "vs best dense": dense / seconds}
+            for arm, seconds in times.items()
+        ]  # fmt: skip
+
+    rows = arms("conv", 0.9, 0.3) + arms("noise", 0.09, 0.092) + arms("fc", 0.01, 0.0125)
+    assert verdict(rows) == "2 of 3 layers as fast as dense or faster (within 3%); slower: fc 0.80x, 1.00% of the time of all"
+    assert verdict(rows[:6]) == "2 of 2 layers as fast as dense or faster (within 3%)"
 
 
 def test_a_network_of_linear_layers_meets_onednn(capsys: pytest.CaptureFixture) -> None:
