@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.step import loss_function, make_optimizer, training_step
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.step import loss_function, training_step
 
 
 @dataclass(frozen=True)

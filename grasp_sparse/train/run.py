@@ -12,14 +12,16 @@ from grasp_sparse.files import write_atomically
 from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.engine import Interrupted, Position, Trainer
+from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say
+from grasp_sparse.train.position import Position
 from grasp_sparse.train.prepare import (
     data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary, sparsify_for_training,
 )
+from grasp_sparse.train.signals import Interrupted
 from grasp_sparse.train.timing import best_dense, measure_steps
 
 MASKS_NAME = "masks.safetensors"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.step import loss_function, make_optimizer, memory_format, training_step
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.step import loss_function, memory_format, training_step
 
 SPARSE = "sparse"
 DENSE_FORMATS = ("nchw", "channels_last")

@@ -18,9 +18,10 @@ from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.engine import Interrupted
 from grasp_sparse.train.errors import DivergedError, UserError
+from grasp_sparse.train.position import ROW_NUMBERS, Position, position_from
 from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.signals import Interrupted
 
 
 def dropout_net(num_classes: int, in_channels: int) -> nn.Module:
@@ -278,11 +279,11 @@ def test_settings_of_the_optimizer_come_from_the_recipe_not_from_its_state(tmp_p
      ("seconds", float("nan")), ("finished", 1), ("history", []), ("history", [1, 2, 3]), ("sums", {}), ("sums", None), ("more", 1)],
 )  # fmt: skip
 def test_a_position_that_no_run_reaches_is_refused(field: str, value: object) -> None:
-    row = dict.fromkeys(engine._ROW_NUMBERS, 1.0)
-    reached = {**dataclasses.asdict(engine.Position(3, 0, 1.0, True)), "history": [row] * 3}
-    assert engine.position_from(reached, epochs=3, steps_per_epoch=4).epoch == 3
+    row = dict.fromkeys(ROW_NUMBERS, 1.0)
+    reached = {**dataclasses.asdict(Position(3, 0, 1.0, True)), "history": [row] * 3}
+    assert position_from(reached, epochs=3, steps_per_epoch=4).epoch == 3
     with pytest.raises(UserError, match="Expected .*position"):
-        engine.position_from({**reached, field: value}, epochs=3, steps_per_epoch=4)
+        position_from({**reached, field: value}, epochs=3, steps_per_epoch=4)
 
 
 def test_a_second_ctrl_c_says_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
