@@ -13,7 +13,7 @@ from grasp_sparse.train.config import TrainConfig, packaged_recipes
 
 BAD_INPUT = 2  # exit code
 _GROUPS = {
-    "run": "run", "data": "data", "model": "model", "pruning": "pruning at initialization", "training": "training (SGD)",
+    "run": "run", "data": "data", "model": "model", "pruning": "pruning at initialization", "training": "training", "scale": "precision and several ranks (torchrun)",
 }
 
 _DESCRIPTION = "Prune networks at initialization (GraSP and others) and train them sparse with sparse kernels."

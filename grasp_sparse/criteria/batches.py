@@ -48,7 +48,9 @@ def as_batch(item: Any) -> Batch:
 class StoredBatches:
     """Batches read once from any iterable, which can be iterated again and again and give the same bits every time."""
 
-    def __init__(self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(
+        self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT, allow_none: bool = False
+    ) -> None:
         self._in_memory: list[Batch] = []
         self._offsets: list[tuple[int, int]] = []
         self._file: Any = None
@@ -63,7 +65,7 @@ class StoredBatches:
                 self._spill(batch)
         if count is not None and len(self) < count:
             raise ValueError(f"Expected at least num_batches={count} batches, got {len(self)}")
-        if not len(self):
+        if not len(self) and not allow_none:
             raise ValueError("Expected at least one batch, got none (an iterator that is already used up?)")
 
     def _spill(self, batch: Batch) -> None:

@@ -96,11 +96,14 @@ class TrainConfig:
         None, "training", "end training after this wall time; the schedule shrinks to fit (then not reproducible)",
         type=float, metavar="S",
     )
-    batch_size: int = _option(128, "training", "images per step", type=int, metavar="N")
+    batch_size: int = _option(128, "training", "images per rank and micro-batch", type=int, metavar="N")
+    accumulate: int = _option(1, "scale", "micro-batches per step: their gradients are added up", type=int, metavar="N")
+    optimizer: str = _option("sgd", "training", "SGD with momentum, or AdamW", choices=("sgd", "adamw"))
     lr: float = _option(0.1, "training", "peak learning rate", type=float)
-    momentum: float = _option(0.9, "training", "SGD momentum", type=float)
+    momentum: float = _option(0.9, "training", "SGD momentum; AdamW: beta1", type=float)
+    beta2: float = _option(0.999, "training", "AdamW: decay of the second moment", type=float)
     nesterov: bool = _option(True, "training", "Nesterov momentum", type=bool)
-    weight_decay: float = _option(5e-4, "training", "L2 penalty on kept weights", type=float)
+    weight_decay: float = _option(5e-4, "training", "L2 penalty on kept weights; AdamW: decoupled", type=float)
     schedule: str = _option(
         "cosine", "training", "cosine to zero, or divided by 10 at each milestone", choices=("cosine", "step", "constant")
     )
@@ -113,6 +116,18 @@ class TrainConfig:
     memory_format: str = _option(
         "nchw", "training", "layout of input images and dense convolutions", choices=("nchw", "channels_last")
     )
+    clip_norm: float | None = _option(
+        None, "training", "scale gradients down to this norm, all together, where theirs is larger", type=float, metavar="NORM"
+    )
+    ema_decay: float | None = _option(
+        None, "training", "evaluate a moving average of the weights too, with this decay, e.g. 0.9999", type=float, metavar="DECAY"
+    )
+
+    precision: str = _option(
+        "fp32", "scale", "of products: fp32, or autocast to bf16 or (with a scaled loss) fp16", choices=("fp32", "bf16", "fp16")
+    )
+    compile: bool = _option(False, "scale", "train through torch.compile", type=bool)
+    sync_batchnorm: bool = _option(False, "scale", "batch norms over the images of all ranks (GPUs only)", type=bool)
 
     seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
     device: str = _option("cpu", "run", "cpu, or cuda")
@@ -132,12 +147,20 @@ class TrainConfig:
             ("speedup", self.speedup is None or self.budget == "time", "none unless --budget time"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("beta2", 0 <= self.beta2 < 1, "0 <= beta2 < 1"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0"),
+            ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "0 < ema_decay < 1"),
+            (
+                "sync_batchnorm", not self.sync_batchnorm or not self.device.startswith("cpu"),
+                "false on the CPU, for which torch has no synchronized batch norm",
+            ),
             ("samples_per_class", self.samples_per_class >= 1, "at least 1"),
             ("score_batch", self.score_batch >= 1, "at least 1"),
             ("timing_rounds", self.timing_rounds != 1, "0, or at least 2 for quartiles"),
             ("lr", self.lr > 0, "a rate above 0"),
             ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("nesterov", self.momentum > 0 or not self.nesterov, "false when momentum is 0 (--no-nesterov)"),
+            ("nesterov", self.momentum > 0 or not self.nesterov or self.optimizer != "sgd", "false when momentum is 0 (--no-nesterov)"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),

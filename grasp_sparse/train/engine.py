@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, and an interrupt that loses nothing."""
+"""The training loop: steps, evaluation, checkpoints, and an interrupt that loses nothing; one of them in each rank."""
 
 from __future__ import annotations
 
@@ -9,124 +9,161 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from grasp_sparse.train.checkpoint import save_checkpoint
+from grasp_sparse.train.checkpoint import require, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
+from grasp_sparse.train.data_parallel import compiled, data_parallel
+from grasp_sparse.train.distributed import broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
+from grasp_sparse.train.ema import Ema
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.evaluation import evaluate
 from grasp_sparse.train.logging import EpochLog, progress_bar, say
 from grasp_sparse.train.optimizer import make_optimizer, restore_optimizer
 from grasp_sparse.train.position import Position, position_from
 from grasp_sparse.train.schedule import learning_rate, training_progress
+from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
 from grasp_sparse.train.signals import Interrupted, deferred_interrupt
-from grasp_sparse.train.step import loss_function, memory_format, training_step
+from grasp_sparse.train.step import loss_function, memory_format, step_options, training_step
 
 
 class Trainer:
-    """Trains `model` (dense or sparse) in place. `extra` goes into every checkpoint beside what the trainer knows."""
+    """Trains `model` (dense or sparse) in place. `extra` goes into every checkpoint beside what the trainer knows.
+
+    Under several ranks each has a trainer, and all do the same steps: every decision (when to stop, the learning rate under a
+    time limit, that the loss diverged) is made on numbers that all have.
+    """
 
     def __init__(self, config: TrainConfig, model: nn.Module, data: Data, run_dir: Path, extra: dict[str, Any]) -> None:
-        if len(data.train) < config.batch_size:
+        self.ranks = current_ranks()
+        images = images_per_step(config, self.ranks)
+        if len(data.train) < images:
             raise UserError(
-                f"Expected at least one batch of {config.batch_size} training images, got {len(data.train)}; lower --batch-size"
+                f"Expected at least one batch of {images} training images, got {len(data.train)}; lower --batch-size"
             )
         self.config, self.model, self.data, self.run_dir, self.extra = config, model, data, run_dir, extra
+        self.device = torch.device(config.device)
         self.optimizer = make_optimizer(config, model)
+        self.options = step_options(config)
         self.loss_fn = loss_function(config)
+        wrapped, self.traffic = data_parallel(model)
+        self.called = compiled(config, wrapped)
+        self.ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
         self.position = Position()
-        self.steps_per_epoch = len(data.train) // config.batch_size
+        self.steps_per_epoch = len(data.train) // images
+        seed_rank(config.seed, self.ranks.rank)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint whose model weights are already in `model`. Raises UserError when it does not fit."""
         self.position = position_from(state["position"], self.config.epochs, self.steps_per_epoch)
-        restore_optimizer(self.optimizer, state["optimizer"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        restore_optimizer(self.config, self.optimizer, state["optimizer"])
+        for name, mine in (("ema", self.ema), ("scaler", self.options.scaler.state_dict() or None)):
+            require((state[name] is None) == (mine is None), name, "there if and only if the recipe asks for it", state[name])
+        if self.ema is not None:
+            self.ema.restore(state["ema"])
+        if state["scaler"] is not None:
+            self.options.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.ranks.size:
+            _restore_rng(state["rng"][self.ranks.rank])
+        else:  # another number of ranks: rank 0 goes on, the others begin new streams
+            _restore_rng(state["rng"][0])
+            seed_rank(self.config.seed, self.ranks.rank, self.position.epoch, self.position.step)
 
     def save(self) -> Path:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return save_checkpoint(self.run_dir, {
+        """Write the checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there."""
+        streams = gather(_rng_state())
+        return on_main(lambda: save_checkpoint(self.run_dir, {
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "scaler": self.options.scaler.state_dict() or None,
+            "ema": None if self.ema is None else self.ema.averages,
+            "rng": streams,
             "position": asdict(self.position),
             **self.extra,
-        })
+        }))
 
     def fit(self) -> Position:
         """Train to the end. Raises Interrupted after saving on Ctrl-C, DivergedError when the loss is not finite."""
-        log = EpochLog(self.run_dir, self.position.history)
+        log = EpochLog(self.run_dir, self.position.history) if self.ranks.is_main else None
         self.model.train()
         with deferred_interrupt() as asked:
             while not self.position.finished:
                 self._train_epoch(asked)
                 row = self._close_epoch()
-                log.append(row)
+                if log is not None:
+                    log.append(row)
                 self.save()
                 say(
                     f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  test loss "
                     f"{row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}  {row['images_per_s']:,.0f} images/s  "
                     f"{row['seconds']:.0f} s"
+                    + (f"  {row['reduced_bytes']:,.0f} bytes all-reduced a step" if self.ranks.size > 1 else "")
                 )
-                self._stop_if(asked)
+                self._agree(asked, *sum_over_ranks(bool(asked)))
         return self.position
 
     def _progress(self) -> float:
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         return training_progress(self.config, done, self.config.epochs * self.steps_per_epoch, self.position.seconds)
 
-    def _stop_if(self, asked: list[int]) -> None:
-        if asked:
+    def _agree(self, asked: list[int], count: float) -> None:
+        """Save and stop if any rank was asked to; `count` of them were."""
+        if count:
+            asked[:] = sorted(set().union(*gather(asked)))
             self.save()
             raise Interrupted
 
     def _train_epoch(self, asked: list[int]) -> None:
         """Steps from the current position to the end of the epoch, or to the end of --max-seconds."""
         config, position = self.config, self.position
-        layout = memory_format(config.memory_format)
-        batches = self.data.train.shuffled(config.batch_size, config.seed, position.epoch, position.step, config.augment)
+        batches = train_batches(config, self.data, position.epoch, position.step, self.ranks)
         with progress_bar(self.steps_per_epoch, position.step, f"epoch {position.epoch + 1}/{config.epochs}") as bar:
             while (progress := self._progress()) < 1 and position.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 x, y = next(batches)
-                x, y = x.to(config.device, memory_format=layout), y.to(config.device)
+                x, y = x.to(self.device), y.to(self.device)
                 waited = time.perf_counter() - start
                 rate = learning_rate(config, progress)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                loss, logits = training_step(self.model, self.optimizer, self.loss_fn, x, y)
-                self._count_step(loss.item(), (logits.argmax(1) == y).sum().item(), len(y))
-                taken = time.perf_counter() - start
-                position.seconds += taken
-                position.sums["seconds"] += taken
-                position.sums["waited"] += waited
+                loss, logits = training_step(self.called, self.optimizer, self.loss_fn, x, y, self.options, self._prepare)
+                stops = self._count_step(loss, logits, y, start, waited, bool(asked))
                 bar.update()
                 bar.set_postfix(loss=f"{position.sums['loss'] / position.sums['images']:.3f}", refresh=False)
-                self._stop_if(asked)
+                self._agree(asked, stops)
 
-    def _count_step(self, loss: float, correct: int, images: int) -> None:
-        position = self.position
-        if not math.isfinite(loss):
+    def _prepare(self, x: Tensor) -> Tensor:
+        return x.to(memory_format=memory_format(self.config.memory_format))
+
+    def _count_step(self, loss: Tensor, logits: Tensor, y: Tensor, start: float, waited: float, asked: bool) -> float:
+        """Add the step of all ranks to the position, with rank 0's clock; how many ranks were asked to stop."""
+        position, clock = self.position, float(self.ranks.is_main)
+        correct = (logits.argmax(1) == y).sum().item()
+        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), asked
+        total_loss, correct, images, waited, seconds, stops = sum_over_ranks(*mine)
+        if not math.isfinite(total_loss):
             rate = self.optimizer.param_groups[0]["lr"]
             raise DivergedError(
-                f"the loss is {loss} at step {position.step + 1} of epoch {position.epoch + 1} (learning rate {rate:.4g}); "
-                "try a lower --lr, more --warmup or less --sparsity"
+                f"the loss is {total_loss / images} at step {position.step + 1} of epoch {position.epoch + 1} "
+                f"(learning rate {rate:.4g}); try a lower --lr, more --warmup or less --sparsity"
             )
         position.step += 1
-        position.sums["loss"] += loss * images
-        position.sums["correct"] += correct
-        position.sums["images"] += images
+        position.seconds += seconds
+        counted = (total_loss, correct, images, seconds, waited, self.traffic.take())
+        for name, value in zip(position.sums, counted, strict=True):
+            position.sums[name] += value
+        if self.ema is not None:
+            self.ema.update(position.epoch * self.steps_per_epoch + position.step)
+        return stops
 
     def _close_epoch(self) -> dict[str, Any]:
         """Evaluate, turn the open sums into a row of the history and move on to the next epoch."""
         position, sums = self.position, self.position.sums
         start = time.perf_counter()
-        test_loss, test_accuracy = evaluate(self.model, self.data, self.config)
-        evaluation = time.perf_counter() - start
+        measured = self._evaluate()
+        (evaluation,) = sum_over_ranks(time.perf_counter() - start if self.ranks.is_main else 0.0)
         position.seconds += evaluation
         row = {
             "epoch": position.epoch + 1,
@@ -134,16 +171,37 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sums["loss"] / max(sums["images"], 1),
             "train_accuracy": sums["correct"] / max(sums["images"], 1),
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **measured,
             "images_per_s": sums["images"] / max(sums["seconds"], 1e-9),
             "data_seconds": sums["waited"],
             "train_seconds": sums["seconds"],
             "test_seconds": evaluation,
             "seconds": position.seconds,
+            "reduced_bytes": sums["reduced"] / max(position.step, 1),
         }
         position.history.append(row)
         position.epoch, position.step = position.epoch + 1, 0
         position.sums = Position().sums
         position.finished = position.epoch == self.config.epochs or self._progress() >= 1
         return row
+
+    def _evaluate(self) -> dict[str, float]:
+        """Of the model, and of its moving average; running statistics are rank 0's, as those in a checkpoint are."""
+        broadcast_tensors(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+        loss, accuracy = evaluate(self.model, self.data, self.config)
+        measured = {"test_loss": loss, "test_accuracy": accuracy}
+        if self.ema is not None:
+            with self.ema.applied():
+                broadcast_tensors(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+                measured["ema_loss"], measured["ema_accuracy"] = evaluate(self.model, self.data, self.config)
+        return measured
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []}
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])

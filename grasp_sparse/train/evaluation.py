@@ -1,4 +1,4 @@
-"""Loss and accuracy on the test images."""
+"""Loss and accuracy on the test images, shared by all ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from torch import nn
 
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
-from grasp_sparse.train.step import memory_format
+from grasp_sparse.train.distributed import current_ranks, sum_over_ranks
+from grasp_sparse.train.sharding import test_batches
+from grasp_sparse.train.step import autocast, memory_format, step_options
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, config: TrainConfig) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (share right) of `model` on the test images."""
+    """Mean cross-entropy and accuracy (share right) of `model` on the test images; every rank looks at its part of them."""
     model.eval()
-    loss = correct = 0.0
-    for x, y in data.test.in_order(2 * config.batch_size):
-        x, y = x.to(config.device, memory_format=memory_format(config.memory_format)), y.to(config.device)
-        logits = model(x)
-        loss += nn.functional.cross_entropy(logits, y, reduction="sum").item()
+    device, layout = torch.device(config.device), memory_format(config.memory_format)
+    dtype = step_options(config).dtype
+    loss = correct = images = 0.0
+    for x, y in test_batches(config, data, current_ranks()):
+        x, y = x.to(device, memory_format=layout), y.to(device)
+        with autocast(device, dtype):
+            logits = model(x)
+        loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum").item()
         correct += (logits.argmax(1) == y).sum().item()
+        images += len(y)
     model.train()
-    return loss / len(data.test), correct / len(data.test)
+    loss, correct, images = sum_over_ranks(loss, correct, images)
+    return loss / images, correct / images

@@ -9,6 +9,10 @@ from typing import Any
 from grasp_sparse.train.checkpoint import require
 
 
+# Of the open epoch. `reduced`: bytes of gradients that this rank handed to all-reduces.
+_SUMS = ("loss", "correct", "images", "seconds", "waited", "reduced")
+
+
 @dataclass
 class Position:
     """How far a run is: the next step of the next epoch, seconds spent, rows of finished epochs, sums of the open one."""
@@ -18,12 +22,12 @@ class Position:
     seconds: float = 0.0
     finished: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("loss", "correct", "images", "seconds", "waited"), 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
 
 
 ROW_NUMBERS = (
     "epoch", "steps", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "images_per_s", "data_seconds",
-    "train_seconds", "test_seconds", "seconds",
+    "train_seconds", "test_seconds", "seconds", "reduced_bytes",
 )  # fmt: skip
 
 
