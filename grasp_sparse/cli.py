@@ -58,18 +58,23 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.run import prune_to_file
 
-    prune_to_file(_config(arguments), Path(arguments.out))
+    start_distributed()
+    prune_to_file(on_main(lambda: _config(arguments)), Path(arguments.out))
+    stop_distributed()
     return OK
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from grasp_sparse.report import write_report
+    from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
     from grasp_sparse.train.run import resume_run, start_run
     from grasp_sparse.train.summary import print_result, result_line
 
+    ranks = start_distributed()
     if arguments.resume:
         given = _given_flags(arguments)
         refused = [f"--{key.replace('_', '-')}" for key in given if key not in _RESUMABLE]
@@ -79,9 +84,12 @@ def _train(arguments: argparse.Namespace) -> int:
         run_dir = Path(arguments.resume)
         result = resume_run(run_dir, given)
     else:
-        config = _config(arguments)
+        config = on_main(lambda: _config(arguments))
         run_dir = Path(arguments.out) if arguments.out else Path("runs") / config.name
         result = start_run(config, run_dir, arguments.overwrite)
+    stop_distributed()
+    if not ranks.is_main:
+        return OK
     try:
         report = write_report(run_dir)
     except KeyboardInterrupt:
@@ -139,6 +147,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
+def _complain(error: Exception, line: str) -> None:
+    """The error's one line, once: what failed on rank 0 for all is said there, what failed on another rank by that one."""
+    from grasp_sparse.train.distributed import MainFailed, current_ranks
+
+    ranks = current_ranks()
+    if not isinstance(error, MainFailed):
+        where = "" if ranks.size == 1 else f"rank {ranks.rank}: "
+        print(f"grasp-sparse: error: {where}{line}", file=sys.stderr)
+
+
 def _check_kernels() -> None:
     """UserError, before any work, when the environment asks for kernels that this machine cannot run."""
     from grasp_sparse._extension import status
@@ -167,11 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"grasp-sparse: error: {_one_line(error)}", file=sys.stderr)
+        _complain(error, _one_line(error))
         return BAD_INPUT
     except Exception as error:  # a bug, or something about the machine: a person still gets one line
         if arguments.debug:
             raise
-        line = f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
-        print(f"grasp-sparse: error: {line}", file=sys.stderr)
+        _complain(error, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)")
         return BAD_INPUT

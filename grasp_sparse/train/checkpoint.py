@@ -13,9 +13,9 @@ from grasp_sparse.files import write_atomically
 from grasp_sparse.train.errors import UserError
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 _SECTIONS: dict[str, tuple[type, ...]] = {
-    "config": (dict,), "model": (dict,), "optimizer": (dict,), "rng": (dict,), "position": (dict,),
+    "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)), "ema": (dict, type(None)), "rng": (list,), "position": (dict,),
     "pruning": (dict, type(None)), "environment": (dict,),
 }  # fmt: skip
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
@@ -55,12 +55,28 @@ def _check_sections(state: dict[str, Any], path: Path) -> None:
     for name in ("config", "model"):
         require(all(type(key) is str for key in state[name]), f"the keys of {name} in {path}", "names", state[name])
     rng = state["rng"]
-    require(_is_rng_state(rng.get("torch")), f"rng in {path}", "the state of torch's random stream", rng.get("torch"))
-    cuda = rng.get("cuda")
-    require(isinstance(cuda, list) and all(map(_is_rng_state, cuda)), f"rng of cuda in {path}", "a list of states", cuda)
+    require(bool(rng) and all(map(_is_rng, rng)), f"rng in {path}", "the states of each rank's random streams", rng)
     for name, wanted in _IN_PRUNING.items() if state["pruning"] is not None else ():
         value = state["pruning"].get(name)
         require(type(value) is wanted, f"{name} of pruning in {path}", wanted.__name__, value)
+
+
+def rng_state() -> dict[str, Any]:
+    """This process's random streams, as an entry of the section rng."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Go on drawing where `rng_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _is_rng(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"torch", "cuda"}:
+        return False
+    return _is_rng_state(entry["torch"]) and (entry["cuda"] is None or _is_rng_state(entry["cuda"]))
 
 
 def _is_rng_state(value: object) -> bool:

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
+from grasp_sparse.nn import SparseLayer
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.distributed import current_ranks
 from grasp_sparse.train.errors import UserError
@@ -79,6 +80,13 @@ def synchronize_norms(config: TrainConfig, model: nn.Module) -> nn.Module:
     if not config.sync_batchnorm or current_ranks().size == 1:
         return model
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(values of sparse layers, all other trained parameters), each counted once: what a gradient holds."""
+    values = {layer.values for layer in model.modules() if isinstance(layer, SparseLayer)}
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    return sum(p.numel() for p in trained & values), sum(p.numel() for p in trained - values)
 
 
 class _LocalBatchNorm(nn.SyncBatchNorm):

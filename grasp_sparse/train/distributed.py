@@ -6,6 +6,7 @@ by NCCL. Alone, without torchrun, everything here does nothing and costs nothing
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -46,25 +47,31 @@ def current_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def start_distributed(config: TrainConfig) -> Ranks:
-    """Join the other processes that torchrun started, if it did; from here on device "cuda" is this process's own GPU.
-
-    Raises UserError for a device that several processes would share.
-    """
-    if dist.is_available() and dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return current_ranks()
-    device, local_rank = torch.device(config.device), int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cuda":
-        if device.index is not None:
-            raise UserError(f"Expected --device cuda under torchrun, which gives each process its own GPU, got {config.device}")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"Expected a GPU for each process, got {torch.cuda.device_count()} for local rank {local_rank}; "
-                "start fewer with --nproc-per-node"
-            )
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+def start_distributed() -> Ranks:
+    """Join the other processes that torchrun started, if it did. Device "cuda" then is this process's own GPU."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpus = torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if current_ranks().local_rank < gpus:
+            torch.cuda.set_device(current_ranks().local_rank)
     return current_ranks()
+
+
+def check_device(config: TrainConfig) -> None:
+    """UserError for a device that this machine does not have, or that several processes would share."""
+    ranks = current_ranks()
+    if ranks.size > 1 and config.device.startswith("cuda"):
+        if config.device != "cuda":
+            raise UserError(f"Expected --device cuda under torchrun, which gives each process its own GPU, got {config.device}")
+        if ranks.local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"Expected a GPU for each process, got {gpus} for local rank {ranks.local_rank}; start fewer with --nproc-per-node"
+            )
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
 
 
 def stop_distributed() -> None:
@@ -77,7 +84,7 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in place; the same bits everywhere."""
     if current_ranks().size > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _in_place(dist.all_reduce, tensor)
 
 
 def sum_over_ranks(*values: float) -> list[float]:
@@ -91,7 +98,15 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Give every rank rank 0's contents of each tensor, in place."""
     if current_ranks().size > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            _in_place(functools.partial(dist.broadcast, src=0), tensor.detach())
+
+
+def _in_place(collective: Callable[[Tensor], object], tensor: Tensor) -> None:
+    """Channels_last weights and their gradients are no contiguous memory, which collectives want."""
+    flat = tensor.contiguous()
+    collective(flat)
+    if flat is not tensor:
+        tensor.copy_(flat)
 
 
 def gather(value: T) -> list[T]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.train.checkpoint import require, save_checkpoint
+from grasp_sparse.train.checkpoint import require, restore_rng, rng_state, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
 from grasp_sparse.train.data_parallel import compiled, data_parallel
@@ -65,14 +65,14 @@ class Trainer:
         if state["scaler"] is not None:
             self.options.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.ranks.size:
-            _restore_rng(state["rng"][self.ranks.rank])
+            restore_rng(state["rng"][self.ranks.rank])
         else:  # another number of ranks: rank 0 goes on, the others begin new streams
-            _restore_rng(state["rng"][0])
+            restore_rng(state["rng"][0])
             seed_rank(self.config.seed, self.ranks.rank, self.position.epoch, self.position.step)
 
     def save(self) -> Path:
         """Write the checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there."""
-        streams = gather(_rng_state())
+        streams = gather(rng_state())
         return on_main(lambda: save_checkpoint(self.run_dir, {
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
@@ -195,13 +195,3 @@ class Trainer:
                 broadcast_tensors(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
                 measured["ema_loss"], measured["ema_accuracy"] = evaluate(self.model, self.data, self.config)
         return measured
-
-
-def _rng_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []}
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"][0])

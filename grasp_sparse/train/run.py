@@ -9,9 +9,12 @@ from typing import Any
 
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.files import write_atomically
+from grasp_sparse.masks import MaskSet
 from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms, without_peers
+from grasp_sparse.train.distributed import Ranks, current_ranks, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
@@ -19,8 +22,10 @@ from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say
 from grasp_sparse.train.position import Position
 from grasp_sparse.train.prepare import (
-    data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary, sparsify_for_training,
+    check_same_structure, data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary,
+    sparsify_for_training,
 )
+from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
 from grasp_sparse.train.signals import Interrupted
 from grasp_sparse.train.timing import best_dense, measure_steps
 
@@ -34,12 +39,12 @@ def prune_to_file(config: TrainConfig, path: Path) -> None:
     """Score the model at initialization, print what is kept, save the masks."""
     if path.is_dir():
         raise UserError(f"Expected --out to be a file for the masks, got the folder {path}; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    on_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     config = dataclasses.replace(config, masks=None)
     data, model = data_and_model(config)
     masks = masks_for(config, model, data)
     costs = weight_costs(model, example_input(config, data), include=list(masks))
-    masks.save(path)
+    on_main(lambda: masks.save(path))
     say(density_table(pruning_summary(masks, costs, {})))
     say(f"masks: {path}")
 
@@ -49,34 +54,40 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 
     `overwrite` deletes the run that is there, but not before data, model and masks have proved good.
     """
-    _claim_folder(run_dir, overwrite)
+    on_main(lambda: _claim_folder(run_dir, overwrite))
     data, model = data_and_model(config)
     say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
     masks = None if config.dense else masks_for(config, model, data)
+    model = synchronize_norms(config, model)
     pruning = None if masks is None else sparsify_for_training(config, model, masks, data)
     trainer = Trainer(config, model, data, run_dir, {"pruning": pruning, "environment": describe_environment()})
-    _delete_old_run(run_dir)
-    if masks is not None:
-        masks.save(run_dir / MASKS_NAME)
+    on_main(lambda: _begin_folder(run_dir, masks))
     return _finish(trainer)
 
 
 def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`; `changes` replace recipe fields that do not alter what is computed."""
-    state = load_checkpoint(run_dir)
+    state = on_main(lambda: load_checkpoint(run_dir))
     config = TrainConfig.from_dict({**state["config"], **changes}, str(run_dir / FILE_NAME)).validate()
     kind = "nothing for a dense run" if config.dense else "a summary"
     require(config.dense == (state["pruning"] is None), f"pruning in {run_dir / FILE_NAME}", kind, state["pruning"])
+    ranks = current_ranks()
+    config = regrouped(config, len(state["rng"]), ranks)
     data, model = data_and_model(config)
+    model = synchronize_norms(config, model)
     try:
         if config.dense:
             model.load_state_dict(state["model"])
         else:
             load_sparse(model, state["model"])
+        check_same_structure(model)
         trainer = Trainer(config, model, data, run_dir, {key: state[key] for key in ("pruning", "environment")})
         trainer.restore(state)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{run_dir / FILE_NAME} does not fit model {config.model}: {error}") from error
+    if ranks.size != len(state["rng"]):
+        say(f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches in place of {len(state['rng'])} ranks: "
+            "the same images a step, not the same bits")
     position = trainer.position
     say(f"{run_dir}: " + ("training is complete" if position.finished else
                           f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
@@ -92,11 +103,13 @@ def _claim_folder(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _delete_old_run(folder: Path) -> None:
-    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one."""
+def _begin_folder(folder: Path, masks: MaskSet | None) -> None:
+    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one. Write this one's masks."""
     if (folder / FILE_NAME).exists():
         for name in _RUN_FILES:
             (folder / name).unlink(missing_ok=True)
+    if masks is not None:
+        masks.save(folder / MASKS_NAME)
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
@@ -105,7 +118,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     resume = f"go on with: grasp-sparse train --resume {trainer.run_dir}"
     try:
         position = trainer.fit()
-        comparison = _compare_with_dense(trainer) if config.timing_rounds else {"timing": None, "memory": None}
+        comparison = on_main(lambda: _compare_with_dense(trainer)) if config.timing_rounds else {"timing": None, "memory": None}
     except KeyboardInterrupt as error:
         if not isinstance(error, Interrupted) and not trainer.position.finished:
             if not (trainer.run_dir / FILE_NAME).exists():
@@ -119,10 +132,11 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "data": {"name": data.name, "source": data.source, "train": len(data.train), "test": len(data.test)},
         "pruning": trainer.extra["pruning"],
         "training": _training_summary(position),
+        "scale": _scale(trainer),
         **comparison,
     }
     text = json.dumps(result, indent=1)
-    write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode()))
+    on_main(lambda: write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode())))
     return result
 
 
@@ -137,14 +151,26 @@ def _training_summary(position: Position) -> dict[str, Any]:
     }
 
 
+def _scale(trainer: Trainer) -> dict[str, Any]:
+    """On how many ranks, and what crossed between them a step: measured bytes beside the numbers they should hold."""
+    kept, dense = parameter_counts(trainer.model)
+    return {
+        "ranks": trainer.ranks.size,
+        "images_per_step": images_per_step(trainer.config, trainer.ranks),
+        "reduced_bytes": trainer.position.history[-1]["reduced_bytes"],
+        "values": kept,
+        "dense_parameters": dense,
+    }
+
+
 def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
-    """Step times and bytes of the trained model and of the same model with nothing pruned."""
+    """Step times and bytes of the trained model and of the same model with nothing pruned; on rank 0, the others wait."""
     config, data = trainer.config, trainer.data
     say(f"timing {config.timing_rounds} steps of each kind, in turns")
-    order = data.train.shuffled(config.batch_size, config.seed, epoch=0, augment=config.augment)
+    order = train_batches(config, data, 0, 0, Ranks())
     batches = [(x.to(config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
     dense = fresh_model(config, data)
-    sparse = None if config.dense else trainer.model
+    sparse = None if config.dense else without_peers(trainer.model)
     times = measure_steps(config, dense, sparse, batches)
     models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
     return {
