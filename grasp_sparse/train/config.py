@@ -36,15 +36,30 @@ class TrainConfig:
 
     name: str = _option("train", "run", "label of the run: default folder name and first word of the last line printed")
 
-    data: str = _option("fashion-mnist", "data", "data set", choices=("fashion-mnist", "imagefolder", "fake"))
-    data_dir: str | None = _option(None, "data", "folder that holds the data", metavar="DIR")
-    image_size: int | None = _option(
-        None, "data", "side in pixels; imagefolder (default 224) and fake (default 32) only", type=int, metavar="PIXELS"
+    data: str = _option(
+        "fashion-mnist", "data", "data set",
+        choices=("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "imagefolder", "fake"),
     )
-    augment: bool = _option(True, "data", "random shift and horizontal flip (imagefolder: crop and flip)", type=bool)
+    data_dir: str | None = _option(None, "data", "folder that holds the data, laid out as usual for the set", metavar="DIR")
+    image_size: int | None = _option(
+        None, "data", "side in pixels; imagenet, imagefolder (default 224) and fake (default 32) only", type=int, metavar="PIXELS"
+    )
+    augment: bool = _option(
+        True, "data", "random shift and horizontal flip (imagenet, imagefolder: random crop, resized, and flip)", type=bool
+    )
+    trivial_augment: bool = _option(
+        False, "data", "one more random change of colour or shape, TrivialAugmentWide (sets decoded while training)", type=bool
+    )
+    random_erasing: float = _option(
+        0.0, "data", "chance that a random rectangle is blanked (sets decoded while training)", type=float, metavar="SHARE"
+    )
+    max_corrupt: int = _option(
+        10, "data", "end the run when a process has met more unreadable image files than this; so many are replaced", type=int,
+        metavar="N",
+    )
     train_limit: int | None = _option(None, "data", "use only this many training images", type=int, metavar="N")
     test_limit: int | None = _option(None, "data", "use only this many test images", type=int, metavar="N")
-    workers: int = _option(2, "data", "processes that decode images (imagefolder only)", type=int, metavar="N")
+    workers: int = _option(2, "data", "processes that decode images, per process that trains; 0: none", type=int, metavar="N")
 
     model: str = _option(
         "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, or package.module:factory"
@@ -114,7 +129,8 @@ class TrainConfig:
     warmup: float = _option(0.0, "training", "share of training over which the rate climbs from 0", type=float, metavar="SHARE")
     label_smoothing: float = _option(0.0, "training", "cross-entropy label smoothing", type=float)
     memory_format: str = _option(
-        "nchw", "training", "layout of input images and dense convolutions", choices=("nchw", "channels_last")
+        "nchw", "training", "layout of input images and dense convolutions; chwn: batch innermost, as sparse convolutions want it",
+        choices=("nchw", "channels_last", "chwn"),
     )
     clip_norm: float | None = _option(
         None, "training", "scale gradients down to this norm, all together, where theirs is larger", type=float, metavar="NORM"
@@ -170,6 +186,8 @@ class TrainConfig:
             ("seed", -(2**63) <= self.seed < 2**63, "an integer of at most 64 bits, -2**63 <= seed < 2**63"),
             ("timing_rounds", self.timing_rounds >= 0, "at least 0"),
             ("workers", self.workers >= 0, "at least 0"),
+            ("max_corrupt", self.max_corrupt >= 0, "at least 0"),
+            ("random_erasing", 0 <= self.random_erasing <= 1, "a share between 0 and 1"),
             ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),
             ("test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1"),
             ("image_size", self.image_size is None or 1 <= self.image_size <= _MAX_SIDE, f"1 to {_MAX_SIDE}"),
