@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import shutil
 
@@ -17,6 +18,10 @@ from grasp_sparse.nn import SparseLayer
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.distributed import current_ranks
 from grasp_sparse.train.errors import UserError
+
+_SYNC_BUFFERS = next(  # the name of one setting, in newer versions of torch and in older ones
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class Traffic:
@@ -44,8 +49,8 @@ def data_parallel(model: nn.Module) -> tuple[nn.Module, Traffic]:
     traffic = Traffic()
     if current_ranks().size == 1:
         return model, traffic
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(traffic, _average)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
+    wrapped.register_comm_hook(traffic, lambda state, bucket: _average(state, bucket))  # DDP reads the annotations and knows no postponed ones
     return wrapped, traffic
 
 
