@@ -49,6 +49,8 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.recipe:
         recipe = read_recipe(arguments.recipe)
         values = TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}").to_dict()
+        if given.get("criterion", values["criterion"]) != values["criterion"]:
+            del values["criterion_args"]  # options of the criterion that the flag replaces
         if recipe.get("budget") == "time" and "sparsity" in recipe:
             raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
     config = TrainConfig.from_dict({**values, **given}, "the command line").validate()

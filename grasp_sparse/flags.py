@@ -98,7 +98,7 @@ def _add_bench(commands: Any) -> None:
         "Inputs and targets are random numbers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, or package.module:factory")
+    bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, timm:name, or package.module:factory")
     bench.add_argument("--input", required=True, metavar="NxCxHxW", help="a batch, e.g. 32x3x224x224")
     bench.add_argument("--sparsity", type=float, metavar="SHARE", help="share removed (default: 0.95; with pattern nm 1 - N / M)")
     bench.add_argument("--pattern", default="unstructured", metavar="PATTERN", help=f"{USAGE} (default: %(default)s)")

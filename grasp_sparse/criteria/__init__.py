@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.criteria.batches import Batch, StoredBatches, class_balanced, micro_batches
+from grasp_sparse.criteria.batches import Batch, RereadBatches, StoredBatches, class_balanced, micro_batches
 from grasp_sparse.criteria.grasp import grasp_scores
 from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.criteria.magnitude import magnitude_scores
@@ -131,8 +131,8 @@ def store_batches(
     num_classes: int | None = None,
     micro_batch_size: int | None = None,
     allow_none: bool = False,
-) -> StoredBatches:
-    """The samples to score on, read once; arguments as in `score`, `reads` as in Criterion.
+) -> StoredBatches | RereadBatches:
+    """The samples to score on, read once unless they can be made again; arguments as in `score`, `reads` as in Criterion.
 
     allow_none: other processes may have all the batches.
     """
@@ -147,6 +147,8 @@ def store_batches(
         return StoredBatches(batches, count=reads)
     if samples_per_class is not None:
         batches, num_batches = class_balanced(batches, samples_per_class, num_classes, num_batches or 1), None
+    if isinstance(batches, RereadBatches) and num_batches is None and micro_batch_size is None:
+        return batches
     stored = StoredBatches(batches, count=num_batches, allow_none=allow_none)
     return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size), allow_none=allow_none)
 

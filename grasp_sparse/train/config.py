@@ -62,7 +62,7 @@ class TrainConfig:
     workers: int = _option(2, "data", "processes that decode images, per process that trains; 0: none", type=int, metavar="N")
 
     model: str = _option(
-        "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, or package.module:factory"
+        "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, timm:name, or package.module:factory"
     )
     model_args: dict = _option(
         {}, "model", "argument of the model's factory as KEY=VALUE, the value as TOML, e.g. 'widths=[128, 256]'",

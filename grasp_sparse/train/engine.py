@@ -25,7 +25,7 @@ from grasp_sparse.train.position import Position, position_from
 from grasp_sparse.train.schedule import learning_rate, training_progress
 from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
 from grasp_sparse.train.signals import Interrupted, deferred_interrupt
-from grasp_sparse.train.step import loss_function, memory_format, step_options, training_step
+from grasp_sparse.train.step import loss_function, step_options, training_step
 
 
 class Trainer:
@@ -100,6 +100,7 @@ class Trainer:
                     f"{row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}  {row['images_per_s']:,.0f} images/s  "
                     f"{row['seconds']:.0f} s"
                     + (f"  {row['reduced_bytes']:,.0f} bytes all-reduced a step" if self.ranks.size > 1 else "")
+                    + (f"  passed over {row['corrupt_images']:,.0f} corrupt images" if row["corrupt_images"] else "")
                 )
                 self._agree(asked, *sum_over_ranks(bool(asked)))
         return self.position
@@ -118,12 +119,13 @@ class Trainer:
     def _train_epoch(self, asked: list[int]) -> None:
         """Steps from the current position to the end of the epoch, or to the end of --max-seconds."""
         config, position = self.config, self.position
+        self.data.corrupt.take()  # those met in scoring belong to no epoch
         batches = train_batches(config, self.data, position.epoch, position.step, self.ranks)
         with progress_bar(self.steps_per_epoch, position.step, f"epoch {position.epoch + 1}/{config.epochs}") as bar:
             while (progress := self._progress()) < 1 and position.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 x, y = next(batches)
-                x, y = x.to(self.device), y.to(self.device)
+                x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
                 waited = time.perf_counter() - start
                 rate = learning_rate(config, progress)
                 for group in self.optimizer.param_groups:
@@ -135,14 +137,15 @@ class Trainer:
                 self._agree(asked, stops)
 
     def _prepare(self, x: Tensor) -> Tensor:
-        return x.to(memory_format=memory_format(self.config.memory_format))
+        return self.data.prepare(x, self.device, self.config.memory_format)
 
     def _count_step(self, loss: Tensor, logits: Tensor, y: Tensor, start: float, waited: float, asked: bool) -> float:
         """Add the step of all ranks to the position, with rank 0's clock; how many ranks were asked to stop."""
         position, clock = self.position, float(self.ranks.is_main)
         correct = (logits.argmax(1) == y).sum().item()
-        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), asked
-        total_loss, correct, images, waited, seconds, stops = sum_over_ranks(*mine)
+        corrupt = self.data.corrupt.take()
+        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), corrupt, asked
+        total_loss, correct, images, waited, seconds, corrupt, stops = sum_over_ranks(*mine)
         if not math.isfinite(total_loss):
             rate = self.optimizer.param_groups[0]["lr"]
             raise DivergedError(
@@ -151,7 +154,7 @@ class Trainer:
             )
         position.step += 1
         position.seconds += seconds
-        counted = (total_loss, correct, images, seconds, waited, self.traffic.take())
+        counted = (total_loss, correct, images, seconds, waited, self.traffic.take(), corrupt)
         for name, value in zip(position.sums, counted, strict=True):
             position.sums[name] += value
         if self.ema is not None:
@@ -163,7 +166,8 @@ class Trainer:
         position, sums = self.position, self.position.sums
         start = time.perf_counter()
         measured = self._evaluate()
-        (evaluation,) = sum_over_ranks(time.perf_counter() - start if self.ranks.is_main else 0.0)
+        clock = time.perf_counter() - start if self.ranks.is_main else 0.0
+        evaluation, corrupt = sum_over_ranks(clock, self.data.corrupt.take())
         position.seconds += evaluation
         row = {
             "epoch": position.epoch + 1,
@@ -178,6 +182,7 @@ class Trainer:
             "test_seconds": evaluation,
             "seconds": position.seconds,
             "reduced_bytes": sums["reduced"] / max(position.step, 1),
+            "corrupt_images": sums["corrupt"] + corrupt,
         }
         position.history.append(row)
         position.epoch, position.step = position.epoch + 1, 0

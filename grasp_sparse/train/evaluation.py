@@ -9,18 +9,18 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
 from grasp_sparse.train.distributed import current_ranks, sum_over_ranks
 from grasp_sparse.train.sharding import test_batches
-from grasp_sparse.train.step import autocast, memory_format, step_options
+from grasp_sparse.train.step import autocast, step_options
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, config: TrainConfig) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (share right) of `model` on the test images; every rank looks at its part of them."""
     model.eval()
-    device, layout = torch.device(config.device), memory_format(config.memory_format)
+    device = torch.device(config.device)
     dtype = step_options(config).dtype
     loss = correct = images = 0.0
     for x, y in test_batches(config, data, current_ranks()):
-        x, y = x.to(device, memory_format=layout), y.to(device)
+        x, y = data.prepare(x, device, config.memory_format), y.to(device)
         with autocast(device, dtype):
             logits = model(x)
         loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum").item()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
@@ -65,14 +65,20 @@ class _Decoder(Dataset):
             try:
                 image = default_loader(self.images.path(index))
             except Exception as error:  # what PIL raises on bytes that are no image has no common class
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                failures.append((self.images.path(index), reason))
+                failures.append((self.images.path(index), _reason(error)))
                 index = (index + 1) % len(self.images)
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would restart the GPU's stream too
                 return self.transform(image), int(self.images.labels[index]), failures
         return None, -1, failures
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, in a few words without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _collate(items: list[tuple[Tensor | None, int, Failures]]) -> tuple[Tensor, Tensor, int, Failures]:

@@ -13,17 +13,19 @@ _ORDERS = {"nchw": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "chwn": (1, 2, 3
 LAYOUTS = tuple(_ORDERS)
 
 
-def empty_in_layout(size: tuple[int, ...], layout: str, device: str | torch.device) -> Tensor:
-    """Uninitialised float32 [N, C, H, W] in that layout: "nchw", "channels_last" or "chwn" (batch innermost)."""
+def empty_in_layout(
+    size: tuple[int, ...], layout: str, device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uninitialised [N, C, H, W] in that layout: "nchw", "channels_last" or "chwn" (batch innermost)."""
     order = _ORDERS[layout]
-    return torch.empty([size[d] for d in order], device=device).permute([order.index(d) for d in range(4)])
+    return torch.empty([size[d] for d in order], dtype=dtype, device=device).permute([order.index(d) for d in range(4)])
 
 
 def in_layout(images: Tensor, layout: str) -> Tensor:
-    """float32 `images` [N, C, H, W] in that layout; as they are if they lie so already."""
+    """`images` [N, C, H, W] in that layout; as they are if they lie so already."""
     if images.permute(_ORDERS[layout]).is_contiguous():
         return images
-    return empty_in_layout(images.shape, layout, images.device).copy_(images)
+    return empty_in_layout(images.shape, layout, images.device, images.dtype).copy_(images)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from grasp_sparse.train.checkpoint import require
 
 
-# Of the open epoch. `reduced`: bytes of gradients that this rank handed to all-reduces.
-_SUMS = ("loss", "correct", "images", "seconds", "waited", "reduced")
+# Of the open epoch. `reduced`: bytes of gradients that this rank handed to all-reduces. `corrupt`: images passed over, by all ranks.
+_SUMS = ("loss", "correct", "images", "seconds", "waited", "reduced", "corrupt")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Position:
 
 ROW_NUMBERS = (
     "epoch", "steps", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "images_per_s", "data_seconds",
-    "train_seconds", "test_seconds", "seconds", "reduced_bytes",
+    "train_seconds", "test_seconds", "seconds", "reduced_bytes", "corrupt_images",
 )  # fmt: skip
 
 

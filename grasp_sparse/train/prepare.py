@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import get_criterion
+from grasp_sparse.criteria.batches import RereadBatches
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import plan
 from grasp_sparse.pruning import prune
@@ -21,8 +22,10 @@ from grasp_sparse.train.criterion_args import criterion_options
 from grasp_sparse.train.data import Data, load_data
 from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tensors, check_device, current_ranks, gather, on_main
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.images import WHOLE, Share
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
+from grasp_sparse.train.normalization import in_layout
 from grasp_sparse.train.step import memory_format
 
 
@@ -63,7 +66,7 @@ def example_input(config: TrainConfig, data: Data) -> torch.Tensor:
 def example_batch(config: TrainConfig, data: Data) -> torch.Tensor:
     """Noise in the shape and layout of a training batch, [batch_size, C, H, W], for measuring what layers and steps cost."""
     batch = torch.randn(config.batch_size, *data.shape, generator=torch.Generator().manual_seed(0))
-    return batch.to(config.device, memory_format=memory_format(config.memory_format))
+    return in_layout(batch.to(config.device), config.memory_format)
 
 
 def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
@@ -98,18 +101,20 @@ def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> M
     shared = ranks.size > 1 and get_criterion(config.criterion).sums
     if shared and (drawing := sorted(options.keys() & {"num_batches", "samples_per_class", "num_classes"})):
         raise UserError(f"Expected no {drawing[0]} in criterion_args under several ranks; use --samples-per-class and --score-batch")
-    batches = data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
-    images = sum(len(y) for _, y in batches)
-    if shared:
-        batches = batches[ranks.rank :: ranks.size]
-    say(f"scoring {config.model} with {config.criterion} on {images} training images")
+    share = Share(ranks.rank, ranks.size) if shared else WHOLE
+    batches = data.scoring_batches(config.samples_per_class, config.score_batch, config.seed, share)
+
+    def prepared() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((data.prepare(x, config.device), y.to(config.device)) for x, y in batches)
+
+    say(f"scoring {config.model} with {config.criterion} on {batches.total:,} training images")
     if config.budget == "time":
         say(f"measuring layers and steps at batch {config.batch_size} for a speedup of {config.speedup:g}")
         goal = {"speedup": config.speedup, "example_input": example_batch(config, data)}
     else:
         goal = {"sparsity": config.sparsity, "example_input": example_input(config, data)}
     masks = prune(
-        model, [(x.to(config.device), y.to(config.device)) for x, y in batches], criterion=config.criterion, pattern=config.pattern,
+        model, RereadBatches(prepared), criterion=config.criterion, pattern=config.pattern,
         scope=config.scope, budget=config.budget, min_density=config.min_density, include=config.include or None,
         exclude=config.exclude or None, seed=config.seed, reduce=all_reduce_sum if shared else None, **goal, **options,
     )

@@ -168,7 +168,7 @@ def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
     config, data = trainer.config, trainer.data
     say(f"timing {config.timing_rounds} steps of each kind, in turns")
     order = train_batches(config, data, 0, 0, Ranks())
-    batches = [(x.to(config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
+    batches = [(data.prepare(x, config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
     dense = fresh_model(config, data)
     sparse = None if config.dense else without_peers(trainer.model)
     times = measure_steps(config, dense, sparse, batches)

@@ -13,16 +13,18 @@ from grasp_sparse.train.images import WHOLE, MemoryImages, Share, class_balanced
 class ScoringBatches:
     """Micro-batches (uint8 [n, C, H, W], int64 [n]) that give the same bits each time they are iterated.
 
-    `per_class` images of every class, not augmented, cut into micro-batches of `batch_size` in which classes take turns. Of these every
-    `share.size`-th belongs to this process: they stay whole, so their union, and what BatchNorm makes of each, does not depend on
-    the number of processes. A process can have none.
+    `per_class` images of every class, not augmented, cut into micro-batches of `batch_size` that are balanced too; each is sorted
+    by class, as the authors of GraSP do (their halves of a batch hold half of the classes). Every `share.size`-th micro-batch
+    belongs to this process. They stay whole, so their union, and what BatchNorm makes of each, does not depend on the number of
+    processes. A process can have none. `total` counts the images of all.
     """
 
     def __init__(self, images: MemoryImages | FolderImages, per_class: int, batch_size: int, seed: int, share: Share = WHOLE) -> None:
         self.images = images
-        parts = class_balanced(images.labels, per_class, seed).split(batch_size)
-        self.total = sum(map(len, parts))
-        self.parts = parts[share.rank :: share.size]
+        chosen = class_balanced(images.labels, per_class, seed)
+        self.total = len(chosen)
+        mine = chosen.split(batch_size)[share.rank :: share.size]
+        self.parts = [part[images.labels[part].argsort(stable=True)] for part in mine]
 
     def __len__(self) -> int:
         return len(self.parts)

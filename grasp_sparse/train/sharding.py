@@ -12,7 +12,7 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import generator_for
+from grasp_sparse.train.images import Share, generator_for
 
 _RANK = 3
 
@@ -48,14 +48,10 @@ def seed_rank(seed: int, rank: int, *where: int) -> None:
 
 def train_batches(config: TrainConfig, data: Data, epoch: int, first_step: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's images of each step of an epoch, from `first_step` on."""
-    each = config.batch_size * config.accumulate
-    part = slice(ranks.rank * each, (ranks.rank + 1) * each)
-    for x, y in data.train.shuffled(each * ranks.size, config.seed, epoch, first_step, config.augment):
-        yield x[part], y[part]
+    each, share = config.batch_size * config.accumulate, Share(ranks.rank, ranks.size)
+    return data.train.shuffled(each, config.seed, epoch, first_step, config.augment, share)
 
 
 def test_batches(config: TrainConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of the test images."""
-    for number, batch in enumerate(data.test.in_order(2 * config.batch_size)):
-        if number % ranks.size == ranks.rank:
-            yield batch
+    return data.test.in_order(2 * config.batch_size, Share(ranks.rank, ranks.size))
