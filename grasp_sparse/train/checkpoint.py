@@ -72,9 +72,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read checkpoint {path}, it is damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not _SECTIONS.keys() <= state.keys():
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found!r}")
+    if not isinstance(state, dict) or type(state.get("format")) is not int or state["format"] != FORMAT:
+        found = f"format {state.get('format')!s:.20}" if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found}")
+    missing = _SECTIONS.keys() - state.keys()
+    require(not missing, str(path), "a checkpoint with all of its sections", f"none named {', '.join(sorted(missing))}")
     _check_plain(state, path)
     _check_sections(state, path)
     return state

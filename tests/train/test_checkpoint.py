@@ -20,7 +20,7 @@ from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoint
 from grasp_sparse.train.errors import UserError
 
 _STATE = {
-    "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "rng": [rng_state()],
+    "recipe": {}, "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None, "rng": [rng_state()],
     "position": {"epoch": 3, "step": 0, "history": []}, "pruning": None, "masks_digest": None, "environment": {},
 }  # fmt: skip
 
@@ -179,6 +179,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, damage: str)
     assert "\n" not in str(error.value)
 
 
+_SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2, "_growth_tracker": 0}
 _RNG = {"torch": torch.get_rng_state(), "cuda": None}
 _LAYER = {"name": "w", "shape": [2], "kept": 1, "total": 2, "density": 0.5, "flops_kept": 1, "flops_total": 2, "runs": "sparse"}
 _PRUNING = {"weight_sparsity": 0.5, "flop_sparsity": 0.5, "layers": [_LAYER], "skipped": [["a", "b"]]}
@@ -203,7 +204,7 @@ def _rng_with(left: int, following: int) -> list:
      ("rng", _rng_with(1, 10**9)), ("rng", _rng_with(-1, 626)), ("position", []), ("pruning", 3), ("pruning", {"layers": 3}),
      ("pruning", {**_PRUNING, "layers": [{**_LAYER, "kept": "1"}]}), ("pruning", {**_PRUNING, "layers": [3]}),
      ("pruning", {**_PRUNING, "skipped": [["a"]]}), ("pruning", {**_PRUNING, "weight_sparsity": float("nan")}),
-     ("masks_digest", 3), ("environment", None)],
+     ("masks_digest", 3), ("environment", None), ("scaler", {}), ("scaler", {**_SCALER, "scale": float("inf")}), ("ema", [])],
 )  # fmt: skip
 def test_a_section_of_another_type_is_named(tmp_path: Path, section: str, value: object) -> None:
     _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": 2, "pruning": _PRUNING, section: value})
@@ -230,15 +231,14 @@ def _loop() -> list:
 @pytest.mark.parametrize(
     "value",
     [torch.zeros(1).expand(10**12), torch.zeros(3, 4).t()[:2], torch.zeros(2).to_sparse(), torch.zeros(3, device="meta"),
-     torch.zeros(2, requires_grad=True), torch.view_as_real(torch.zeros(2, dtype=torch.complex64).conj())[..., 1],
+     torch.zeros(2, requires_grad=True), torch._neg_view(torch.zeros(2)),
      torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8), torch.tensor([0, 7], dtype=torch.uint8).view(torch.bool),
-     _loop(), _nested(100), 1 << 70, {3.5: 1}, 1j, torch.float32],
-    ids=["expanded", "gaps", "sparse", "meta", "requires grad", "negated", "quantized", "bool of 7", "a loop", "deep", "large int",
-         "float key", "complex", "dtype"],
+     _loop(), _nested(100), 1 << 70, 1j, torch.float32],
+    ids=["expanded", "gaps", "sparse", "meta", "requires grad", "negated", "quantized", "bool of 7", "a loop", "deep", "large int", "complex", "dtype"],
 )  # fmt: skip
 def test_values_that_are_more_than_they_seem_are_refused(tmp_path: Path, value: object) -> None:
     _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": 2, "environment": {"x": value}})
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="every (value|tensor) in|at most 32 containers|cannot read checkpoint .*(unsupported|Unsupported)") as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
