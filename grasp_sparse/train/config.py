@@ -19,6 +19,7 @@ from grasp_sparse.train.errors import UserError
 
 
 _MAX_THREADS = 4096
+_MAX_WORKERS = 1024
 _MAX_SIDE = 16384
 
 
@@ -145,6 +146,11 @@ class TrainConfig:
     compile: bool = _option(False, "scale", "train through torch.compile", type=bool)
     sync_batchnorm: bool = _option(False, "scale", "batch norms over the images of all ranks (GPUs only)", type=bool)
 
+    checkpoint_minutes: float = _option(
+        10.0, "run", "time between checkpoints within an epoch; one is written after every epoch anyway", type=float, metavar="M"
+    )
+    keep_checkpoints: int = _option(2, "run", "newest checkpoints to keep, beside the one of the best epoch", type=int, metavar="N")
+
     seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
     device: str = _option("cpu", "run", "cpu, or cuda")
     threads: int | None = _option(None, "run", "CPU threads (default: torch's choice)", type=int, metavar="N")
@@ -182,10 +188,12 @@ class TrainConfig:
             ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "shares of training between 0 and 1"),
             ("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0 seconds"),
+            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "at least 0 minutes (0: after every step)"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("threads", self.threads is None or 1 <= self.threads <= _MAX_THREADS, f"1 to {_MAX_THREADS}"),
             ("seed", -(2**63) <= self.seed < 2**63, "an integer of at most 64 bits, -2**63 <= seed < 2**63"),
             ("timing_rounds", self.timing_rounds >= 0, "at least 0"),
-            ("workers", self.workers >= 0, "at least 0"),
+            ("workers", 0 <= self.workers <= _MAX_WORKERS, f"0 to {_MAX_WORKERS}"),
             ("max_corrupt", self.max_corrupt >= 0, "at least 0"),
             ("random_erasing", 0 <= self.random_erasing <= 1, "a share between 0 and 1"),
             ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.train.agreement import Agreed, Requests
 from grasp_sparse.train.checkpoint import require, restore_rng, rng_state, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
-from grasp_sparse.train.data_parallel import compiled, data_parallel
-from grasp_sparse.train.distributed import broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
+from grasp_sparse.train.data_parallel import compiled, data_parallel, without_peers
+from grasp_sparse.train.distributed import MainFailed, broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
+from grasp_sparse.train.divergence import first_non_finite
 from grasp_sparse.train.ema import Ema
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.evaluation import evaluate
@@ -24,8 +29,8 @@ from grasp_sparse.train.optimizer import make_optimizer, restore_optimizer
 from grasp_sparse.train.position import Position, position_from
 from grasp_sparse.train.schedule import learning_rate, training_progress
 from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
-from grasp_sparse.train.signals import Interrupted, deferred_interrupt
-from grasp_sparse.train.step import loss_function, step_options, training_step
+from grasp_sparse.train.signals import Interrupted, Preempted, deferred_stop
+from grasp_sparse.train.step import autocast, loss_function, step_options, training_step
 
 
 class Trainer:
@@ -70,10 +75,16 @@ class Trainer:
             restore_rng(state["rng"][0])
             seed_rank(self.config.seed, self.ranks.rank, self.position.epoch, self.position.step)
 
-    def save(self) -> Path:
-        """Write the checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there."""
+    def save(self, must: bool = True) -> None:
+        """Write a checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there.
+
+        Where there is no room for it: UserError if it `must` be written, otherwise a warning.
+        """
         streams = gather(rng_state())
-        return on_main(lambda: save_checkpoint(self.run_dir, {
+        on_main(lambda: self._write(streams, must))
+
+    def _write(self, streams: list[dict[str, Any]], must: bool) -> None:
+        state = {
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -82,19 +93,28 @@ class Trainer:
             "rng": streams,
             "position": asdict(self.position),
             **self.extra,
-        }))
+        }
+        try:
+            save_checkpoint(self.run_dir, state, self.config.keep_checkpoints)
+        except OSError as error:
+            where = f"epoch {self.position.epoch + 1}, step {self.position.step}"
+            problem = f"cannot write the checkpoint of {where} ({error}); those before it stand"
+            if must:
+                raise UserError(f"{problem}; make room, then go on from them with --resume") from error
+            warnings.warn(f"{problem}, and training goes on", stacklevel=2)
 
     def fit(self) -> Position:
-        """Train to the end. Raises Interrupted after saving on Ctrl-C, DivergedError when the loss is not finite."""
+        """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError when the loss is not finite."""
         log = EpochLog(self.run_dir, self.position.history) if self.ranks.is_main else None
         self.model.train()
-        with deferred_interrupt() as asked:
+        with deferred_stop(alone=self.ranks.size == 1) as asked:
+            requests = Requests(asked, 60 * self.config.checkpoint_minutes)
             while not self.position.finished:
-                self._train_epoch(asked)
-                row = self._close_epoch()
-                if log is not None:
-                    log.append(row)
-                self.save()
+                self._train_epoch(requests)
+                row = self._close_epoch(requests)
+                self._log(log, row)
+                self.save(must=self.position.finished)
+                requests.saved()
                 say(
                     f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  test loss "
                     f"{row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}  {row['images_per_s']:,.0f} images/s  "
@@ -102,21 +122,30 @@ class Trainer:
                     + (f"  {row['reduced_bytes']:,.0f} bytes all-reduced a step" if self.ranks.size > 1 else "")
                     + (f"  passed over {row['corrupt_images']:,.0f} corrupt images" if row["corrupt_images"] else "")
                 )
-                self._agree(asked, *sum_over_ranks(bool(asked)))
+                self._follow(requests, requests.agreed(*sum_over_ranks(*requests.mine())))
         return self.position
+
+    def _log(self, log: EpochLog | None, row: dict[str, Any]) -> None:
+        try:
+            if log is not None:
+                log.append(row)
+        except OSError as error:
+            warnings.warn(f"cannot write epoch {row['epoch']} to {log.path} ({error}); a resumed run writes all of it again", stacklevel=2)
 
     def _progress(self) -> float:
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         return training_progress(self.config, done, self.config.epochs * self.steps_per_epoch, self.position.seconds)
 
-    def _agree(self, asked: list[int], count: float) -> None:
-        """Save and stop if any rank was asked to; `count` of them were."""
-        if count:
-            asked[:] = sorted(set().union(*gather(asked)))
+    def _follow(self, requests: Requests, agreed: Agreed) -> None:
+        """Save, or save and stop, as agreed."""
+        if agreed.stop:
             self.save()
-            raise Interrupted
+            raise Preempted(saved=True) if agreed.preempted else Interrupted
+        if agreed.save:
+            self.save(must=False)
+            requests.saved()
 
-    def _train_epoch(self, asked: list[int]) -> None:
+    def _train_epoch(self, requests: Requests) -> None:
         """Steps from the current position to the end of the epoch, or to the end of --max-seconds."""
         config, position = self.config, self.position
         self.data.corrupt.take()  # those met in scoring belong to no epoch
@@ -131,27 +160,24 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 loss, logits = training_step(self.called, self.optimizer, self.loss_fn, x, y, self.options, self._prepare)
-                stops = self._count_step(loss, logits, y, start, waited, bool(asked))
+                agreed = self._count_step(loss, logits, x, y, start, waited, requests)
                 bar.update()
                 bar.set_postfix(loss=f"{position.sums['loss'] / position.sums['images']:.3f}", refresh=False)
-                self._agree(asked, stops)
+                self._follow(requests, agreed)
 
     def _prepare(self, x: Tensor) -> Tensor:
         return self.data.prepare(x, self.device, self.config.memory_format)
 
-    def _count_step(self, loss: Tensor, logits: Tensor, y: Tensor, start: float, waited: float, asked: bool) -> float:
-        """Add the step of all ranks to the position, with rank 0's clock; how many ranks were asked to stop."""
+    def _count_step(
+        self, loss: Tensor, logits: Tensor, x: Tensor, y: Tensor, start: float, waited: float, requests: Requests
+    ) -> Agreed:
+        """Add the step of all ranks to the position, with rank 0's clock; what they agree to do now."""
         position, clock = self.position, float(self.ranks.is_main)
         correct = (logits.argmax(1) == y).sum().item()
-        corrupt = self.data.corrupt.take()
-        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), corrupt, asked
-        total_loss, correct, images, waited, seconds, corrupt, stops = sum_over_ranks(*mine)
+        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), self.data.corrupt.take()
+        total_loss, correct, images, waited, seconds, corrupt, *asked = sum_over_ranks(*mine, *requests.mine())
         if not math.isfinite(total_loss):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise DivergedError(
-                f"the loss is {total_loss / images} at step {position.step + 1} of epoch {position.epoch + 1} "
-                f"(learning rate {rate:.4g}); try a lower --lr, more --warmup or less --sparsity"
-            )
+            self._explain_divergence(loss.item(), x)
         position.step += 1
         position.seconds += seconds
         counted = (total_loss, correct, images, seconds, waited, self.traffic.take(), corrupt)
@@ -159,13 +185,34 @@ class Trainer:
             position.sums[name] += value
         if self.ema is not None:
             self.ema.update(position.epoch * self.steps_per_epoch + position.step)
-        return stops
+        return requests.agreed(*asked)
 
-    def _close_epoch(self) -> dict[str, Any]:
+    def _explain_divergence(self, loss: float, x: Tensor) -> None:
+        """Raises DivergedError on rank 0, for all: the step, and what a rank whose loss is not finite finds by repeating it."""
+        model = without_peers(self.model)  # the others do not repeat it
+
+        def forward() -> None:
+            for images in x.tensor_split(self.options.accumulate):
+                with autocast(self.device, self.options.dtype):
+                    model(self._prepare(images))
+
+        found = None if math.isfinite(loss) else first_non_finite(model, x, forward)
+        rank, loss, found = next((rank, *told) for rank, told in enumerate(gather((loss, found))) if told[1] is not None)
+        if not self.ranks.is_main:
+            raise MainFailed("the loss is not finite")
+        where = f"step {self.position.step + 1} of epoch {self.position.epoch + 1}" + (f", rank {rank}" if self.ranks.size > 1 else "")
+        raise DivergedError(
+            f"the loss is {loss} at {where} (learning rate {self.optimizer.param_groups[0]['lr']:.4g}): {found}; the last checkpoint "
+            "stands; try a lower --lr, more --warmup or less --sparsity"
+        )
+
+    def _close_epoch(self, requests: Requests) -> dict[str, Any]:
         """Evaluate, turn the open sums into a row of the history and move on to the next epoch."""
         position, sums = self.position, self.position.sums
         start = time.perf_counter()
-        measured = self._evaluate()
+        measured = self._evaluate(lambda: bool(requests.asked))
+        if measured is None:  # the epoch stays open: a resumed run evaluates again
+            self._follow(requests, requests.agreed(*sum_over_ranks(*requests.mine())))
         clock = time.perf_counter() - start if self.ranks.is_main else 0.0
         evaluation, corrupt = sum_over_ranks(clock, self.data.corrupt.take())
         position.seconds += evaluation
@@ -190,13 +237,15 @@ class Trainer:
         position.finished = position.epoch == self.config.epochs or self._progress() >= 1
         return row
 
-    def _evaluate(self) -> dict[str, float]:
-        """Of the model, and of its moving average; running statistics are rank 0's, as those in a checkpoint are."""
-        broadcast_tensors(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
-        loss, accuracy = evaluate(self.model, self.data, self.config)
-        measured = {"test_loss": loss, "test_accuracy": accuracy}
-        if self.ema is not None:
-            with self.ema.applied():
+    def _evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Of the model, and of its moving average; running statistics are rank 0's, as those in a checkpoint are. None: stopped."""
+        measured = {}
+        averaged = [] if self.ema is None else [("ema", self.ema.applied())]
+        for name, weights in [("test", contextlib.nullcontext()), *averaged]:
+            with weights:
                 broadcast_tensors(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
-                measured["ema_loss"], measured["ema_accuracy"] = evaluate(self.model, self.data, self.config)
+                found = evaluate(self.model, self.data, self.config, stop)
+            if found is None:
+                return None
+            measured[f"{name}_loss"], measured[f"{name}_accuracy"] = found
         return measured

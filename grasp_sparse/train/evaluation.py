@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,13 +15,20 @@ from grasp_sparse.train.step import autocast, step_options
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, config: TrainConfig) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (share right) of `model` on the test images; every rank looks at its part of them."""
+def evaluate(
+    model: nn.Module, data: Data, config: TrainConfig, stop: Callable[[], bool] = lambda: False
+) -> tuple[float, float] | None:
+    """Mean cross-entropy and accuracy (share right) of `model` on the test images; every rank looks at its part of them.
+
+    None, on every rank, if one had to `stop` on the way.
+    """
     model.eval()
     device = torch.device(config.device)
     dtype = step_options(config).dtype
     loss = correct = images = 0.0
     for x, y in test_batches(config, data, current_ranks()):
+        if stop():
+            break
         x, y = data.prepare(x, device, config.memory_format), y.to(device)
         with autocast(device, dtype):
             logits = model(x)
@@ -27,5 +36,5 @@ def evaluate(model: nn.Module, data: Data, config: TrainConfig) -> tuple[float, 
         correct += (logits.argmax(1) == y).sum().item()
         images += len(y)
     model.train()
-    loss, correct, images = sum_over_ranks(loss, correct, images)
-    return loss / images, correct / images
+    loss, correct, images, stopped = sum_over_ranks(loss, correct, images, stop())
+    return None if stopped else (loss / images, correct / images)

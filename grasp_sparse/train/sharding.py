@@ -14,7 +14,7 @@ from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.images import Share, generator_for
 
-_RANK = 3
+_RANK = 4  # beside the streams of order, augmentation and sampling
 
 
 def images_per_step(config: TrainConfig, ranks: Ranks) -> int:

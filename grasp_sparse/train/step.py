@@ -56,7 +56,7 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward for each micro-batch of x [N, …] and y [N] on the model's device, then one update.
 
-    Every image counts the same, however the batch is cut. Gradients cross the ranks with the last micro-batch only. Returns
+    Without a finite loss there is no update: the weights still are those that gave it. Every image counts the same, however the batch is cut. Gradients cross the ranks with the last micro-batch only. Returns
     the mean loss (scalar) and the logits [N, classes], both detached. `prepare` makes the model's input of a micro-batch of x.
 
     Raises UserError for a model that returns something else than logits in training (auxiliary outputs).
@@ -82,9 +82,12 @@ def training_step(
     if options.clip_norm is not None:
         options.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+    loss, output = (losses[0], outputs[0]) if len(parts) == 1 else (torch.stack(losses).sum(), torch.cat(outputs))
+    if not options.scaler.is_enabled():  # which does the same itself: fused kernels read it where they run, and nobody waits
+        optimizer.found_inf = loss.isfinite().logical_not().float()
     options.scaler.step(optimizer)
     options.scaler.update()
-    return (losses[0], outputs[0]) if len(parts) == 1 else (torch.stack(losses).sum(), torch.cat(outputs))
+    return loss, output
 
 
 def _synchronized(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:

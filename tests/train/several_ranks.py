@@ -112,7 +112,7 @@ def interrupted_then_resumed(config: TrainConfig, folder: Path, steps: int, betw
         restore()
     between()
     torch.manual_seed(999)
-    resume_run(folder, {})
+    resume_run(folder, {"model": config.model})  # code of ours: it has to be named again
 
 
 def message_of(action: Callable[[], object]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grasp_sparse.train import folder
+from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data, load_data
 from grasp_sparse.train.errors import UserError
@@ -109,7 +110,7 @@ def test_a_run_counts_them_in_its_history(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as warned:
         start_run(config, tmp_path / "run")
     assert len([w for w in warned if "corrupt image" in str(w.message)]) == 2
-    rows = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["position"]["history"]
+    rows = load_checkpoint(tmp_path / "run")["position"]["history"]
     assert [row["corrupt_images"] for row in rows] == [2, 2]
 
 

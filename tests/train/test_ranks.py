@@ -103,7 +103,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit_on_three_ranks(folder: Path) -
 
 def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several_ranks.copy_files(folder / "to go on alone", tmp_path / "alone")
-    result = resume_run(tmp_path / "alone", {})
+    result = resume_run(tmp_path / "alone", {"model": small_config().model})
     assert "1 ranks x batch 8 x 3 micro-batches in place of 3 ranks" in capsys.readouterr().out
     assert result["scale"]["images_per_step"] == 8 * RANKS
     alone, together = load_checkpoint(tmp_path / "alone"), load_checkpoint(folder / "plain")
