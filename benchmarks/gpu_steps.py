@@ -43,7 +43,8 @@ from grasp_sparse.bench.steps import STEP, check_steps, dense_steps, masked_copy
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
-from grasp_sparse.train.step import loss_function, make_optimizer, training_step
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.step import loss_function, training_step
 
 CLASSES, SCORED = 1000, 16
 KEY = ("model", "pattern", "sparsity")

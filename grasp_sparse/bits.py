@@ -25,7 +25,7 @@ def pack_like(mask: Tensor, weight: Tensor) -> Tensor:
 
     That is the order of channels_last for a channels_last weight, and row-major for one whose memory has gaps.
     """
-    if not _is_dense(weight):
+    if not is_dense(weight):
         return pack_bits(mask.to(weight.device).reshape(-1))
     in_order = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
     return pack_bits(in_order.as_strided((weight.numel(),), (1,)))
@@ -34,10 +34,10 @@ def pack_like(mask: Tensor, weight: Tensor) -> Tensor:
 def unpack_like(bits: Tensor, weight: Tensor) -> Tensor:
     """The bool mask of the shape of ``weight`` that :func:`pack_like` packed."""
     flat = unpack_bits(bits, weight.numel())
-    return flat.as_strided(weight.shape, weight.stride()) if _is_dense(weight) else flat.view(weight.shape)
+    return flat.as_strided(weight.shape, weight.stride()) if is_dense(weight) else flat.view(weight.shape)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether every place in memory between the first and the last element is one element."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1):

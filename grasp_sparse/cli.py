@@ -18,10 +18,9 @@ from typing import Any
 from grasp_sparse.flags import BAD_INPUT, make_parser
 from grasp_sparse.train.config import TrainConfig, read_recipe
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.signals import Preempted, preemption_raises
 
-OK, INTERRUPTED = 0, 130
-# What may change when a run goes on: where things are, not what is computed.
-_RESUMABLE = ("data_dir", "threads", "workers", "timing_rounds")
+OK, INTERRUPTED, TERMINATED = 0, 130, 143
 
 
 def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -44,49 +43,63 @@ def _key_value(text: str) -> tuple[str, Any]:
         raise UserError(f"Expected KEY=VALUE with a TOML value, got {text!r} ({error}); quote strings: 'act=\"relu\"'") from error
 
 
+def _given_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The config fields that the recipe or the command line sets; a flag wins."""
+    recipe = read_recipe(arguments.recipe) if arguments.recipe else {}
+    TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}")
+    if recipe.get("budget") == "time" and "sparsity" in recipe:
+        raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
+    given = _given_flags(arguments)
+    if given.get("criterion", recipe.get("criterion")) != recipe.get("criterion"):
+        recipe.pop("criterion_args", None)  # options of the criterion that the flag replaces
+    return {**recipe, **given}
+
+
 def _config(arguments: argparse.Namespace) -> TrainConfig:
-    values, given = {}, _given_flags(arguments)
-    if arguments.recipe:
-        recipe = read_recipe(arguments.recipe)
-        values = TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}").to_dict()
-        if recipe.get("budget") == "time" and "sparsity" in recipe:
-            raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
-    config = TrainConfig.from_dict({**values, **given}, "the command line").validate()
-    if config.budget == "time" and "sparsity" in given:
+    config = TrainConfig.from_dict(_given_values(arguments), "the command line").validate()
+    if config.budget == "time" and "sparsity" in _given_flags(arguments):
         raise UserError("Expected --speedup with budget time, got --sparsity; leave it out or choose another --budget")
     return config
 
 
 def _prune(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.run import prune_to_file
 
-    prune_to_file(_config(arguments), Path(arguments.out))
+    start_distributed()
+    prune_to_file(on_main(lambda: _config(arguments)), Path(arguments.out))
+    stop_distributed()
     return OK
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from grasp_sparse.report import write_report
+    from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
-    from grasp_sparse.train.run import resume_run, start_run
+    from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
     from grasp_sparse.train.summary import print_result, result_line
 
-    if arguments.resume:
-        given = _given_flags(arguments)
-        refused = [f"--{key.replace('_', '-')}" for key in given if key not in _RESUMABLE]
-        refused += [f"--{flag}" for flag in ("recipe", "out", "overwrite") if getattr(arguments, flag)]
+    ranks = start_distributed()
+    if arguments.resume and arguments.overwrite:
+        raise UserError("Expected --resume or --overwrite, got both: one goes on with the run that is there, the other deletes it")
+    if arguments.resume and arguments.resume != "auto":
+        refused = [f"--{flag}" for flag in ("recipe", "out") if getattr(arguments, flag)]
         if refused:
-            raise UserError(f"--resume goes on with the run's own recipe; leave out {', '.join(refused)}, or start a new run")
+            raise UserError(f"--resume DIR goes on with the run's own recipe; leave out {', '.join(refused)}, or start a new run")
         run_dir = Path(arguments.resume)
-        result = resume_run(run_dir, given)
+        result = resume_run(run_dir, _given_flags(arguments))
     else:
-        config = _config(arguments)
+        config, given = on_main(lambda: (_config(arguments), _given_values(arguments)))
         run_dir = Path(arguments.out) if arguments.out else Path("runs") / config.name
-        result = start_run(config, run_dir, arguments.overwrite)
+        result = continue_or_start_run(config, given, run_dir) if arguments.resume else start_run(config, run_dir, arguments.overwrite)
+    stop_distributed()
+    if not ranks.is_main:
+        return OK
     try:
         report = write_report(run_dir)
-    except KeyboardInterrupt:
-        message = f"interrupted; training is saved, write the report with: grasp-sparse train --resume {run_dir}"
-        raise KeyboardInterrupt(message) from None
+    except KeyboardInterrupt as stop:
+        message = f"interrupted; training is saved, write the report with: grasp-sparse report {run_dir}"
+        raise (Preempted(message, saved=True) if isinstance(stop, Preempted) else KeyboardInterrupt(message)) from None
     print_result(result, run_dir, report)
     say(result_line(result))
     return OK
@@ -139,6 +152,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
+def _complain(error: Exception, line: str) -> None:
+    """The error's one line, once: what failed on rank 0 for all is said there, what failed on another rank by that one."""
+    from grasp_sparse.train.distributed import MainFailed, current_ranks
+
+    ranks = current_ranks()
+    if not isinstance(error, MainFailed):
+        where = "" if ranks.size == 1 else f"rank {ranks.rank}: "
+        print(f"grasp-sparse: error: {where}{line}", file=sys.stderr)
+
+
 def _check_kernels() -> None:
     """UserError, before any work, when the environment asks for kernels that this machine cannot run."""
     from grasp_sparse._extension import status
@@ -152,7 +175,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, also for a run that a scheduler's signal stopped and that is saved; 2 for bad
+    input, 130 after Ctrl-C, 143 for a scheduler's signal before anything was saved."""
     arguments = make_parser().parse_args(argv)
     command = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "info": _info}[arguments.command]
     try:
@@ -160,18 +184,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             if command not in (_info, _report):
                 _check_kernels()
-            return command(arguments)
+            with preemption_raises():
+                return command(arguments)
+    except Preempted as stop:
+        print(f"\ngrasp-sparse: {str(stop) or 'stopped by a signal; nothing was saved'}", file=sys.stderr)
+        return OK if stop.saved else TERMINATED
     except KeyboardInterrupt as interrupt:
         print(f"\ngrasp-sparse: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
         return INTERRUPTED
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"grasp-sparse: error: {_one_line(error)}", file=sys.stderr)
+        _complain(error, _one_line(error))
         return BAD_INPUT
     except Exception as error:  # a bug, or something about the machine: a person still gets one line
         if arguments.debug:
             raise
-        line = f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
-        print(f"grasp-sparse: error: {line}", file=sys.stderr)
+        _complain(error, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)")
         return BAD_INPUT

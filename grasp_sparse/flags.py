@@ -13,7 +13,7 @@ from grasp_sparse.train.config import TrainConfig, packaged_recipes
 
 BAD_INPUT = 2  # exit code
 _GROUPS = {
-    "run": "run", "data": "data", "model": "model", "pruning": "pruning at initialization", "training": "training (SGD)",
+    "run": "run", "data": "data", "model": "model", "pruning": "pruning at initialization", "training": "training", "scale": "precision and several ranks (torchrun)",
 }
 
 _DESCRIPTION = "Prune networks at initialization (GraSP and others) and train them sparse with sparse kernels."
@@ -22,10 +22,12 @@ _TRAIN_EXAMPLES = """examples:
   grasp-sparse train --model resnet18 --sparsity 0.95 --epochs 20 --out runs/resnet18
   grasp-sparse train --recipe my.toml --lr 0.05                 a recipe of your own, one flag changed
   grasp-sparse train --resume runs/resnet18                     go on after Ctrl-C or a crash
+  grasp-sparse train --resume auto --recipe my.toml             start, or go on: the same line in a cluster's restart loop
   grasp-sparse train --recipe demo --dense --out runs/dense     the same training, nothing pruned
 
 A recipe is a TOML file whose keys are the flags above with _ for -, e.g.  batch_size = 128  or  model_args = {depth = 3}.
-A run's folder gets checkpoint.pt, masks.safetensors, log.jsonl (a line an epoch), result.json, report.md and plots."""
+SIGTERM and SIGUSR1, as schedulers send them, save and exit with 0; Ctrl-C saves and exits with 130.
+A run's folder gets checkpoint-*.pt, masks.safetensors, log.jsonl (a line an epoch), result.json, report.md and plots."""
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
@@ -65,14 +67,17 @@ def make_parser() -> argparse.ArgumentParser:
     _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training, also=of_a_step)
 
     train = commands.add_parser(
-        "train", usage="%(prog)s [--recipe NAME|FILE] [--out DIR] [flags below]   or   %(prog)s --resume DIR",
+        "train", usage="%(prog)s [--recipe NAME|FILE] [--out DIR] [--resume auto] [flags below]   or   %(prog)s --resume DIR",
         help="prune, train sparse, compare with dense, report", epilog=_TRAIN_EXAMPLES,
         description="Prune at initialization, train only what is left, compare a step with the dense one, write a report.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/NAME)")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is already in that folder")
-    train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, exactly where it stopped")
+    train.add_argument(
+        "--resume", metavar="DIR|auto",
+        help="go on with the run in this folder, exactly where it stopped; auto: with the one in --out if it is there, else start it",
+    )
     _add_config_flags(train, groups=tuple(_GROUPS))
 
     _add_bench(commands)
@@ -98,7 +103,7 @@ def _add_bench(commands: Any) -> None:
         "Inputs and targets are random numbers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, or package.module:factory")
+    bench.add_argument("--model", required=True, metavar="NAME", help="vgg19, resnet32, any torchvision model, timm:name, or package.module:factory")
     bench.add_argument("--input", required=True, metavar="NxCxHxW", help="a batch, e.g. 32x3x224x224")
     bench.add_argument("--sparsity", type=float, metavar="SHARE", help="share removed (default: 0.95; with pattern nm 1 - N / M)")
     bench.add_argument("--pattern", default="unstructured", metavar="PATTERN", help=f"{USAGE} (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,6 +93,14 @@ class MaskSet(Mapping[str, Tensor]):
         total = sum(mask.numel() * costs[name] for name, mask in self.items())
         removed = sum((mask.numel() - self._kept[name]) * costs[name] for name, mask in self.items())
         return removed / total if total else 0.0
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of names, shapes and masks: the same for equal masks, whatever their order, recipe and device."""
+        hashed = hashlib.sha256()
+        for name in sorted(self):
+            hashed.update(json.dumps([name, list(self[name].shape)]).encode())
+            hashed.update(pack_bits(self[name].cpu().reshape(-1)).numpy().tobytes())
+        return hashed.hexdigest()
 
     def check(self, model: nn.Module) -> None:
         """ValueError unless every mask names a parameter of `model` and has its shape; changes nothing."""

@@ -16,7 +16,7 @@ from grasp_sparse.choice import Choice, sparsity_under
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.batches import Batch
-from grasp_sparse.criteria.loss import LossFn
+from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern
 from grasp_sparse.scratch import preserved_rng, scratch_copy
@@ -94,6 +94,7 @@ def prune(
     min_per_layer: int = 1,
     rule: str | None = None,
     seed: int | None = None,
+    reduce: Reduce | None = None,
     **options: Any,
 ) -> MaskSet:
     """Scores `model` and chooses which weights to keep; the model itself is not changed (see `sparsify_`).
@@ -108,6 +109,7 @@ def prune(
         a pruned weight stays pruned. Default: as published, 100 for synflow, 1 for the others.
     example_input, costs: for budget="flops" and "time", what one forward sees; the first batch of `batches` unless given.
     rule: "exact", or the authors' threshold with preset="paper".
+    reduce: as in `score`; with speedup, which one process measures, there is nothing to share.
     The masks' recipe says how they were made; `skipped` lists the modules left dense and why.
     """
     check_uncompiled(model)
@@ -118,6 +120,8 @@ def prune(
     usual_rule = "paper" if options.get("preset") == "paper" else "exact"
     pattern = get_pattern(pattern)
     _check_goal(pattern, budget, sparsity, speedup, costs)
+    if speedup is not None and reduce is not None:
+        raise ValueError("Expected no reduce with speedup, got one: steps are measured in one process, hand its masks to the others")
     sparsity = sparsity_under(pattern, sparsity)
     choice = Choice(sparsity, pattern, scope, budget, min_density, min_per_layer, usual_rule if rule is None else rule)
     choice.check(rounds)
@@ -125,6 +129,8 @@ def prune(
     wanted = {module_name for weight in selection.weights for module_name, _ in weight.modules}
     recipe = _recipe(criterion, rounds, seed, include=include, exclude=exclude, loss_fn=loss_fn, **options)
     drawing = {name: options.pop(name) for name in _BATCH_OPTIONS if name in options}
+    if reduce is not None and published.sums and (budget == "weights" or costs is not None or example_input is not None):
+        drawing["allow_none"] = True
 
     with preserved_rng(seed):
         measure = budget != "weights" and costs is None
@@ -133,7 +139,7 @@ def prune(
             costs = weight_costs(model, example.inputs, include=include, exclude=exclude)
 
         def score_once(network: nn.Module) -> dict[str, Tensor]:
-            return score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, **options)
+            return score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, reduce=reduce, **options)
 
         maker = _Maker(model, rounds, choice, score_once, recipe, selection.skipped)
         if speedup is None:

@@ -17,6 +17,8 @@ import torch
 import grasp_sparse as gs
 from grasp_sparse import _extension, cli, pruning
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.train.checkpoint import load_checkpoint, save_checkpoint
+from grasp_sparse.train.checkpoint_files import checkpoint_name, has_run
 
 _SMALL = [
     "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--model-arg", "widths=[16]",
@@ -47,10 +49,10 @@ def test_train_prints_results_and_ends_with_a_line_for_programs(capsys: pytest.C
     assert re.fullmatch("demo: " + " ".join(f"{key}={number}" for key in keys), lines[-1])
     values = dict(pair.split("=") for pair in lines[-1].removeprefix("demo: ").split())
     assert float(values["flop_sparsity"]) >= 0.8 and int(values["sparse_bytes"]) < int(values["dense_bytes"])
-    for name in ("checkpoint.pt", "masks.safetensors", "log.jsonl", "result.json", "report.md", "training.png", "density.png", "step.png"):
+    for name in (checkpoint_name(1, 0), "masks.safetensors", "log.jsonl", "result.json", "report.md", "training.png", "density.png", "step.png"):
         assert Path("runs/demo", name).stat().st_size > 0
     text = "\n".join(lines)
-    assert "runs/demo/report.md" in text and "runs/demo/checkpoint.pt" in text and "best dense" in text
+    assert "runs/demo/report.md" in text and f"runs/demo/{checkpoint_name(1, 0)}" in text and "best dense" in text
 
 
 def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
@@ -84,7 +86,7 @@ def test_a_pattern_is_one_flag(pattern: str, blocks: tuple | None, capsys: pytes
     flags = [flag for flag in _SMALL if flag not in ("--sparsity", "0.8")] + share + ["--max-density", "1", "--timing-rounds", "0"]
     assert _exit_code("train", *flags, "--name", "run", "--pattern", pattern) == 0
     assert MaskSet.load("runs/run/masks.safetensors").recipe["pattern"] == pattern
-    state = torch.load("runs/run/checkpoint.pt", weights_only=True)["model"]
+    state = load_checkpoint(Path("runs/run"))["model"]
     values = [tensor for name, tensor in state.items() if name.endswith(".values")]
     assert values and all(tuple(tensor.shape[1:]) == blocks if blocks else tensor.dim() == 2 for tensor in values)
 
@@ -151,7 +153,7 @@ def _unwritable() -> list[str]:
 
 def _broken_checkpoint() -> list[str]:
     Path("broken").mkdir()
-    Path("broken/checkpoint.pt").write_bytes(b"PK\x03\x04 torn")
+    Path("broken", checkpoint_name(1, 0)).write_bytes(b"PK\x03\x04 torn")
     return ["train", "--resume", "broken"]
 
 
@@ -177,8 +179,7 @@ def _a_list_as_temperature() -> list[str]:
 
 def _checkpoint_without_a_config() -> list[str]:
     assert _exit_code("train", *_SMALL, "--out", "run", "--timing-rounds", "0") == 0
-    state = torch.load("run/checkpoint.pt", weights_only=True)
-    torch.save({**state, "config": 3}, "run/checkpoint.pt")
+    save_checkpoint(Path("run"), {**load_checkpoint(Path("run")), "config": 3})
     return ["train", "--resume", "run"]
 
 
@@ -204,24 +205,25 @@ def _criterion_arg(value: str) -> list[str]:
         (["train", *_SMALL, "--masks", "."], "Expected --masks to be a mask file, got a folder"),
         (["prune", *_SCORING, "--out", "."], "Expected --out to be a file for the masks, got the folder"),
         (_binary_recipe, "Expected recipe binary.toml to be a TOML file"),
-        (_checkpoint_without_a_config, "Expected config in run/checkpoint.pt to be dict, got 3"),
+        (_checkpoint_without_a_config, "Expected config in run/checkpoint-e001-s000000.pt to be dict, got 3"),
         (["train", *_SMALL, "--sparsity", "1"], "Expected sparsity: 0 <= sparsity < 1"),
         (["prune", "--sparsity", "1.5"], "Expected sparsity"),
         (["train", *_SMALL, "--model", "resnet181"], "unknown model 'resnet181'; did you mean resnet18"),
         (["train", "--data-dir", "no/such/folder"], "Expected --data-dir to be a folder"),
-        (["train", "--data", "imagefolder", "--data-dir", "nowhere"], "Expected a folder nowhere"),
+        (["train", "--data", "imagefolder", "--data-dir", "nowhere"], "Expected --data-dir to be a folder with the train"),
         (["train", "--data", "mnist"], "invalid choice: 'mnist'"),
         (["train", *_SMALL, "--lr", "1e30"], "the loss is (nan|inf) at step"),
         (["train", *_SMALL, "--model-arg", "widths"], "Expected KEY=VALUE"),
-        (["train", "--recipe", "no-such"], "Expected --recipe to be a TOML file or one of: demo"),
+        (["train", "--recipe", "no-such"], "Expected --recipe to be a TOML file or one of: cifar10"),
         (["train", "--resume", "nowhere"], "Expected nowhere to hold a run"),
-        (["train", "--resume", "x", "--lr", "1", "--overwrite"], "leave out --lr, --overwrite"),
+        (["train", "--resume", "x", "--recipe", "demo", "--out", "y"], "leave out --recipe, --out"),
+        (["train", "--resume", "x", "--overwrite"], "Expected --resume or --overwrite, got both"),
         (["train", *_SMALL, "--masks", "nowhere.safetensors"], "nowhere.safetensors"),
         (["train", "--epochs", "many"], "invalid int value: 'many'"),
         (["bake"], "invalid choice: 'bake'"),
         ([], "required"),
         (_unwritable, "a-file"),
-        (_broken_checkpoint, "cannot read checkpoint broken/checkpoint.pt"),
+        (_broken_checkpoint, "cannot read any checkpoint in broken .*its end is missing or changed, 9 bytes are left"),
         (_unknown_key, "unknown key 'sparsty' in recipe bad.toml; did you mean sparsity"),
         (_foreign_masks, "Expected a mask file"),
     ],
@@ -260,7 +262,7 @@ def test_ctrl_c_during_the_report_says_how_to_write_it(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("grasp_sparse.report.write_report", interrupt)
     assert _exit_code("train", *_SMALL, "--out", "run", "--timing-rounds", "0") == 130
-    assert "training is saved, write the report with: grasp-sparse train --resume run" in capsys.readouterr().err
+    assert "training is saved, write the report with: grasp-sparse report run" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -274,7 +276,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         deadline = time.monotonic() + 60
-        while not Path("run/checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not has_run(Path("run")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
@@ -282,7 +284,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "grasp-sparse: interrupted; saved, go on with: grasp-sparse train --resume run"
-    assert Path("run/checkpoint.pt").stat().st_size > 0 and "Traceback" not in errors
+    assert load_checkpoint(Path("run"))["position"]["step"] >= 0 and "Traceback" not in errors
 
 
 def test_kernels_that_cannot_run_here_are_refused_before_any_work(

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.criteria.batches import Batch, StoredBatches, class_balanced, micro_batches
+from grasp_sparse.criteria.batches import Batch, RereadBatches, StoredBatches, class_balanced, micro_batches
 from grasp_sparse.criteria.grasp import grasp_scores
-from grasp_sparse.criteria.loss import LossFn
+from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.criteria.magnitude import magnitude_scores
 from grasp_sparse.criteria.random import random_scores
 from grasp_sparse.criteria.snip import snip_scores
@@ -32,11 +32,12 @@ class Criterion(NamedTuple):
     reads: int | None = None  # how many batches it looks at; None: all it is given
     iterations: int = 1  # rounds of score-and-prune it was published with
     dtype: torch.dtype | None = None  # scored in this dtype unless the caller asks for another
+    sums: bool = False  # adds over the samples, so that processes can share them: takes `reduce`
 
 
 CRITERIA: dict[str, Criterion] = {
-    "grasp": Criterion(grasp_scores),
-    "snip": Criterion(snip_scores),
+    "grasp": Criterion(grasp_scores, sums=True),
+    "snip": Criterion(snip_scores, sums=True),
     "synflow": Criterion(synflow_scores, reads=1, iterations=100, dtype=torch.float64),
     "magnitude": Criterion(magnitude_scores, reads=0),
     "random": Criterion(random_scores, reads=0),
@@ -66,6 +67,7 @@ def score(
     micro_batch_size: int | None = None,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
+    reduce: Reduce | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Scores every prunable weight of `model`: parameter name -> tensor of the weight's shape, larger is kept.
@@ -79,6 +81,9 @@ def score(
     loss_fn: (output, target) -> mean loss over the samples; cross-entropy by default.
     include, exclude: which layers, see `find_weights`.
     dtype: score in this dtype (torch.float64 for exactness). seed: seeds everything random in here.
+    reduce: several processes score together, each given its own part of the samples (whole micro-batches; none is allowed):
+        called with a list of tensors, it replaces each by its sum over all processes, in place, e.g. by
+        torch.distributed.all_reduce. Criteria that add nothing over samples (synflow, magnitude, random) never call it.
     options: the criterion's own, e.g. temperature, train, preset="paper" of grasp.
 
     Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Module
@@ -88,6 +93,8 @@ def score(
     """
     check_uncompiled(model)
     chosen = get_criterion(criterion)
+    if reduce is not None and callable(criterion):
+        raise ValueError("Expected one of the named criteria with reduce, got a function: whether it adds over samples is unknown")
     if batches is None and chosen.reads != 0 and isinstance(criterion, str):
         raise ValueError(f"Expected batches of (input, target) for criterion={criterion!r}, got None")
     names = [weight.name for weight in _require(find_weights(model, include, exclude)).weights]
@@ -103,7 +110,10 @@ def score(
                 samples_per_class=samples_per_class,
                 num_classes=num_classes,
                 micro_batch_size=micro_batch_size,
+                allow_none=reduce is not None and chosen.sums,
             )
+        if reduce is not None and chosen.sums:
+            options["reduce"] = reduce
         scores = chosen.function(scratch, weights, stored, loss_fn, **options)
         if missing := sorted(weights.keys() - scores.keys()):
             raise ValueError(f"Expected the criterion to score every weight, got none for {', '.join(missing)}")
@@ -120,8 +130,12 @@ def store_batches(
     samples_per_class: int | None = None,
     num_classes: int | None = None,
     micro_batch_size: int | None = None,
-) -> StoredBatches:
-    """The samples to score on, read once; arguments as in `score`, `reads` as in Criterion."""
+    allow_none: bool = False,
+) -> StoredBatches | RereadBatches:
+    """The samples to score on, read once unless they can be made again; arguments as in `score`, `reads` as in Criterion.
+
+    allow_none: other processes may have all the batches.
+    """
     if isinstance(batches, StoredBatches):
         return batches
     for name, value in (("num_batches", num_batches), ("micro_batch_size", micro_batch_size)):
@@ -133,8 +147,10 @@ def store_batches(
         return StoredBatches(batches, count=reads)
     if samples_per_class is not None:
         batches, num_batches = class_balanced(batches, samples_per_class, num_classes, num_batches or 1), None
-    stored = StoredBatches(batches, count=num_batches)
-    return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size))
+    if isinstance(batches, RereadBatches) and num_batches is None and micro_batch_size is None:
+        return batches
+    stored = StoredBatches(batches, count=num_batches, allow_none=allow_none)
+    return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size), allow_none=allow_none)
 
 
 def check_uncompiled(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The samples a criterion looks at: drawn once, kept for a second pass, cut into micro-batches.
 
 GraSP reads its samples twice and both passes must see the same inputs, so a DataLoader that shuffles and augments is
-sampled once. Only inputs and targets are kept, on the CPU: up to `MEMORY_LIMIT` bytes in memory, the rest in an unnamed
+sampled once (what can be made again is not kept: RereadBatches). Only inputs and targets are kept, on the CPU: up to `MEMORY_LIMIT` bytes in memory, the rest in an unnamed
 temporary file, so that hundreds of ImageNet batches need the memory of one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -45,10 +45,25 @@ def as_batch(item: Any) -> Batch:
     raise ValueError(f"Expected batches to be an iterable of (input, target), got one holding a {kind}{size}")
 
 
+class RereadBatches:
+    """Batches that whoever makes them can make again, the same bits every time: read anew for each pass, none is kept.
+
+    `read` gives a fresh iterator over (input, target).
+    """
+
+    def __init__(self, read: Callable[[], Iterable[Any]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(as_batch, self._read())
+
+
 class StoredBatches:
     """Batches read once from any iterable, which can be iterated again and again and give the same bits every time."""
 
-    def __init__(self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(
+        self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT, allow_none: bool = False
+    ) -> None:
         self._in_memory: list[Batch] = []
         self._offsets: list[tuple[int, int]] = []
         self._file: Any = None
@@ -63,7 +78,7 @@ class StoredBatches:
                 self._spill(batch)
         if count is not None and len(self) < count:
             raise ValueError(f"Expected at least num_batches={count} batches, got {len(self)}")
-        if not len(self):
+        if not len(self) and not allow_none:
             raise ValueError("Expected at least one batch, got none (an iterator that is already used up?)")
 
     def _spill(self, batch: Batch) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_sparse.criteria.batches import Batch
-from grasp_sparse.criteria.loss import LossFn, add_gradient, batch_loss
+from grasp_sparse.criteria.loss import LossFn, Reduce, add_gradient, alone, batch_loss, sum_samples
 from grasp_sparse.scratch import capture_rng
 
 
@@ -36,6 +36,7 @@ def grasp_scores(
     preset: str | None = None,
     redraw: str | None = None,
     generator: torch.Generator | None = None,
+    reduce: Reduce = alone,
 ) -> dict[str, Tensor]:
     """θ ⊙ Hg for every weight; changes `model` (a scratch copy) and iterates `batches` twice.
 
@@ -48,6 +49,8 @@ def grasp_scores(
     preset: "paper" is the authors' code: redraw="all" unless given, each batch cut in two halves at N // 2, g the SUM
         of the halves' mean gradients and Hg the sum of H_half·g. Draw the batches with `samples_per_class` and
         `num_classes`.
+    reduce: sums over the processes that share the samples: g between the passes, so that each differentiates with the
+        gradient of all samples, and Hg at the end.
     """
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0, got {temperature}")
@@ -73,6 +76,7 @@ def grasp_scores(
             loss = batch_loss(model, batch, loss_fn, temperature)
             add_gradient(gradient, torch.autograd.grad(loss, parameters, allow_unused=True), share)
             total += share
+        total = sum_samples(gradient, total, reduce)
         if not paper:
             for accumulated in gradient:
                 accumulated.div_(total)
@@ -82,6 +86,7 @@ def grasp_scores(
             share = 1 if paper else batch.samples / total
             loss = batch_loss(model, batch, loss_fn, temperature)
             add_gradient(product, _hessian_vector(loss, parameters, gradient), share)
+        reduce(product)
     return {name: weight.detach() * hg for (name, weight), hg in zip(weights.items(), product, strict=True)}
 
 

@@ -13,6 +13,11 @@ from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.scratch import call_model, move
 
 LossFn = Callable[[Any, Any], Tensor]
+Reduce = Callable[[Sequence[Tensor]], None]  # replaces each tensor, in place, by its sum over all processes that score together
+
+
+def alone(tensors: Sequence[Tensor]) -> None:
+    """The sum over one process: the tensors as they are."""
 
 
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperature: float) -> Tensor:
@@ -42,9 +47,14 @@ def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperatu
 
 
 def mean_gradient(
-    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Batch], loss_fn: LossFn | None, temperature: float
+    model: nn.Module,
+    weights: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    loss_fn: LossFn | None,
+    temperature: float,
+    reduce: Reduce = alone,
 ) -> list[Tensor]:
-    """Gradient of the mean loss over all samples, with the memory of one micro-batch.
+    """Gradient of the mean loss over all samples, of all processes, with the memory of one micro-batch.
 
     A micro-batch's own mean counts by its number of samples, so the result does not depend on the cut (without
     BatchNorm).
@@ -55,7 +65,17 @@ def mean_gradient(
         loss = batch_loss(model, batch, loss_fn, temperature)
         add_gradient(total, torch.autograd.grad(loss, weights, allow_unused=True), batch.samples)
         samples += batch.samples
+    samples = sum_samples(total, samples, reduce)
     return [gradient.div_(samples) for gradient in total]
+
+
+def sum_samples(tensors: Sequence[Tensor], samples: int, reduce: Reduce) -> int:
+    """Sums ``tensors``, in place, and ``samples`` over all processes; returns the latter. ValueError when nobody had any."""
+    count = torch.tensor(samples, dtype=torch.float64, device=tensors[0].device)
+    reduce([*tensors, count])
+    if not count:
+        raise ValueError("Expected at least one batch, got none in any of the processes that score together")
+    return int(count)
 
 
 def add_gradient(total: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:

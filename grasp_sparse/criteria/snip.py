@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from grasp_sparse.criteria.batches import Batch
-from grasp_sparse.criteria.loss import LossFn, mean_gradient
+from grasp_sparse.criteria.loss import LossFn, Reduce, alone, mean_gradient
 
 
 def snip_scores(
@@ -18,13 +18,15 @@ def snip_scores(
     *,
     temperature: float = 1.0,
     train: bool = True,
+    reduce: Reduce = alone,
 ) -> dict[str, Tensor]:
     """|θ ⊙ g| for every weight, g the gradient of the mean loss over all samples; changes `model` (a scratch copy).
 
     train: BatchNorm uses the statistics of the micro-batch; False scores with the running ones.
+    reduce: sums over the processes that share the samples.
     """
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0, got {temperature}")
     model.train(train)
-    gradient = mean_gradient(model, list(weights.values()), batches, loss_fn, temperature)
+    gradient = mean_gradient(model, list(weights.values()), batches, loss_fn, temperature, reduce)
     return {name: (weight.detach() * g).abs_() for (name, weight), g in zip(weights.items(), gradient, strict=True)}

@@ -1,70 +1,185 @@
-"""Checkpoints: plain dicts and tensors, written so that a crash leaves the old file or the new one, never half of one."""
+"""What a checkpoint holds, and the checks without which nothing in one is believed: it may come from anybody.
+
+A file is a zip archive of `torch.save` (plain dicts, lists, numbers, names and tensors) with a seal behind it. The seal finds
+damage; against malice stands that only tensors and plain values are unpickled, that no tensor claims more memory than the file
+has bytes, and that every section is checked before it is used.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
+import struct
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grasp_sparse.files import write_atomically
+from grasp_sparse.bits import is_dense
+from grasp_sparse.files import DamagedFile, read_sealed, write_sealed
+from grasp_sparse.train.checkpoint_files import checkpoint_name, drop_old_checkpoints, newest_good_checkpoint
 from grasp_sparse.train.errors import UserError
 
-FILE_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 _SECTIONS: dict[str, tuple[type, ...]] = {
-    "config": (dict,), "model": (dict,), "optimizer": (dict,), "rng": (dict,), "position": (dict,),
-    "pruning": (dict, type(None)), "environment": (dict,),
+    "recipe": (dict,), "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)),
+    "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)), "masks_digest": (str, type(None)),
+    "environment": (dict,),
 }  # fmt: skip
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
+_IN_LAYER = {"name": str, "shape": list, "kept": int, "total": int, "density": float, "flops_kept": int, "flops_total": int, "runs": str}
+_IN_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_DEEPEST = 32  # containers within containers
 
 
-def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
-    """Write `state` (see _SECTIONS; the format number is added) as the run's checkpoint; the file's path."""
-    path = run_dir / FILE_NAME
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `state` (see _SECTIONS; the format number is added) under the name of its position; the file's path.
+
+    Older checkpoints go, but for the newest `keep` and the one with the best test accuracy. Raises OSError when it cannot be
+    written; those that were there still are, then.
+    """
+    position = state["position"]
+    buffer = io.BytesIO()  # torch's own writer turns a full disk into other errors, and does not always survive it
+    torch.save({"format": FORMAT, **state, "model": _compact(state["model"])}, buffer)
+    path = run_dir / checkpoint_name(position["epoch"], position["step"])
+    write_sealed(path, buffer.getbuffer())
+    best = max(position["history"], key=lambda row: row["test_accuracy"], default=None)
+    drop_old_checkpoints(run_dir, keep, None if best is None else best["epoch"])
     return path
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """The run's last checkpoint, on CPU, its sections of the right types. Runs no code from the file.
+    """The run's newest good checkpoint, on CPU, its sections of the right types. Runs no code from the file.
 
-    Raises UserError for a missing or damaged one.
+    Warns of damaged ones that it passes over. Raises UserError where none is good, or the newest good one is none of ours.
     """
-    path = Path(run_dir) / FILE_NAME
-    if not path.is_file():
-        raise UserError(f"Expected {run_dir} to hold a run with a {FILE_NAME}, found none; --resume takes the folder of a run")
+    return read_checkpoint(newest_good_checkpoint(Path(run_dir)))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint in that file; as `load_checkpoint`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sealed = read_sealed(path)
+        _check_archive(sealed, path)
+        state = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
+    except (
+        DamagedFile, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError,
+        AttributeError, IndexError, AssertionError, OverflowError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read checkpoint {path}, it is damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not _SECTIONS.keys() <= state.keys():
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found!r}")
+    if not isinstance(state, dict) or type(state.get("format")) is not int or state["format"] != FORMAT:
+        found = f"format {state.get('format')!s:.20}" if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found}")
+    missing = _SECTIONS.keys() - state.keys()
+    require(not missing, str(path), "a checkpoint with all of its sections", f"none named {', '.join(sorted(missing))}")
+    _check_plain(state, path)
     _check_sections(state, path)
     return state
+
+
+def rng_state() -> dict[str, Any]:
+    """This process's random streams, as an entry of the section rng."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Go on drawing where `rng_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _compact(model: dict[str, Any]) -> dict[str, Any]:
+    """Without tensors that repeat or skip memory (a buffer somebody expanded): their values are the same written out."""
+    return {name: value.contiguous() if isinstance(value, Tensor) and not is_dense(value) else value for name, value in model.items()}
+
+
+def _check_archive(sealed: bytes, path: Path) -> None:
+    """UserError for an archive that would unpack to more than it is: torch.save never compresses, nor writes bytes twice."""
+    entries = zipfile.ZipFile(io.BytesIO(sealed)).infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    size = sum(entry.file_size for entry in entries)
+    require(stored and size <= len(sealed), f"the archive {path}", "stored as it is", f"one of {len(sealed):,} bytes for {size:,}")
+
+
+def _check_plain(state: dict[str, Any], path: Path) -> None:
+    """UserError unless there are only plain values and CPU tensors that own each of their elements, once."""
+    pending: list[tuple[object, int]] = [(state, 0)]
+    while pending:
+        value, depth = pending.pop()
+        require(depth <= _DEEPEST, str(path), f"at most {_DEEPEST} containers deep", "a deeper one")
+        if type(value) in (dict, OrderedDict):
+            pending += [(item, depth + 1) for item in (*value.keys(), *value.values())]
+        elif type(value) in (list, tuple):
+            pending += [(item, depth + 1) for item in value]
+        elif isinstance(value, Tensor):
+            require(_is_ordinary(value), f"every tensor in {path}", "dense, on the CPU and with memory of its own", value)
+        else:
+            known = value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() <= 64)
+            require(known, f"every value in {path}", "plain", type(value).__name__)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    if tensor.is_neg() or tensor.is_conj() or tensor.requires_grad or not is_dense(tensor):
+        return False
+    # a bool of another byte than 0 and 1 counts as one for some operations and as more for others
+    return tensor.dtype is not torch.bool or not tensor.numel() or int(tensor.view(torch.uint8).max()) <= 1
 
 
 def _check_sections(state: dict[str, Any], path: Path) -> None:
     """UserError unless each section has its type; what depends on the run is checked where the run goes on."""
     for name, types in _SECTIONS.items():
         require(isinstance(state[name], types), f"{name} in {path}", types[0].__name__, state[name])
-    for name in ("config", "model"):
+    for name in ("recipe", "config", "model"):
         require(all(type(key) is str for key in state[name]), f"the keys of {name} in {path}", "names", state[name])
     rng = state["rng"]
-    require(_is_rng_state(rng.get("torch")), f"rng in {path}", "the state of torch's random stream", rng.get("torch"))
-    cuda = rng.get("cuda")
-    require(isinstance(cuda, list) and all(map(_is_rng_state, cuda)), f"rng of cuda in {path}", "a list of states", cuda)
-    for name, wanted in _IN_PRUNING.items() if state["pruning"] is not None else ():
-        value = state["pruning"].get(name)
-        require(type(value) is wanted, f"{name} of pruning in {path}", wanted.__name__, value)
+    require(bool(rng) and all(map(_is_rng, rng)), f"rng in {path}", "the states of each rank's random streams", rng)
+    if (scaler := state["scaler"]) is not None:
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in scaler.values())
+        require(scaler.keys() == _IN_SCALER and finite, f"scaler in {path}", f"numbers for {', '.join(sorted(_IN_SCALER))}", scaler)
+    if state["pruning"] is not None:
+        _check_pruning(state["pruning"], path)
 
 
-def _is_rng_state(value: object) -> bool:
+def _is_rng(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.keys() == {"torch", "cuda"} and _is_cpu_rng(entry["torch"]) and (
+        entry["cuda"] is None or _is_bytes(entry["cuda"])
+    )
+
+
+def _is_bytes(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.uint8 and value.dim() == 1
+
+
+def _is_cpu_rng(state: object) -> bool:
+    """Whether a Mersenne Twister can be in that state: torch believes where in its 624 words the next number lies."""
+    if not _is_bytes(state) or len(state) != len(torch.get_rng_state()):
+        return False
+    _, left, seeded, following = struct.unpack_from("=qiiQ", state.numpy())
+    return seeded == 1 and ((left, following) == (1, 0) or (1 <= left <= 624 and left + following == 625))
+
+
+def _check_pruning(pruning: dict[str, Any], path: Path) -> None:
+    def check(value: object, wanted: type, what: str) -> None:
+        require(type(value) is wanted and (wanted is not float or math.isfinite(value)), f"{what} of pruning in {path}", wanted.__name__, value)
+
+    for name, wanted in _IN_PRUNING.items():
+        check(pruning.get(name), wanted, name)
+    for layer in pruning["layers"]:
+        check(layer, dict, "every layer")
+        for name, wanted in _IN_LAYER.items():
+            check(layer.get(name), wanted, f"{name} of every layer")
+        require(all(type(size) is int for size in layer["shape"]), f"shape of every layer in {path}", "integers", layer["shape"])
+    for entry in pruning["skipped"]:
+        named = type(entry) is list and len(entry) == 2 and all(type(text) is str for text in entry)
+        require(named, f"skipped of pruning in {path}", "pairs of a module and a reason", entry)
 
 
 def require(ok: bool, what: str, expected: str, got: object) -> None:

@@ -19,6 +19,7 @@ from grasp_sparse.train.errors import UserError
 
 
 _MAX_THREADS = 4096
+_MAX_WORKERS = 1024
 _MAX_SIDE = 16384
 
 
@@ -36,18 +37,33 @@ class TrainConfig:
 
     name: str = _option("train", "run", "label of the run: default folder name and first word of the last line printed")
 
-    data: str = _option("fashion-mnist", "data", "data set", choices=("fashion-mnist", "imagefolder", "fake"))
-    data_dir: str | None = _option(None, "data", "folder that holds the data", metavar="DIR")
-    image_size: int | None = _option(
-        None, "data", "side in pixels; imagefolder (default 224) and fake (default 32) only", type=int, metavar="PIXELS"
+    data: str = _option(
+        "fashion-mnist", "data", "data set",
+        choices=("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "imagefolder", "fake"),
     )
-    augment: bool = _option(True, "data", "random shift and horizontal flip (imagefolder: crop and flip)", type=bool)
+    data_dir: str | None = _option(None, "data", "folder that holds the data, laid out as usual for the set", metavar="DIR")
+    image_size: int | None = _option(
+        None, "data", "side in pixels; imagenet, imagefolder (default 224) and fake (default 32) only", type=int, metavar="PIXELS"
+    )
+    augment: bool = _option(
+        True, "data", "random shift and horizontal flip (imagenet, imagefolder: random crop, resized, and flip)", type=bool
+    )
+    trivial_augment: bool = _option(
+        False, "data", "one more random change of colour or shape, TrivialAugmentWide (sets decoded while training)", type=bool
+    )
+    random_erasing: float = _option(
+        0.0, "data", "chance that a random rectangle is blanked (sets decoded while training)", type=float, metavar="SHARE"
+    )
+    max_corrupt: int = _option(
+        10, "data", "end the run when a process has met more unreadable image files than this; so many are replaced", type=int,
+        metavar="N",
+    )
     train_limit: int | None = _option(None, "data", "use only this many training images", type=int, metavar="N")
     test_limit: int | None = _option(None, "data", "use only this many test images", type=int, metavar="N")
-    workers: int = _option(2, "data", "processes that decode images (imagefolder only)", type=int, metavar="N")
+    workers: int = _option(2, "data", "processes that decode images, per process that trains; 0: none", type=int, metavar="N")
 
     model: str = _option(
-        "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, or package.module:factory"
+        "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, timm:name, or package.module:factory"
     )
     model_args: dict = _option(
         {}, "model", "argument of the model's factory as KEY=VALUE, the value as TOML, e.g. 'widths=[128, 256]'",
@@ -96,11 +112,14 @@ class TrainConfig:
         None, "training", "end training after this wall time; the schedule shrinks to fit (then not reproducible)",
         type=float, metavar="S",
     )
-    batch_size: int = _option(128, "training", "images per step", type=int, metavar="N")
+    batch_size: int = _option(128, "training", "images per rank and micro-batch", type=int, metavar="N")
+    accumulate: int = _option(1, "scale", "micro-batches per step: their gradients are added up", type=int, metavar="N")
+    optimizer: str = _option("sgd", "training", "SGD with momentum, or AdamW", choices=("sgd", "adamw"))
     lr: float = _option(0.1, "training", "peak learning rate", type=float)
-    momentum: float = _option(0.9, "training", "SGD momentum", type=float)
+    momentum: float = _option(0.9, "training", "SGD momentum; AdamW: beta1", type=float)
+    beta2: float = _option(0.999, "training", "AdamW: decay of the second moment", type=float)
     nesterov: bool = _option(True, "training", "Nesterov momentum", type=bool)
-    weight_decay: float = _option(5e-4, "training", "L2 penalty on kept weights", type=float)
+    weight_decay: float = _option(5e-4, "training", "L2 penalty on kept weights; AdamW: decoupled", type=float)
     schedule: str = _option(
         "cosine", "training", "cosine to zero, or divided by 10 at each milestone", choices=("cosine", "step", "constant")
     )
@@ -111,8 +130,26 @@ class TrainConfig:
     warmup: float = _option(0.0, "training", "share of training over which the rate climbs from 0", type=float, metavar="SHARE")
     label_smoothing: float = _option(0.0, "training", "cross-entropy label smoothing", type=float)
     memory_format: str = _option(
-        "nchw", "training", "layout of input images and dense convolutions", choices=("nchw", "channels_last")
+        "nchw", "training", "layout of input images and dense convolutions; chwn: batch innermost, which sparse convolutions keep and dense ones do not",
+        choices=("nchw", "channels_last", "chwn"),
     )
+    clip_norm: float | None = _option(
+        None, "training", "scale gradients down to this norm, all together, where theirs is larger", type=float, metavar="NORM"
+    )
+    ema_decay: float | None = _option(
+        None, "training", "evaluate a moving average of the weights too, with this decay, e.g. 0.9999", type=float, metavar="DECAY"
+    )
+
+    precision: str = _option(
+        "fp32", "scale", "of products: fp32, or autocast to bf16 or (with a scaled loss) fp16", choices=("fp32", "bf16", "fp16")
+    )
+    compile: bool = _option(False, "scale", "train through torch.compile", type=bool)
+    sync_batchnorm: bool = _option(False, "scale", "batch norms over the images of all ranks (GPUs only)", type=bool)
+
+    checkpoint_minutes: float = _option(
+        10.0, "run", "time between checkpoints within an epoch; one is written after every epoch anyway", type=float, metavar="M"
+    )
+    keep_checkpoints: int = _option(2, "run", "newest checkpoints to keep, beside the one of the best epoch", type=int, metavar="N")
 
     seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
     device: str = _option("cpu", "run", "cpu, or cuda")
@@ -132,21 +169,33 @@ class TrainConfig:
             ("speedup", self.speedup is None or self.budget == "time", "none unless --budget time"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("beta2", 0 <= self.beta2 < 1, "0 <= beta2 < 1"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0"),
+            ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "0 < ema_decay < 1"),
+            (
+                "sync_batchnorm", not self.sync_batchnorm or not self.device.startswith("cpu"),
+                "false on the CPU, for which torch has no synchronized batch norm",
+            ),
             ("samples_per_class", self.samples_per_class >= 1, "at least 1"),
             ("score_batch", self.score_batch >= 1, "at least 1"),
             ("timing_rounds", self.timing_rounds != 1, "0, or at least 2 for quartiles"),
             ("lr", self.lr > 0, "a rate above 0"),
             ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("nesterov", self.momentum > 0 or not self.nesterov, "false when momentum is 0 (--no-nesterov)"),
+            ("nesterov", self.momentum > 0 or not self.nesterov or self.optimizer != "sgd", "false when momentum is 0 (--no-nesterov)"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "shares of training between 0 and 1"),
             ("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0 seconds"),
+            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "at least 0 minutes (0: after every step)"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("threads", self.threads is None or 1 <= self.threads <= _MAX_THREADS, f"1 to {_MAX_THREADS}"),
             ("seed", -(2**63) <= self.seed < 2**63, "an integer of at most 64 bits, -2**63 <= seed < 2**63"),
             ("timing_rounds", self.timing_rounds >= 0, "at least 0"),
-            ("workers", self.workers >= 0, "at least 0"),
+            ("workers", 0 <= self.workers <= _MAX_WORKERS, f"0 to {_MAX_WORKERS}"),
+            ("max_corrupt", self.max_corrupt >= 0, "at least 0"),
+            ("random_erasing", 0 <= self.random_erasing <= 1, "a share between 0 and 1"),
             ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),
             ("test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1"),
             ("image_size", self.image_size is None or 1 <= self.image_size <= _MAX_SIDE, f"1 to {_MAX_SIDE}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any
 
@@ -34,8 +35,8 @@ def _own_options(criterion: str) -> dict[str, set[type]]:
     function = get_criterion(criterion).function
     names = function.__kwdefaults__ or {}
     hints = {name: hint for name, hint in typing.get_type_hints(function).items() if name in names}
-    types = {name: set(typing.get_args(hint)) or {hint} for name, hint in hints.items()}
-    return {name: kinds for name, kinds in types.items() if kinds <= _PLAIN}
+    kinds = {name: set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint} for name, hint in hints.items()}
+    return {name: of_one for name, of_one in kinds.items() if of_one <= _PLAIN}
 
 
 def _checked(criterion: str, name: str, value: Any, known: dict[str, set[type]]) -> Any:

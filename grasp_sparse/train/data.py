@@ -1,25 +1,39 @@
-"""Data sets by name, all with one interface: two splits that give shuffled, ordered or chosen batches."""
+"""Data sets by name, all with one interface: two splits that give shuffled, ordered or chosen batches of bytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grasp_sparse.train import class_folders as folders
+from grasp_sparse.train import tiny_imagenet as tiny
+from grasp_sparse.train.cifar import CIFAR, SIDE, load_cifar
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.corrupt import CorruptImages
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.fashion_mnist import load_fashion_mnist
-from grasp_sparse.train.folder import FolderImages
-from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for
+from grasp_sparse.train.folder import Decoding, FolderImages, Transform
+from grasp_sparse.train.images import WHOLE, MemoryImages, Share, evenly_spaced, generator_for
+from grasp_sparse.train.normalization import Normalization
+from grasp_sparse.train.scoring import ScoringBatches
+from grasp_sparse.train.transforms import PHOTOGRAPHS, photograph_transforms, small_image_transforms
 
 _MOST_FAKE_BYTES = 1 << 30
+_IMAGENET_CLASSES = 1000
+_SIZED = ("imagenet", "imagefolder", "fake")
+_DECODED_IN_TRAINING = ("tiny-imagenet", "imagenet", "imagefolder")
 
 
 @dataclass
 class Data:
-    """`shape` is (channels, height, width); `source` says in words where the images came from."""
+    """`shape` is (channels, height, width); `source` says in words where the images came from.
+
+    Batches of both splits are (uint8 [N, C, H, W], int64 [N]) on the CPU; `prepare` makes of them what a model takes.
+    """
 
     name: str
     source: str
@@ -27,44 +41,88 @@ class Data:
     shape: tuple[int, int, int]
     train: MemoryImages | FolderImages
     test: MemoryImages | FolderImages
+    pixels: Normalization
+    corrupt: CorruptImages = field(default_factory=lambda: CorruptImages(0))
 
-    def scoring_batches(self, per_class: int, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Class-balanced training images, not augmented, as a list: every pass of a criterion sees the same inputs."""
-        indices = class_balanced(self.train.labels, per_class, seed)
-        return [self.train.take(part) for part in indices.split(batch_size)]
+    def prepare(self, images: Tensor, device: str | torch.device, layout: str = "nchw") -> Tensor:
+        """uint8 -> normalised float32 on `device`, lying there as "nchw", "channels_last" or "chwn" (batch innermost)."""
+        return self.pixels(images, device, layout)
+
+    def scoring_batches(self, per_class: int, batch_size: int, seed: int, share: Share = WHOLE) -> ScoringBatches:
+        """Class-balanced training images, not augmented; every pass of a criterion sees the same inputs."""
+        return ScoringBatches(self.train, per_class, batch_size, seed, share)
 
 
 def load_data(config: TrainConfig) -> Data:
-    """The data set that `config` names. Raises UserError when it is missing or damaged."""
-    return {"fashion-mnist": _fashion_mnist, "imagefolder": _imagefolder, "fake": _fake}[config.data](config)
+    """The data set that `config` names. Raises UserError, which says what is expected where, when it is missing or damaged."""
+    if config.image_size is not None and config.data not in _SIZED:
+        raise UserError(f"Expected no --image-size with {config.data}, whose images have one; {', '.join(_SIZED)} take it")
+    if (config.trivial_augment or config.random_erasing) and config.data not in _DECODED_IN_TRAINING:
+        raise UserError(
+            f"Expected neither --trivial-augment nor --random-erasing with {config.data}, which is held in memory; "
+            f"{', '.join(_DECODED_IN_TRAINING)} take them"
+        )
+    loaders: dict[str, Callable[[TrainConfig], Data]] = {
+        "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet,
+        "imagenet": _imagenet, "imagefolder": _imagefolder, "fake": _fake,
+    }  # fmt: skip
+    return loaders[config.data](config)
 
 
 def _fashion_mnist(config: TrainConfig) -> Data:
     splits, folder = load_fashion_mnist(config.data_dir)
     limits = {"train": config.train_limit, "test": config.test_limit}
-    mean, std = [0.2860], [0.3530]  # of the training images
-    train, test = (MemoryImages(x[: limits[s]], y[: limits[s]], mean, std) for s, (x, y) in splits.items())
-    return Data("Fashion-MNIST", str(folder), 10, (1, 28, 28), train, test)
+    train, test = (MemoryImages(x[: limits[s]], y[: limits[s]]) for s, (x, y) in splits.items())
+    # mean and spread of the training images
+    return Data("Fashion-MNIST", str(folder), 10, (1, 28, 28), train, test, Normalization((0.2860,), (0.3530,)))
+
+
+def _cifar(config: TrainConfig) -> Data:
+    corrupt = CorruptImages(config.max_corrupt)
+    limits = (config.train_limit, config.test_limit)
+    train, test, title, source = load_cifar(config.data, config.data_dir, limits, corrupt, config.workers)
+    splits = [MemoryImages(*split, pad=4) for split in (train, test)]
+    cifar = CIFAR[config.data]
+    return Data(title, source, cifar.num_classes, (3, SIDE, SIDE), *splits, cifar.pixels, corrupt)
+
+
+def _tiny_imagenet(config: TrainConfig) -> Data:
+    root = folders.data_root(config.data, config.data_dir, tiny.LAYOUT)
+    found = tiny.tiny_imagenet_files(root)
+    return _of_files("Tiny-ImageNet", root, *found, config, tiny.SIDE, small_image_transforms(config, tiny.SIDE))
+
+
+def _imagenet(config: TrainConfig) -> Data:
+    root = folders.data_root(config.data, config.data_dir, folders.IMAGENET_LAYOUT)
+    train, test, classes = folders.imagenet_folders(root)
+    name = "ImageNet" if len(classes) == _IMAGENET_CLASSES else f"ImageNet ({len(classes)} classes)"
+    return _photographs(name, root, train, test, classes, config)
 
 
 def _imagefolder(config: TrainConfig) -> Data:
-    if config.data_dir is None:
-        raise UserError("--data imagefolder needs --data-dir DIR with train/ and test/ (or val/), one folder per class in each")
-    root = Path(config.data_dir)
-    test_root = root / "test" if (root / "test").is_dir() else root / "val"
-    for folder in (root, root / "train", test_root):
-        if not folder.is_dir():
-            raise UserError(f"Expected a folder {folder}, which does not exist; imagefolder wants train/ and test/ (or val/)")
+    root = folders.data_root(config.data, config.data_dir, folders.IMAGEFOLDER_LAYOUT)
+    return _photographs("imagefolder", root, *folders.class_folders(config.data, root, folders.IMAGEFOLDER_LAYOUT), config)
+
+
+def _photographs(
+    name: str, root: Path, train: folders.Files, test: folders.Files, classes: list[str], config: TrainConfig
+) -> Data:
     size = config.image_size or 224
-    try:
-        train = FolderImages(root / "train", size, config.workers, config.train_limit)
-        test = FolderImages(test_root, size, config.workers, config.test_limit)
-    except FileNotFoundError as error:  # ImageFolder: no class folders, or one without images
-        raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
-    if train.folder.classes != test.folder.classes:
-        raise UserError(f"Expected the same classes in {root}/train and {test_root}, got {len(train.folder.classes)} and "
-                        f"{len(test.folder.classes)}, or other names")
-    return Data("imagefolder", str(root), len(train.folder.classes), (3, size, size), train, test)
+    return _of_files(name, root, train, test, classes, config, size, photograph_transforms(config, size))
+
+
+def _of_files(
+    name: str, root: Path, train: folders.Files, test: folders.Files, classes: list[str], config: TrainConfig, size: int,
+    transforms: tuple[Transform, Transform],
+) -> Data:  # fmt: skip
+    """A set decoded while it is used; mean and spread are those of ImageNet."""
+    corrupt = CorruptImages(config.max_corrupt)
+    decoding = Decoding(config.workers, pin_memory=config.device.startswith("cuda"))
+    splits = []
+    for files, limit in ((train, config.train_limit), (test, config.test_limit)):
+        files = [files[index] for index in evenly_spaced(len(files), limit)]
+        splits.append(FolderImages(files, *transforms, corrupt, decoding))
+    return Data(name, str(root), len(classes), (3, size, size), *splits, PHOTOGRAPHS, corrupt)
 
 
 def _fake(config: TrainConfig) -> Data:
@@ -81,7 +139,7 @@ def _fake(config: TrainConfig) -> Data:
     def split(count: int) -> MemoryImages:
         labels = torch.arange(count) % 10
         noise = torch.randint(0, 256, (count, 3, size, size), generator=generator)
-        return MemoryImages(((prototypes[labels] + noise) // 2).to(torch.uint8), labels, [0.5] * 3, [0.25] * 3)
+        return MemoryImages(((prototypes[labels] + noise) // 2).to(torch.uint8), labels, pad=max(1, size // 14))
 
     train, test = map(split, counts)
-    return Data("fake", "generated", 10, (3, size, size), train, test)
+    return Data("fake", "generated", 10, (3, size, size), train, test, Normalization((0.5,) * 3, (0.25,) * 3))

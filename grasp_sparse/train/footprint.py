@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.step import loss_function, make_optimizer, training_step
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.step import loss_function, step_options, training_step
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measure_footprint(config: TrainConfig, model: nn.Module, batch: tuple[Tensor
     """
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer(config, model)
-    training_step(model, optimizer, loss_function(config), *batch)
+    training_step(model, optimizer, loss_function(config), *batch, step_options(config))
     moments = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.dim() > 0]
     indices = [b for b in model.buffers() if not b.is_floating_point() and b.dim() > 0]
     return Footprint(

@@ -1,18 +1,40 @@
-"""Images held in memory as one uint8 tensor: shuffled, augmented and normalised a batch at a time, all in torch.
+"""Order, augmentation and sharing of training images; and images held in memory as one uint8 tensor.
 
-Order and augmentation of a batch depend on (seed, epoch, step) alone, never on what was drawn before, so a run resumed
-in the middle of an epoch sees exactly the batches the uninterrupted run would have seen.
+The order of an epoch depends on (seed, epoch) alone, the augmentation of an image on (seed, epoch) and its place in that order:
+never on what was drawn before, nor on how many processes share the work. So a run resumed in the middle of an epoch sees exactly the
+batches that the uninterrupted one would have seen, and two processes with batches of b see together what one with 2b sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 _ORDER, _AUGMENT, _BALANCED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part `rank` of `size` equal parts of the images of every step."""
+
+    rank: int = 0
+    size: int = 1
+
+    def places(self, batch_size: int, step: int) -> slice:
+        """Where in the order of an epoch the `batch_size` images stand that are this part of a step."""
+        start = (step * self.size + self.rank) * batch_size
+        return slice(start, start + batch_size)
+
+    def steps(self, count: int, batch_size: int) -> int:
+        """Steps of an epoch of `count` images; what is left over for no whole step is left out."""
+        return count // (batch_size * self.size)
+
+
+WHOLE = Share()
 
 
 def generator_for(seed: int, *where: int) -> Generator:
@@ -37,57 +59,71 @@ def class_balanced(labels: Tensor, per_class: int, seed: int) -> Tensor:
     Interleaved, so that every micro-batch cut from them is balanced too.
     """
     order = torch.randperm(len(labels), generator=generator_for(seed, _BALANCED))
-    picked = [order[labels[order] == c][:per_class] for c in labels.unique().tolist()]
-    rank = torch.cat([torch.arange(len(p)) for p in picked])
-    return torch.cat(picked)[rank.argsort(stable=True)]
+    shuffled = labels[order]
+    by_class = shuffled.argsort(stable=True)
+    counts = shuffled.bincount()
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
+    kept = rank < per_class
+    return order[by_class[kept]][rank[kept].argsort(stable=True)]
 
 
-def shift_and_flip(images: Tensor, pad: int, generator: Generator) -> Tensor:
-    """Shift each image of [N, C, H, W] by up to `pad` pixels (zeros come in) and flip every second one."""
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of `count` indices: where images are sorted by class, the first ones would all be of one."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).long().tolist()
+
+
+def shift_draws(count: int, pad: int, generator: Generator) -> Tensor:
+    """What `shift_and_flip` does to each of `count` images, int64 [3, count]: rows and columns shifted, 0..2·pad, and flip, 0 or 1."""
+    shifts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+    return torch.cat([shifts, torch.randint(0, 2, (1, count), generator=generator)])
+
+
+def shift_and_flip(images: Tensor, pad: int, draws: Tensor) -> Tensor:
+    """Shift each image of [N, C, H, W] by up to `pad` pixels (zeros come in) and flip some, as `draws` [3, N] say."""
     n, c, h, w = images.shape
-    shifts = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    rows = shifts[0] + torch.arange(h)
-    columns = shifts[1] + torch.where(flip, torch.arange(w - 1, -1, -1), torch.arange(w))
+    down, right, flip = draws[:, :, None]
+    rows = down + torch.arange(h)
+    columns = right + torch.where(flip.bool(), torch.arange(w - 1, -1, -1), torch.arange(w))
     padded = F.pad(images, (pad,) * 4).movedim(1, -1)
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 
 class MemoryImages:
-    """One split: `images` uint8 [N, C, H, W], `labels` int64 [N], per-channel `mean` and `std` of pixels in 0..1."""
+    """One split: `images` uint8 [N, C, H, W], `labels` int64 [N]; augmentation shifts by up to `pad` pixels and flips.
 
-    def __init__(self, images: Tensor, labels: Tensor, mean: list[float], std: list[float]) -> None:
-        self.images, self.labels = images, labels
-        # (x / 255 - mean) / std as one multiply and one add
-        std_column = torch.tensor(std).view(1, -1, 1, 1)
-        self._scale = 1 / (255 * std_column)
-        self._offset = -torch.tensor(mean).view(1, -1, 1, 1) / std_column
+    All batches are (uint8 [n, C, H, W], int64 [n]).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, pad: int = 2) -> None:
+        self.images, self.labels, self.pad = images, labels, pad
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self._scale).add_(self._offset)
-
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Those images, normalised and not augmented, with their labels."""
-        return self._normalised(self.images[indices]), self.labels[indices]
+        """Those images, not augmented, with their labels."""
+        return self.images[indices], self.labels[indices]
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, as stored: for evaluation."""
-        for start in range(0, len(self), batch_size):
-            stop = start + batch_size
-            yield self._normalised(self.images[start:stop]), self.labels[start:stop]
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`take` of each of these lists of indices."""
+        return map(self.take, parts)
+
+    def in_order(self, batch_size: int, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once over all parts, as stored: for evaluation."""
+        images, labels = self.images[share.rank :: share.size], self.labels[share.rank :: share.size]
+        for start in range(0, len(labels), batch_size):
+            yield images[start : start + batch_size], labels[start : start + batch_size]
 
     def shuffled(
-        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, augment: bool = True
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, augment: bool = True, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of one epoch from `first_step` on; an incomplete last batch is left out."""
+        """This part's training batches of one epoch from `first_step` on; an incomplete last step is left out."""
         order = epoch_order(len(self), seed, epoch)
-        for step in range(first_step, len(self) // batch_size):
-            indices = order[step * batch_size : (step + 1) * batch_size]
-            images = self.images[indices]
-            if augment:
-                pad = max(1, images.shape[-1] // 14)
-                images = shift_and_flip(images, pad, generator_for(seed, _AUGMENT, epoch, step))
-            yield self._normalised(images), self.labels[indices]
+        # all of an epoch at once, a millisecond: a draw then belongs to a place in the order, whatever the batch size
+        draws = shift_draws(len(self), self.pad, generator_for(seed, _AUGMENT, epoch))
+        for step in range(first_step, share.steps(len(self), batch_size)):
+            places = share.places(batch_size, step)
+            images, labels = self.take(order[places])
+            yield shift_and_flip(images, self.pad, draws[:, places]) if augment else images, labels

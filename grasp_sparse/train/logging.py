@@ -10,17 +10,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grasp_sparse.train.distributed import current_ranks
+
 LOG_NAME = "log.jsonl"
 
 
 def say(text: str = "") -> None:
-    """A line on stdout, at once: a run that is piped into a file can be followed."""
-    print(text, flush=True)
+    """A line on stdout, from rank 0, at once: a run that is piped into a file can be followed."""
+    if current_ranks().is_main:
+        print(text, flush=True)
 
 
 def progress_bar(total: int, done: int, label: str) -> tqdm:
     """A bar on stderr when that is a terminal, otherwise silent."""
-    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not (current_ranks().is_main and sys.stderr.isatty()))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Models by name: the demo's net, the paper's two, any of torchvision's, or a factory of the user's."""
+"""Models by name: the demo's net, the paper's two, any of torchvision's or timm's, or a factory of the user's."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ class ResNet32(nn.Module):
         return self.classifier(self.pool(x).flatten(1))
 
 
+_TIMM = "timm:"
 OWN_MODELS: dict[str, Callable[..., nn.Module]] = {"vgg_small": vgg_small, "vgg19": vgg19, "resnet32": ResNet32}
 
 
@@ -147,7 +148,12 @@ def build_model(name: str, num_classes: int | None, in_channels: int | None, arg
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:
-    """`package.module:factory`, or the name of a torchvision model (built without pretrained weights)."""
+    """`timm:name`, `package.module:factory`, or the name of a torchvision model; all without pretrained weights.
+
+    timm's have a prefix since both have a resnet50, and they are not the same.
+    """
+    if name.startswith(_TIMM):
+        return _timm_factory(name.removeprefix(_TIMM))
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
@@ -161,9 +167,26 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     known = [*OWN_MODELS, *models.list_models(module=models)]
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else (
-        f"use {', '.join(OWN_MODELS)}, a torchvision name or package.module:factory"
+        f"use {', '.join(OWN_MODELS)}, a torchvision name, timm:name or package.module:factory"
     )
     raise UserError(f"unknown model '{name}'; {hint}")
+
+
+def _timm_factory(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model {_TIMM}{name} needs timm, which is not installed: pip install timm") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(_TIMM + match for match in near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"unknown model '{_TIMM}{name}'; {hint}")
+
+    def create(num_classes: int | None = None, in_channels: int | None = None, **args: Any) -> nn.Module:
+        shape = {"num_classes": num_classes, "in_chans": in_channels}
+        return timm.create_model(name, **{key: value for key, value in shape.items() if value is not None}, **args)
+
+    return create
 
 
 def _match_first_conv(model: nn.Module, in_channels: int) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_sparse.costs import weight_costs
+from grasp_sparse.criteria import get_criterion
+from grasp_sparse.criteria.batches import RereadBatches
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.planning import plan
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.criterion_args import criterion_options
 from grasp_sparse.train.data import Data, load_data
+from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tensors, check_device, current_ranks, gather, on_main
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.images import WHOLE, Share
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
+from grasp_sparse.train.normalization import in_layout
 from grasp_sparse.train.step import memory_format
 
 
@@ -31,15 +38,12 @@ def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
 
 def data_and_model(config: TrainConfig) -> tuple[Data, nn.Module]:
     """Data and fresh model, checked against each other by one forward pass. Sets threads and seed first."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
+    check_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = load_data(config)
     model = fresh_model(config, data)
+    broadcast_tensors([*model.parameters(), *model.buffers()])  # a factory may draw from elsewhere than the seed
     model.eval()
     try:
         with torch.no_grad():
@@ -62,34 +66,57 @@ def example_input(config: TrainConfig, data: Data) -> torch.Tensor:
 def example_batch(config: TrainConfig, data: Data) -> torch.Tensor:
     """Noise in the shape and layout of a training batch, [batch_size, C, H, W], for measuring what layers and steps cost."""
     batch = torch.randn(config.batch_size, *data.shape, generator=torch.Generator().manual_seed(0))
-    return batch.to(config.device, memory_format=memory_format(config.memory_format))
+    return in_layout(batch.to(config.device), config.memory_format)
 
 
 def masks_for(config: TrainConfig, model: nn.Module, data: Data) -> MaskSet:
-    """Read --masks, or score `model` on class-balanced training images and choose what to keep."""
+    """Read --masks, or score `model` on class-balanced training images and choose what to keep; rank 0's, on every rank.
+
+    The ranks share the images of criteria that add over them. What a speedup takes is measured by rank 0, alone.
+    """
     if config.masks is not None:
-        path = Path(config.masks)
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "nothing"
-            raise UserError(f"Expected --masks to be a mask file, got {found} at {path}; `grasp-sparse prune` writes one")
-        masks = MaskSet.load(path)
-        masks.check(model)
-        return masks
+        return on_main(lambda: _read_masks(config, model))
+    if config.budget == "time":
+        return on_main(lambda: _on_cpu(_score(config, model, data, Ranks())))
+    masks = _score(config, model, data, current_ranks())
+    return on_main(lambda: _on_cpu(masks)) if current_ranks().size > 1 else masks
+
+
+def _read_masks(config: TrainConfig, model: nn.Module) -> MaskSet:
+    path = Path(config.masks)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"Expected --masks to be a mask file, got {found} at {path}; `grasp-sparse prune` writes one")
+    masks = MaskSet.load(path)
+    masks.check(model)
+    return masks
+
+
+def _on_cpu(masks: MaskSet) -> MaskSet:
+    return MaskSet({name: mask.cpu() for name, mask in masks.items()}, masks.recipe, masks.skipped)
+
+
+def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> MaskSet:
     options = criterion_options(config)
-    batches = [
-        (x.to(config.device), y.to(config.device))
-        for x, y in data.scoring_batches(config.samples_per_class, config.score_batch, config.seed)
-    ]
-    say(f"scoring {config.model} with {config.criterion} on {sum(len(y) for _, y in batches)} training images")
+    shared = ranks.size > 1 and get_criterion(config.criterion).sums
+    if shared and (drawing := sorted(options.keys() & {"num_batches", "samples_per_class", "num_classes"})):
+        raise UserError(f"Expected no {drawing[0]} in criterion_args under several ranks; use --samples-per-class and --score-batch")
+    share = Share(ranks.rank, ranks.size) if shared else WHOLE
+    batches = data.scoring_batches(config.samples_per_class, config.score_batch, config.seed, share)
+
+    def prepared() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((data.prepare(x, config.device), y.to(config.device)) for x, y in batches)
+
+    say(f"scoring {config.model} with {config.criterion} on {batches.total:,} training images")
     if config.budget == "time":
         say(f"measuring layers and steps at batch {config.batch_size} for a speedup of {config.speedup:g}")
         goal = {"speedup": config.speedup, "example_input": example_batch(config, data)}
     else:
-        goal = {"sparsity": config.sparsity}
+        goal = {"sparsity": config.sparsity, "example_input": example_input(config, data)}
     masks = prune(
-        model, batches, criterion=config.criterion, pattern=config.pattern, scope=config.scope, budget=config.budget,
-        min_density=config.min_density, include=config.include or None, exclude=config.exclude or None, seed=config.seed,
-        **goal, **options,
+        model, RereadBatches(prepared), criterion=config.criterion, pattern=config.pattern,
+        scope=config.scope, budget=config.budget, min_density=config.min_density, include=config.include or None,
+        exclude=config.exclude or None, seed=config.seed, reduce=all_reduce_sum if shared else None, **goal, **options,
     )
     if config.budget == "time":
         dense, sparse = masks.recipe["dense_step_s"], masks.recipe["sparse_step_s"]
@@ -115,13 +142,47 @@ def pruning_summary(masks: MaskSet, costs: Mapping[str, float], runs: Mapping[st
 
 
 def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet, data: Data) -> dict[str, Any]:
-    """Make the layers of `model` sparse in place, print the table, return its pruning summary."""
+    """Make the layers of `model` sparse in place, print the table, return its pruning summary.
+
+    Rank 0 measures how each layer runs, for all: values must mean the same weights everywhere. Raises UserError unless they do.
+    """
     costs = weight_costs(model, example_input(config, data), include=list(masks))
-    report = sparsify_(model, masks, example_batch(config, data), config.plan, config.max_density)
+    example, ranks = example_batch(config, data), current_ranks()
+    if ranks.size > 1 and config.plan == "auto" and config.max_density is None:
+        report = sparsify_(model, masks, example, on_main(lambda: plan(model, masks, example)))
+    else:
+        report = sparsify_(model, masks, example, config.plan, config.max_density)
+    check_same_structure(model)
     runs = {f"{row.name}.weight": row.runs for row in report.rows}
     summary = pruning_summary(masks, costs, runs)
     say(density_table(summary))
+    if ranks.size > 1:
+        say(f"masks {masks.digest()[:16]} and the layers made of them are the same on all {ranks.size} ranks")
     return summary
+
+
+def check_same_structure(model: nn.Module) -> None:
+    """UserError unless `model` has the same tensors, and the same indices and masks, on every rank."""
+    digests = gather(structure_digest(model))
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(
+            f"Expected the same masks and layers on all ranks, got others than rank 0's on rank {', '.join(map(str, others))}; "
+            "every rank needs the same model, seed, data and version of this package"
+        )
+
+
+def structure_digest(model: nn.Module) -> str:
+    """SHA-256 of what must agree before gradients may be added: names, shapes and dtypes, and the contents of indices and masks."""
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        if tensor.dim() and not tensor.is_floating_point():
+            hashed.update(_bytes_of(tensor))
+    return hashed.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().numpy().tobytes()
 
 
 def density_table(summary: dict[str, Any]) -> str:

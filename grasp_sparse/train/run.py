@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grasp_sparse.costs import weight_costs
-from grasp_sparse.files import write_atomically
+from grasp_sparse.files import FolderInUse, locked_folder, write_atomically
+from grasp_sparse.masks import MaskSet
 from grasp_sparse.surgery import load_sparse
-from grasp_sparse.train.checkpoint import FILE_NAME, load_checkpoint, require
+from grasp_sparse.train.checkpoint import read_checkpoint, require
+from grasp_sparse.train.checkpoint_files import (
+    delete_checkpoints, delete_partial_files, has_run, list_checkpoints, newest_good_checkpoint, set_damaged_aside,
+)
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.engine import Interrupted, Position, Trainer
+from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms, without_peers
+from grasp_sparse.train.distributed import Ranks, current_ranks, on_main
+from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say
+from grasp_sparse.train.position import Position
 from grasp_sparse.train.prepare import (
-    data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary, sparsify_for_training,
+    check_same_structure, data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary,
+    sparsify_for_training,
 )
+from grasp_sparse.train.resume import check_masks, resume_command, resumed_config
+from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
+from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_steps
 
 MASKS_NAME = "masks.safetensors"
 RESULT_NAME = "result.json"
 _TIMED_BATCHES = 4
-_RUN_FILES = (FILE_NAME, MASKS_NAME, RESULT_NAME, LOG_NAME, "report.md", "training.png", "density.png", "step.png")
+_RUN_FILES = (MASKS_NAME, RESULT_NAME, LOG_NAME, "report.md", "training.png", "density.png", "step.png")
 
 
 def prune_to_file(config: TrainConfig, path: Path) -> None:
     """Score the model at initialization, print what is kept, save the masks."""
     if path.is_dir():
         raise UserError(f"Expected --out to be a file for the masks, got the folder {path}; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    on_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     config = dataclasses.replace(config, masks=None)
     data, model = data_and_model(config)
     masks = masks_for(config, model, data)
     costs = weight_costs(model, example_input(config, data), include=list(masks))
-    masks.save(path)
+    on_main(lambda: masks.save(path))
     say(density_table(pruning_summary(masks, costs, {})))
     say(f"masks: {path}")
 
@@ -47,80 +60,132 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 
     `overwrite` deletes the run that is there, but not before data, model and masks have proved good.
     """
-    _claim_folder(run_dir, overwrite)
-    data, model = data_and_model(config)
-    say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
-    masks = None if config.dense else masks_for(config, model, data)
-    pruning = None if masks is None else sparsify_for_training(config, model, masks, data)
-    trainer = Trainer(config, model, data, run_dir, {"pruning": pruning, "environment": describe_environment()})
-    _delete_old_run(run_dir)
-    if masks is not None:
-        masks.save(run_dir / MASKS_NAME)
-    return _finish(trainer)
+    on_main(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    with _sole_user(run_dir):
+        on_main(lambda: _check_vacant(run_dir, overwrite))
+        data, model = data_and_model(config)
+        say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
+        masks = None if config.dense else masks_for(config, model, data)
+        model = synchronize_norms(config, model)
+        extra = {
+            "recipe": config.to_dict(),
+            "pruning": None if masks is None else sparsify_for_training(config, model, masks, data),
+            "masks_digest": None if masks is None else masks.digest(),
+            "environment": describe_environment(),
+        }
+        trainer = Trainer(config, model, data, run_dir, extra)
+        on_main(lambda: _begin_folder(run_dir, masks))
+        return _finish(trainer)
 
 
-def resume_run(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Go on with the run in `run_dir`; `changes` replace recipe fields that do not alter what is computed."""
-    state = load_checkpoint(run_dir)
-    config = TrainConfig.from_dict({**state["config"], **changes}, str(run_dir / FILE_NAME)).validate()
-    kind = "nothing for a dense run" if config.dense else "a summary"
-    require(config.dense == (state["pruning"] is None), f"pruning in {run_dir / FILE_NAME}", kind, state["pruning"])
-    data, model = data_and_model(config)
-    try:
-        if config.dense:
-            model.load_state_dict(state["model"])
-        else:
-            load_sparse(model, state["model"])
-        trainer = Trainer(config, model, data, run_dir, {key: state[key] for key in ("pruning", "environment")})
-        trainer.restore(state)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{run_dir / FILE_NAME} does not fit model {config.model}: {error}") from error
-    position = trainer.position
-    say(f"{run_dir}: " + ("training is complete" if position.finished else
-                          f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
-    return _finish(trainer)
+def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
+    with _sole_user(run_dir):
+        path, state = on_main(lambda: _take_up(run_dir))
+        config = resumed_config(state, given, path)
+        kind = "nothing for a dense run" if config.dense else "a summary"
+        require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
+        ranks = current_ranks()
+        config = regrouped(config, len(state["rng"]), ranks)
+        data, model = data_and_model(config)
+        model = synchronize_norms(config, model)
+        try:
+            if config.dense:
+                model.load_state_dict(state["model"])
+            else:
+                load_sparse(model, state["model"])
+            check_masks(model, state["pruning"], state["masks_digest"], path)
+            check_same_structure(model)
+            extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")}
+            trainer = Trainer(config, model, data, run_dir, extra)
+            trainer.restore(state)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not fit model {config.model}: {error}") from error
+        if ranks.size != len(state["rng"]):
+            say(f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches in place of {len(state['rng'])} ranks: "
+                "the same images a step, not the same bits")
+        position = trainer.position
+        say(f"{run_dir}: " + ("training is complete" if position.finished else
+                              f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
+        return _finish(trainer)
 
 
-def _claim_folder(folder: Path, overwrite: bool) -> None:
-    """Create `folder`. A run that is already there is an error unless `overwrite`."""
-    if (folder / FILE_NAME).exists() and not overwrite:
+def continue_or_start_run(config: TrainConfig, given: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Go on with the run in `run_dir` if one is there, else start one with `config`, which the `given` values led to."""
+    return resume_run(run_dir, given) if on_main(lambda: has_run(run_dir)) else start_run(config, run_dir)
+
+
+@contextlib.contextmanager
+def _sole_user(folder: Path) -> Iterator[None]:
+    """Inside, no other run, started or resumed, is in that folder. Raises UserError if one is."""
+
+    def lock() -> None:
+        try:
+            held.enter_context(locked_folder(folder))
+        except FolderInUse:
+            raise UserError(f"another process is training the run in {folder}; wait for its end, or give another --out") from None
+        except FileNotFoundError:
+            raise UserError(f"Expected {folder} to hold a run, found no such folder; --resume takes the folder of a run") from None
+
+    with contextlib.ExitStack() as held:
+        on_main(lock)
+        yield
+
+
+def _check_vacant(folder: Path, overwrite: bool) -> None:
+    """UserError for a folder that holds a run, unless `overwrite`."""
+    if has_run(folder) and not overwrite:
         raise UserError(
             f"{folder} already holds a run; --resume {folder} continues it, --overwrite deletes it, --out names another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
-def _delete_old_run(folder: Path) -> None:
-    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one."""
-    if (folder / FILE_NAME).exists():
+def _begin_folder(folder: Path, masks: MaskSet | None) -> None:
+    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one. Write this one's masks."""
+    if has_run(folder):
         for name in _RUN_FILES:
             (folder / name).unlink(missing_ok=True)
+        delete_checkpoints(folder)
+    if masks is not None:
+        masks.save(folder / MASKS_NAME)
+
+
+def _take_up(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest good checkpoint and what it holds; what a crash left damaged or half-written is out of the way afterwards."""
+    path = newest_good_checkpoint(folder)
+    state = read_checkpoint(path)
+    set_damaged_aside(folder, path)
+    delete_partial_files(folder)
+    return path, state
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Train to the end, measure the step against the dense one, write result.json and return what it holds."""
     config, data = trainer.config, trainer.data
-    resume = f"go on with: grasp-sparse train --resume {trainer.run_dir}"
+    resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
-        comparison = _compare_with_dense(trainer) if config.timing_rounds else {"timing": None, "memory": None}
-    except KeyboardInterrupt as error:
-        if not isinstance(error, Interrupted) and not trainer.position.finished:
-            if not (trainer.run_dir / FILE_NAME).exists():
-                raise
-            # a second, impatient Ctrl-C: this moment was not saved
-            raise KeyboardInterrupt(f"interrupted; the last checkpoint stands, {resume}") from None
-        raise Interrupted(f"interrupted; saved, {resume}") from None
+        comparison = on_main(lambda: _compare_with_dense(trainer)) if config.timing_rounds else {"timing": None, "memory": None}
+    except KeyboardInterrupt as stop:
+        saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
+        if not saved and not list_checkpoints(trainer.run_dir):
+            raise
+        # not saved: a second, impatient Ctrl-C
+        state = "saved" if saved else "the last checkpoint stands"
+        if isinstance(stop, Preempted):
+            raise Preempted(f"stopped by a signal; {state}, {resume}", saved=True) from None
+        raise (Interrupted if saved else KeyboardInterrupt)(f"interrupted; {state}, {resume}") from None
     result = {
         "config": config.to_dict(),
         "environment": trainer.extra["environment"],
         "data": {"name": data.name, "source": data.source, "train": len(data.train), "test": len(data.test)},
         "pruning": trainer.extra["pruning"],
         "training": _training_summary(position),
+        "scale": _scale(trainer),
         **comparison,
     }
     text = json.dumps(result, indent=1)
-    write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode()))
+    on_main(lambda: write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode())))
     return result
 
 
@@ -135,14 +200,26 @@ def _training_summary(position: Position) -> dict[str, Any]:
     }
 
 
+def _scale(trainer: Trainer) -> dict[str, Any]:
+    """On how many ranks, and what crossed between them a step: measured bytes beside the numbers they should hold."""
+    kept, dense = parameter_counts(trainer.model)
+    return {
+        "ranks": trainer.ranks.size,
+        "images_per_step": images_per_step(trainer.config, trainer.ranks),
+        "reduced_bytes": trainer.position.history[-1]["reduced_bytes"],
+        "values": kept,
+        "dense_parameters": dense,
+    }
+
+
 def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
-    """Step times and bytes of the trained model and of the same model with nothing pruned."""
+    """Step times and bytes of the trained model and of the same model with nothing pruned; on rank 0, the others wait."""
     config, data = trainer.config, trainer.data
     say(f"timing {config.timing_rounds} steps of each kind, in turns")
-    order = data.train.shuffled(config.batch_size, config.seed, epoch=0, augment=config.augment)
-    batches = [(x.to(config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
+    order = train_batches(config, data, 0, 0, Ranks())
+    batches = [(data.prepare(x, config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
     dense = fresh_model(config, data)
-    sparse = None if config.dense else trainer.model
+    sparse = None if config.dense else without_peers(trainer.model)
     times = measure_steps(config, dense, sparse, batches)
     models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grasp_sparse.train.checkpoint import FILE_NAME
+from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
 from grasp_sparse.train.logging import say, table
 
 
@@ -22,7 +22,9 @@ def print_result(result: dict[str, Any], run_dir: Path, report: Path) -> None:
         say(_memory_table(memory))
     say()
     say(f"report      {report}")
-    say(f"checkpoint  {run_dir / FILE_NAME}")
+    say(f"checkpoint  {list_checkpoints(run_dir)[0]}")
+    if (best := run_dir / checkpoint_name(training["best_epoch"], 0)).exists():
+        say(f"best        {best}")
 
 
 def _time_table(timing: dict[str, Any]) -> str:

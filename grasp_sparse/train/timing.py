@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.step import loss_function, make_optimizer, memory_format, training_step
+from grasp_sparse.train.data_parallel import compiled
+from grasp_sparse.train.normalization import in_layout
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.step import loss_function, memory_format, step_options, training_step
 
 SPARSE = "sparse"
 DENSE_FORMATS = ("nchw", "channels_last")
@@ -26,11 +29,12 @@ def step_arm(
 ) -> Callable[[], object]:
     """A call of the result = one training step of `model` on the next batch, already in the arm's layout."""
     model = model.train().to(memory_format=memory_format(layout))
-    batches = [(x.to(memory_format=memory_format(layout)), y) for x, y in batches]
+    batches = [(in_layout(x, layout) if x.dim() == 4 else x, y) for x, y in batches]
     optimizer, loss_fn, turn = make_optimizer(config, model), loss_function(config), itertools.cycle(batches)
+    options, called = step_options(config), compiled(config, model)
 
     def run() -> None:
-        training_step(model, optimizer, loss_fn, *next(turn))
+        training_step(called, optimizer, loss_fn, *next(turn), options)
 
     return run
 

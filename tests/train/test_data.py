@@ -14,12 +14,13 @@ from grasp_sparse.train import fashion_mnist
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import load_data
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for, shift_and_flip
+from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for, shift_and_flip, shift_draws
+from grasp_sparse.train.normalization import Normalization, in_layout
 
 
 def _split(count: int = 50, side: int = 8) -> MemoryImages:
     images = torch.randint(0, 256, (count, 1, side, side), dtype=torch.uint8, generator=generator_for(1))
-    return MemoryImages(images, torch.arange(count) % 5, [0.5], [0.25])
+    return MemoryImages(images, torch.arange(count) % 5, pad=1)
 
 
 def _equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
@@ -47,15 +48,22 @@ def test_without_augmentation_an_epoch_shows_every_image_once_as_it_is() -> None
     assert torch.equal(seen.flatten(1).sum(1).sort().values, stored.flatten(1).sum(1).sort().values)
 
 
-def test_pixels_are_normalised() -> None:
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    x, _ = next(MemoryImages(images, torch.zeros(2).long(), [0.5], [0.25]).in_order(2))
-    assert x.flatten().tolist() == pytest.approx([-2.0, 2.0], abs=1e-6)
+_DIMENSIONS = {"nchw": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "chwn": (1, 2, 3, 0)}
+
+
+@pytest.mark.parametrize("layout", _DIMENSIONS)
+def test_bytes_are_normalised_and_laid_out_in_one_go(layout: str) -> None:
+    images = torch.randint(0, 256, (4, 2, 5, 3), dtype=torch.uint8)
+    prepared = Normalization((0.5, 0.25), (0.25, 0.5))(images, "cpu", layout)
+    expected = (images / 255 - torch.tensor([0.5, 0.25]).view(2, 1, 1)) / torch.tensor([0.25, 0.5]).view(2, 1, 1)
+    torch.testing.assert_close(prepared, expected, rtol=0, atol=1e-6)
+    assert prepared.permute(_DIMENSIONS[layout]).is_contiguous()
+    assert in_layout(prepared, layout) is prepared and torch.equal(in_layout(prepared.contiguous(), layout), prepared)
 
 
 def test_every_augmented_image_is_a_shifted_maybe_flipped_original() -> None:
     images = torch.randint(1, 256, (64, 2, 6, 6), dtype=torch.uint8, generator=generator_for(5))
-    augmented = shift_and_flip(images, 1, generator_for(7))
+    augmented = shift_and_flip(images, 1, shift_draws(64, 1, generator_for(7)))
     assert augmented.shape == images.shape and augmented.dtype == torch.uint8
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     seen = set()
@@ -103,6 +111,13 @@ def test_fashion_mnist_is_read_gzipped_plain_and_from_torchvisions_layout(tmp_pa
     assert (len(data.train), len(data.test), data.shape, data.num_classes) == (12, 20, (1, 28, 28), 10)
 
 
+def test_scoring_samples_of_a_million_labels_are_chosen_in_a_moment() -> None:
+    labels = (torch.arange(1_000_003) * 7919) % 1000
+    indices = class_balanced(labels, 3, seed=1)
+    assert labels[indices].bincount().tolist() == [3] * 1000 and len(indices.unique()) == 3000
+    assert torch.equal(labels[indices[:1000]].sort().values, torch.arange(1000))
+
+
 def test_missing_fashion_mnist_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", tmp_path / "none")
     monkeypatch.setattr(fashion_mnist, "_download", lambda folder: None)
@@ -141,7 +156,7 @@ def test_imagefolder_gives_the_same_batches_in_process_and_from_workers(tmp_path
     )
     state = torch.get_rng_state()
     here, workers = (list(make(n).train.shuffled(4, seed=0, epoch=1)) for n in (0, 1))
-    assert _equal(here, workers) and here[0][0].shape == (4, 3, 16, 16)
+    assert _equal(here, workers) and here[0][0].shape == (4, 3, 16, 16) and here[0][0].dtype == torch.uint8
     assert _equal(here[1:], list(make(0).train.shuffled(4, seed=0, epoch=1, first_step=1)))
     assert torch.equal(state, torch.get_rng_state())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +52,41 @@ def test_a_replaced_first_convolution_keeps_the_spread_of_its_outputs() -> None:
 def test_arguments_reach_the_factory() -> None:
     model = build_model("vgg_small", 10, 1, {"widths": [16, 24], "stem": 8, "depth": 1})
     assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)] == [8, 16, 24]
+
+
+def _fake_timm(made: dict) -> types.ModuleType:
+    """What this package calls of timm, for machines without it."""
+    timm = types.ModuleType("timm")
+    timm.is_model = lambda name: name == "tiny_net"
+    timm.list_models = lambda: ["tiny_net", "other_net"]
+
+    def create_model(name: str, num_classes: int = 1000, in_chans: int = 3, **args: object) -> nn.Module:
+        made.update(args, name=name)
+        return nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+    timm.create_model = create_model
+    return timm
+
+
+def test_timm_models_have_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict = {}
+    monkeypatch.setitem(sys.modules, "timm", _fake_timm(made))
+    model = build_model("timm:tiny_net", 7, 1, {"drop_rate": 0.1})
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7) and made == {"name": "tiny_net", "drop_rate": 0.1}
+    assert build_model("timm:tiny_net", None, None)(torch.zeros(1, 3, 8, 8)).shape == (1, 1000)
+    with pytest.raises(UserError, match="unknown model 'timm:tiny_nt'; did you mean timm:tiny_net"):
+        build_model("timm:tiny_nt", 7, 3)
+
+
+def test_timm_itself_takes_the_same_arguments() -> None:
+    pytest.importorskip("timm")
+    assert build_model("timm:resnet18", 7, 1).eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_without_timm_its_models_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="timm:resnet50 needs timm, .*pip install timm"):
+        build_model("timm:resnet50", 10, 3)
 
 
 @pytest.mark.parametrize(

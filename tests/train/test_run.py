@@ -16,11 +16,13 @@ from grasp_sparse import _extension
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
-from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.checkpoint import load_checkpoint, save_checkpoint
+from grasp_sparse.train.checkpoint_files import checkpoint_name, has_run
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.engine import Interrupted
 from grasp_sparse.train.errors import DivergedError, UserError
+from grasp_sparse.train.position import ROW_NUMBERS, Position, position_from
 from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.signals import Interrupted
 
 
 def dropout_net(num_classes: int, in_channels: int) -> nn.Module:
@@ -42,9 +44,12 @@ def with_aux(num_classes: int, in_channels: int) -> nn.Module:
     return _WithAux(*dropout_net(num_classes, in_channels))
 
 
+_TRUSTED = {"model": f"{__name__}:dropout_net"}  # a checkpoint alone does not choose whose code runs
+
+
 def _config(**changes: object) -> TrainConfig:
     small = TrainConfig(
-        data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, model=f"{__name__}:dropout_net",
+        data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, **_TRUSTED,
         sparsity=0.7, samples_per_class=2, timing_rounds=0, plan="density",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
@@ -99,7 +104,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: p
         with pytest.raises(Interrupted, match="--resume"):
             start_run(config, tmp_path / "parts")
     torch.manual_seed(999)
-    resume_run(tmp_path / "parts", {})
+    resume_run(tmp_path / "parts", _TRUSTED)
     whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
     for part in ("config", "model", "optimizer", "rng", "pruning"):
         assert _same(whole[part], parts[part]), part
@@ -114,7 +119,7 @@ def test_a_log_line_written_after_the_checkpoint_is_not_there_twice(tmp_path: Pa
         start_run(_config(), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 2}\n{"half a li')
-    resume_run(tmp_path, {})
+    resume_run(tmp_path, _TRUSTED)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
@@ -168,9 +173,18 @@ def test_layers_are_measured_at_the_batch_of_the_run_and_a_resumed_run_keeps_wha
         start_run(_config(plan="auto", sparsity=0.3), tmp_path)
     assert {given.shape[0] for given in seen} == {16}
     monkeypatch.setattr(measure, "measure_layer", lambda *_: pytest.fail("a resumed run measured"))
-    result = resume_run(tmp_path, {})
+    result = resume_run(tmp_path, _TRUSTED)
     assert {layer["runs"] for layer in result["pruning"]["layers"]} == {"sparse"}
     assert any(name.endswith(".values") for name in load_checkpoint(tmp_path)["model"])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "chwn"])
+def test_the_layout_of_images_changes_nothing_but_rounding(tmp_path: Path, layout: str) -> None:
+    net = {"model": "vgg_small", "model_args": {"stem": 8, "widths": [16], "depth": 1}}  # no dropout, which draws in order of memory
+    for name in ("nchw", layout):
+        start_run(_config(epochs=1, memory_format=name, **net), tmp_path / name)
+    expected, other = (_history(load_checkpoint(tmp_path / name))[0] for name in ("nchw", layout))
+    assert other == pytest.approx(expected, rel=1e-3)
 
 
 def test_given_masks_are_used_and_scoring_is_skipped(tmp_path: Path) -> None:
@@ -225,7 +239,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, monkeypatch: py
     _after_steps(1, _ctrl_c, monkeypatch)
     with pytest.raises(Interrupted):
         start_run(_config(dense=True), tmp_path, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl", "my-notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(0, 1), ".lock", "log.jsonl", "my-notes.txt"}
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
@@ -242,9 +256,9 @@ def test_momentum_that_does_not_fit_its_parameter_is_refused(tmp_path: Path, mom
     start_run(_config(epochs=1, dense=True), tmp_path)
     state = load_checkpoint(tmp_path)
     state["optimizer"]["state"][0]["momentum_buffer"] = momentum
-    torch.save(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"Expected momentum_buffer .* parameter 0 to be a dense tensor of shape \[8, 3, 3, 3\]"):
-        resume_run(tmp_path, {})
+    save_checkpoint(tmp_path, state)
+    with pytest.raises(UserError, match=r"Expected (momentum_buffer .* parameter 0|every tensor in .*) to be (a dense tensor of shape \[8, 3, 3, 3\]|dense)"):
+        resume_run(tmp_path, _TRUSTED)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +269,9 @@ def test_momentum_that_does_not_fit_its_parameter_is_refused(tmp_path: Path, mom
 def test_an_optimizer_of_another_kind_is_refused(tmp_path: Path, damage: dict) -> None:
     start_run(_config(epochs=1), tmp_path)
     state = load_checkpoint(tmp_path)
-    torch.save({**state, "optimizer": {**state["optimizer"], **damage}}, tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path, {**state, "optimizer": {**state["optimizer"], **damage}})
     with pytest.raises(UserError):
-        resume_run(tmp_path, {})
+        resume_run(tmp_path, _TRUSTED)
 
 
 def test_settings_of_the_optimizer_come_from_the_recipe_not_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +281,8 @@ def test_settings_of_the_optimizer_come_from_the_recipe_not_from_its_state(tmp_p
             start_run(_config(), tmp_path)
     state = load_checkpoint(tmp_path)
     state["optimizer"]["param_groups"][0]["momentum"] = "much"
-    torch.save(state, tmp_path / "checkpoint.pt")
-    resume_run(tmp_path, {})
+    save_checkpoint(tmp_path, state)
+    resume_run(tmp_path, _TRUSTED)
     assert load_checkpoint(tmp_path)["optimizer"]["param_groups"][0]["momentum"] == 0.9
 
 
@@ -278,11 +292,11 @@ def test_settings_of_the_optimizer_come_from_the_recipe_not_from_its_state(tmp_p
      ("seconds", float("nan")), ("finished", 1), ("history", []), ("history", [1, 2, 3]), ("sums", {}), ("sums", None), ("more", 1)],
 )  # fmt: skip
 def test_a_position_that_no_run_reaches_is_refused(field: str, value: object) -> None:
-    row = dict.fromkeys(engine._ROW_NUMBERS, 1.0)
-    reached = {**dataclasses.asdict(engine.Position(3, 0, 1.0, True)), "history": [row] * 3}
-    assert engine.position_from(reached, epochs=3, steps_per_epoch=4).epoch == 3
+    row = dict.fromkeys(ROW_NUMBERS, 1.0)
+    reached = {**dataclasses.asdict(Position(3, 0, 1.0, True)), "history": [row] * 3}
+    assert position_from(reached, epochs=3, steps_per_epoch=4).epoch == 3
     with pytest.raises(UserError, match="Expected .*position"):
-        engine.position_from({**reached, field: value}, epochs=3, steps_per_epoch=4)
+        position_from({**reached, field: value}, epochs=3, steps_per_epoch=4)
 
 
 def test_a_second_ctrl_c_says_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +319,7 @@ def test_options_of_the_criterion_reach_it(tmp_path: Path, given: dict, kept: di
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     start_run(_config(epochs=1), tmp_path)
     state = load_checkpoint(tmp_path)
-    torch.save({**state, "config": {**state["config"], "model": "vgg_small"}}, tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path, {**state, **{part: {**state[part], "model": "vgg_small"} for part in ("recipe", "config")}})
     with pytest.raises(UserError, match="does not fit model vgg_small"):
         resume_run(tmp_path, {})
 
@@ -326,4 +340,4 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
 def test_a_choice_that_cannot_work_is_refused_before_training(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises((UserError, ValueError), match=message):
         start_run(_config(**changes), tmp_path)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not has_run(tmp_path)

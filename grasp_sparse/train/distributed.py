@@ -1,0 +1,142 @@
+"""Several processes as one run: who is who, and the few collectives that training needs.
+
+`torchrun` starts the processes and says in the environment who they are. CPU tensors and Python values travel by gloo, CUDA tensors
+by NCCL. Alone, without torchrun, everything here does nothing and costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `size` in the run, `local_rank` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes files for all."""
+        return self.rank == 0
+
+
+class MainFailed(UserError):
+    """Rank 0 failed and has said why; this process ends with it."""
+
+
+def current_ranks() -> Ranks:
+    """Who this process is; alone where no process group was started."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start_distributed() -> Ranks:
+    """Join the other processes that torchrun started, if it did. Device "cuda" then is this process's own GPU."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpus = torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if current_ranks().local_rank < gpus:
+            torch.cuda.set_device(current_ranks().local_rank)
+    return current_ranks()
+
+
+def check_device(config: TrainConfig) -> None:
+    """UserError for a device that this machine does not have, or that several processes would share."""
+    ranks = current_ranks()
+    if ranks.size > 1 and config.device.startswith("cuda"):
+        if config.device != "cuda":
+            raise UserError(f"Expected --device cuda under torchrun, which gives each process its own GPU, got {config.device}")
+        if ranks.local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"Expected a GPU for each process, got {gpus} for local rank {ranks.local_rank}; start fewer with --nproc-per-node"
+            )
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
+
+
+def stop_distributed() -> None:
+    """Leave the others, at the end of a run that went well."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks, in place; the same bits everywhere."""
+    if current_ranks().size > 1:
+        for tensor in tensors:
+            _in_place(dist.all_reduce, tensor)
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """The sum over all ranks of each number."""
+    total = torch.tensor(values, dtype=torch.float64)
+    all_reduce_sum([total])
+    return total.tolist()
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's contents of each tensor, in place."""
+    if current_ranks().size > 1:
+        for tensor in tensors:
+            _in_place(functools.partial(dist.broadcast, src=0), tensor.detach())
+
+
+def _in_place(collective: Callable[[Tensor], object], tensor: Tensor) -> None:
+    """Channels_last weights and their gradients are no contiguous memory, which collectives want."""
+    flat = tensor.contiguous()
+    collective(flat)
+    if flat is not tensor:
+        tensor.copy_(flat)
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, in their order, on all of them; anything pickle can hold."""
+    values = [value] * current_ranks().size
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; the others wait for it. When it fails there, it fails everywhere."""
+    ranks = current_ranks()
+    if ranks.size == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if ranks.is_main:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            failure, answer[1] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise MainFailed(f"rank 0 failed: {answer[1]}")
+    return answer[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    sum_over_ranks(0.0)

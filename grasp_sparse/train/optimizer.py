@@ -1,0 +1,62 @@
+"""The optimizer of a run, and taking up its state again from a checkpoint that anybody may have written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_sparse.train.checkpoint import require
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.position import is_number
+
+_MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters of `model`, dense or sparse. Fused: one pass over each tensor, for both alike."""
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+
+
+def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Moments and the last learning rate; the other settings stay the config's. Raises UserError when it does not fit."""
+    own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+        require(is_number(group["lr"]), "the optimizer's lr", "a number", group["lr"])
+    _check_moments(optimizer, _MOMENTS[config.optimizer], counts=config.optimizer == "adamw")
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, moments: set[str], counts: bool) -> None:
+    """UserError unless all moments fit their parameter: the fused kernel walks them without looking at shapes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = len(optimizer.state.keys() - set(parameters))
+    require(not foreign, "the optimizer's state", "of the model's parameters", f"{foreign} entries of others")
+    known = moments | {"step"} if counts else moments
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        what = f"the optimizer's state of parameter {number}"
+        require(isinstance(state, dict) and state.keys() <= known, what, f"of {', '.join(sorted(known))}", state)
+        require(not (counts and state) or state.keys() == known, what, f"all of {', '.join(sorted(known))}", list(state))
+        for name in moments & state.keys():
+            value, expected = state[name], f"a dense tensor of shape {list(parameter.shape)}"
+            require(value is None or _fits(value, parameter), f"{name} in {what}", expected, value)
+        if "step" in state:
+            require(_is_count(state["step"]), f"step in {what}", "a number of updates", state["step"])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Tensor) and value.shape == () and value.is_floating_point() and bool(value >= 0)
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    # empty_like keeps the strides of a tensor only when it has neither gaps nor overlaps
+    dense = torch.empty_like(value).stride() == value.stride()
+    return dense and (value.shape, value.dtype) == (parameter.shape, parameter.dtype)

@@ -1,0 +1,78 @@
+"""What a run that goes on may change, and what has to be asked for before a checkpoint of anybody is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.train.checkpoint import require
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.models import OWN_MODELS
+
+# What may change when a run goes on: where things are and how often they are saved, not what is computed.
+RESUMABLE = ("data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints")
+
+
+def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) -> TrainConfig:
+    """The settings in the checkpoint `path`, which holds `state`, with those of the `given` values that may change.
+
+    Raises UserError for given values that contradict the recipe the run was started with, and for a model whose factory is
+    somebody's own code unless that very model is given: a checkpoint alone does not say which code to run.
+    """
+    recipe = TrainConfig.from_dict(state["recipe"], str(path))
+    wanted = TrainConfig.from_dict(dict(given), "the command line")
+    changed = [name for name in given if name not in RESUMABLE and getattr(wanted, name) != getattr(recipe, name)]
+    if changed:
+        named = ", ".join(f"{_flag(name)} {getattr(wanted, name)} (the run: {getattr(recipe, name)})" for name in changed)
+        raise UserError(
+            f"Expected the recipe of the run in {path.parent}, got another {named}; leave it out to go on with that run, "
+            "or start a new one with another --out"
+        )
+    kept = {name: getattr(wanted, name) for name in given if name in RESUMABLE}
+    config = TrainConfig.from_dict({**state["config"], **kept}, str(path)).validate()
+    require(config.model == recipe.model, f"model in {path}", f"that of its recipe, {recipe.model}", config.model)
+    if "model" not in given and is_foreign(config.model):
+        raise UserError(
+            f"{path} builds its model with {config.model}, code that is not part of this package; if you trust it, "
+            f"go on with: {resume_command(config, path.parent)}"
+        )
+    return config
+
+
+def is_foreign(model: str) -> bool:
+    """Whether that model is neither ours nor one of torchvision's."""
+    if model in OWN_MODELS:
+        return False
+    from torchvision import models  # a second to import: only when asked for
+
+    return model not in models.list_models(module=models)
+
+
+def resume_command(config: TrainConfig, run_dir: Path) -> str:
+    """What a person types to go on with a run."""
+    model = f" --model {config.model}" if is_foreign(config.model) else ""
+    return f"grasp-sparse train --resume {run_dir}{model}"
+
+
+def check_masks(model: nn.Module, pruning: dict[str, Any] | None, digest: str | None, path: Path) -> None:
+    """UserError unless the weights that `model`, loaded from `path`, keeps are those that its run chose."""
+    found = None if pruning is None else _kept(model, [layer["name"] for layer in pruning["layers"]]).digest()
+    require(found == digest, f"masks_digest in {path}", f"that of its weights, {found}", digest)
+
+
+def _kept(model: nn.Module, names: list[str]) -> MaskSet:
+    masks = {}
+    for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        masks[name] = layer.mask if hasattr(layer, "mask") else torch.ones_like(layer.weight, dtype=torch.bool)
+    return MaskSet(masks)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

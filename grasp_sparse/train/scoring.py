@@ -1,0 +1,33 @@
+"""The images that weights are scored on: chosen from labels alone, decoded a micro-batch at a time, as often as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from grasp_sparse.train.folder import FolderImages
+from grasp_sparse.train.images import WHOLE, MemoryImages, Share, class_balanced
+
+
+class ScoringBatches:
+    """Micro-batches (uint8 [n, C, H, W], int64 [n]) that give the same bits each time they are iterated.
+
+    `per_class` images of every class, not augmented, cut into micro-batches of `batch_size` that are balanced too; each is sorted
+    by class, as the authors of GraSP do (their halves of a batch hold half of the classes). Every `share.size`-th micro-batch
+    belongs to this process. They stay whole, so their union, and what BatchNorm makes of each, does not depend on the number of
+    processes. A process can have none. `total` counts the images of all.
+    """
+
+    def __init__(self, images: MemoryImages | FolderImages, per_class: int, batch_size: int, seed: int, share: Share = WHOLE) -> None:
+        self.images = images
+        chosen = class_balanced(images.labels, per_class, seed)
+        self.total = len(chosen)
+        mine = chosen.split(batch_size)[share.rank :: share.size]
+        self.parts = [part[images.labels[part].argsort(stable=True)] for part in mine]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self.images.batches(self.parts)

@@ -1,0 +1,57 @@
+"""How the ranks of a run divide the images of a step among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data import Data
+from grasp_sparse.train.distributed import Ranks
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.images import Share, generator_for
+
+_RANK = 4  # beside the streams of order, augmentation and sampling
+
+
+def images_per_step(config: TrainConfig, ranks: Ranks) -> int:
+    """Images between two updates, of all ranks and micro-batches."""
+    return config.batch_size * config.accumulate * ranks.size
+
+
+def regrouped(config: TrainConfig, saved: int, ranks: Ranks) -> TrainConfig:
+    """The recipe of a run of `saved` ranks for those there are now: a step has the same images, divided in another way.
+
+    The batch of a rank does not grow, so neither does its memory. Sums are taken in another order and batch norms see other
+    batches, so the run goes on as well as before but not to the same bits. Raises UserError when the images cannot be divided.
+    """
+    if saved == ranks.size:
+        return config
+    images = images_per_step(config, Ranks(size=saved))
+    each, rest = divmod(images, ranks.size)
+    if rest:
+        raise UserError(
+            f"Expected a number of ranks that divides the {images} images of a step, got {ranks.size}; the run had {saved}"
+        )
+    batch_size = next(size for size in range(min(config.batch_size, each), 0, -1) if each % size == 0)
+    return dataclasses.replace(config, batch_size=batch_size, accumulate=each // batch_size)
+
+
+def seed_rank(seed: int, rank: int, *where: int) -> None:
+    """Give each rank a random stream of its own (dropout); rank 0 keeps the one it has."""
+    if rank:
+        torch.manual_seed(generator_for(seed, _RANK, rank, *where).initial_seed())
+
+
+def train_batches(config: TrainConfig, data: Data, epoch: int, first_step: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's images of each step of an epoch, from `first_step` on."""
+    each, share = config.batch_size * config.accumulate, Share(ranks.rank, ranks.size)
+    return data.train.shuffled(each, config.seed, epoch, first_step, config.augment, share)
+
+
+def test_batches(config: TrainConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of the test images."""
+    return data.test.in_order(2 * config.batch_size, Share(ranks.rank, ranks.size))

@@ -1,0 +1,76 @@
+"""Signals that ask a run to stop: Ctrl-C of a person, SIGTERM or SIGUSR1 of a scheduler that wants the machine back.
+
+While training they only leave a note, so that the step under way ends and is saved. Elsewhere they raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the checkpoint was written."""
+
+
+class Preempted(KeyboardInterrupt):
+    """A scheduler asked the process to end. `saved`: nothing is lost, the run goes on from its checkpoint."""
+
+    def __init__(self, message: str = "", saved: bool = False) -> None:
+        super().__init__(message)
+        self.saved = saved
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Inside, `handle` receives those signals; outside the main thread, where none arrive, nothing changes."""
+    previous = {}
+    try:
+        for number in numbers:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def preemption_raises() -> Iterator[None]:
+    """Inside, a scheduler's signal raises Preempted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Preempted
+
+    with _handled(handle, *PREEMPTION):
+        yield
+
+
+@contextlib.contextmanager
+def deferred_stop(alone: bool = True) -> Iterator[list[int]]:
+    """Inside, a signal only appends its number to the list; who trains looks there after each step.
+
+    A second Ctrl-C raises KeyboardInterrupt at once, but only in a process that is `alone`: torchrun passes on the Ctrl-C that
+    its workers have already received from the terminal.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if alone and number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with _handled(handle, signal.SIGINT, *PREEMPTION):
+        yield asked
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For `worker_init_fn` of a DataLoader: schedulers signal every process, and the step under way still needs its images."""
+    for number in (signal.SIGINT, *PREEMPTION):
+        signal.signal(number, signal.SIG_IGN)

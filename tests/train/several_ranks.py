@@ -1,0 +1,195 @@
+"""Three processes that do everything several ranks do together, started once for all tests: a process takes seconds to begin.
+
+    python several_ranks.py FOLDER        a rank, who it is being said by the environment, as torchrun does
+
+What the ranks found is written to FOLDER/rank-N.pt, their runs are in FOLDER too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import grasp_sparse
+from grasp_sparse.planning import Times, measure
+from grasp_sparse.train import engine
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.distributed import current_ranks, gather, on_main, start_distributed, stop_distributed
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.prepare import check_same_structure, data_and_model, masks_for, sparsify_for_training
+from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.signals import Interrupted
+
+RANKS = 3
+CRITERIA = ("grasp", "snip", "synflow", "magnitude", "random")
+
+
+def plain_net(num_classes: int, in_channels: int) -> nn.Module:
+    """Every image counts for itself: no batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )  # fmt: skip
+
+
+def noisy_net(num_classes: int, in_channels: int, dropout: float = 0.5) -> nn.Module:
+    """With running statistics and draws from each rank's random stream."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(dropout),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )  # fmt: skip
+
+
+def small_config(**changes: object) -> TrainConfig:
+    small = TrainConfig(
+        data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7, samples_per_class=2,
+        score_batch=5, timing_rounds=0, plan="density", model="several_ranks:plain_net",
+    )  # fmt: skip
+    return dataclasses.replace(small, **changes)
+
+
+def after_steps(count: int, action: Callable[[], object]) -> Callable[[], None]:
+    """Call `action` at the end of the step number `count`; returns the way back."""
+    step, done = engine.training_step, []
+
+    def counted(*arguments):
+        result = step(*arguments)
+        done.append(None)
+        if len(done) == count:
+            action()
+        return result
+
+    engine.training_step = counted
+    return lambda: setattr(engine, "training_step", step)
+
+
+def start_ranks(folder: Path) -> None:
+    """Run this file in RANKS processes; raises CalledProcessError with what they said if one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, **python_path(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(said)))
+
+
+def python_path() -> dict[str, str]:
+    """The environment in which a process finds this package and this file."""
+    folders = [str(Path(grasp_sparse.__file__).parents[1]), str(Path(__file__).parent)]
+    return {"PYTHONPATH": os.pathsep.join(folders), "GRASP_SPARSE_CACHE": "0", "OMP_NUM_THREADS": "1"}
+
+
+def interrupted_then_resumed(config: TrainConfig, folder: Path, steps: int, between: Callable[[], object] = lambda: None) -> None:
+    """A run whose last rank alone receives Ctrl-C after so many steps, and goes on."""
+    last = current_ranks().rank == RANKS - 1
+    restore = after_steps(steps, lambda: last and signal.raise_signal(signal.SIGINT))
+    try:
+        start_run(config, folder)
+    except Interrupted:
+        pass
+    else:
+        raise AssertionError("the run was not interrupted")
+    finally:
+        restore()
+    between()
+    torch.manual_seed(999)
+    resume_run(folder, {"model": config.model})  # code of ours: it has to be named again
+
+
+def message_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def masks_by(**changes: object) -> dict[str, torch.Tensor]:
+    """By name. Batch norms see the same micro-batches in one process and in many; dropout would not be the same."""
+    config = small_config(model="several_ranks:noisy_net", model_args={"dropout": 0.0}, **changes)
+    data, model = data_and_model(config)
+    return dict(masks_for(config, model, data))
+
+
+def plan_that_ranks_measure_differently() -> list[str]:
+    """How the layers run when rank 0 finds sparse kernels faster and the others dense ones."""
+    main, original = current_ranks().is_main, measure.measure_layer
+    measure.measure_layer = lambda *_: Times(2e-3, 2e-3, 1e-3) if main else Times(1e-3, 1e-3, 2e-3)
+    try:
+        config = small_config(plan="auto", sparsity=0.5)
+        data, model = data_and_model(config)
+        summary = sparsify_for_training(config, model, masks_for(config, model, data), data)
+    finally:
+        measure.measure_layer = original
+    return [layer["runs"] for layer in summary["layers"]]
+
+
+def other_masks_on_the_last_rank() -> None:
+    config = small_config()
+    data, model = data_and_model(config)
+    masks = {name: mask.clone() for name, mask in masks_for(config, model, data).items()}
+    if current_ranks().rank == RANKS - 1:
+        first = next(iter(masks.values()))
+        first.copy_(first.flatten().roll(1).view_as(first))
+    grasp_sparse.sparsify_(model, masks, plan="density")
+    check_same_structure(model)
+
+
+def _fail() -> None:
+    raise UserError("no such thing")
+
+
+def work(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"masks": {name: masks_by(criterion=name) for name in CRITERIA}}
+    found["masks"]["fewer micro-batches than ranks"] = masks_by(score_batch=10)
+    found["masks"]["budget flops"] = masks_by(budget="flops")
+    found["plan"] = plan_that_ranks_measure_differently()
+    found["other masks"] = message_of(other_masks_on_the_last_rank)
+    found["main fails"] = message_of(lambda: on_main(_fail))
+    found["batches of the criterion"] = message_of(lambda: masks_by(criterion_args={"num_batches": 1}))
+
+    noisy = small_config(model="several_ranks:noisy_net", ema_decay=0.9)
+    start_run(noisy, folder / "whole")
+    interrupted_then_resumed(noisy, folder / "parts", steps=6)
+
+    copied = folder / "to go on alone"
+    interrupted_then_resumed(small_config(), folder / "plain", 6, lambda: on_main(lambda: copy_files(folder / "plain", copied)))
+    found["ranks"] = gather(current_ranks().rank)
+    return found
+
+
+def copy_files(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, ranks = Path(arguments[0]), start_distributed()
+    found = work(folder)
+    torch.save(found, folder / f"rank-{ranks.rank}.pt")
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,178 @@
+"""Several ranks are one run: the masks, the steps and the bits that one process has, and no byte more between them than needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import several_ranks
+import torch
+from several_ranks import CRITERIA, RANKS, small_config
+from torch import nn
+
+from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
+from grasp_sparse.train.distributed import Ranks
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.sharding import regrouped
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks left what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    several_ranks.start_ranks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each rank found."""
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> int:
+    assert a.keys() == b.keys()
+    return sum(int((a[name] != b[name]).sum()) for name in a)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_rank_has_the_masks_of_one_process(found: list[dict], criterion: str) -> None:
+    masks = [rank["masks"][criterion] for rank in found]
+    assert all(_same(other, masks[0]) for other in masks)
+    # sums are taken in another order: weights on the verge may change places
+    assert _differing(masks[0], several_ranks.masks_by(criterion=criterion)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [("fewer micro-batches than ranks", {"score_batch": 10}), ("budget flops", {"budget": "flops"})],
+    ids=["fewer micro-batches than ranks", "budget flops"],
+)
+def test_ranks_without_images_or_with_another_budget_too(found: list[dict], case: str, changes: dict) -> None:
+    masks = [rank["masks"][case] for rank in found]
+    assert all(_same(other, masks[0]) for other in masks)
+    assert _differing(masks[0], several_ranks.masks_by(**changes)) <= 2
+
+
+def test_layers_run_as_rank_0_measured(found: list[dict]) -> None:
+    plans = [rank["plan"] for rank in found]
+    assert set(plans[0]) == {"sparse"} and all(other == plans[0] for other in plans)
+
+
+def test_other_masks_on_a_rank_stop_all(found: list[dict]) -> None:
+    for rank in found:
+        assert rank["other masks"].startswith("UserError: Expected the same masks and layers on all ranks, got others than rank 0's on rank 2")
+
+
+def test_what_fails_on_rank_0_fails_everywhere_and_is_said_once(found: list[dict]) -> None:
+    assert [rank["main fails"] for rank in found] == ["UserError: no such thing"] + ["MainFailed: rank 0 failed: UserError: no such thing"] * 2
+
+
+def test_drawing_batches_from_batches_cannot_be_shared(found: list[dict]) -> None:
+    assert all("Expected no num_batches in criterion_args under several ranks" in rank["batches of the criterion"] for rank in found)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit_on_three_ranks(folder: Path) -> None:
+    whole, parts = load_checkpoint(folder / "whole"), load_checkpoint(folder / "parts")
+    for part in ("config", "model", "optimizer", "rng", "ema", "pruning"):
+        assert _same(whole[part], parts[part]), part
+    assert len(whole["rng"]) == RANKS and not _same(whole["rng"][0], whole["rng"][1])
+    unclocked = [
+        [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
+        for state in (whole, parts)
+    ]
+    assert unclocked[0] == unclocked[1]
+
+
+def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    several_ranks.copy_files(folder / "to go on alone", tmp_path / "alone")
+    result = resume_run(tmp_path / "alone", {"model": small_config().model})
+    assert "1 ranks x batch 8 x 3 micro-batches in place of 3 ranks" in capsys.readouterr().out
+    assert result["scale"]["images_per_step"] == 8 * RANKS
+    alone, together = load_checkpoint(tmp_path / "alone"), load_checkpoint(folder / "plain")
+    for name, tensor in together["model"].items():
+        torch.testing.assert_close(alone["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("saved", "size", "batch_size", "accumulate"), [(2, 1, 16, 2), (1, 2, 8, 1), (4, 2, 16, 2), (2, 4, 8, 1), (3, 4, 12, 1), (2, 2, 16, 1)]
+)
+def test_another_number_of_ranks_keeps_the_images_of_a_step(saved: int, size: int, batch_size: int, accumulate: int) -> None:
+    config = regrouped(small_config(batch_size=16), saved, Ranks(size=size))
+    assert (config.batch_size, config.accumulate) == (batch_size, accumulate)
+    assert config.batch_size * config.accumulate * size == 16 * saved
+
+
+def test_ranks_that_cannot_share_a_step_are_refused() -> None:
+    with pytest.raises(UserError, match="Expected a number of ranks that divides the 32 images of a step, got 3; the run had 2"):
+        regrouped(small_config(batch_size=16), 2, Ranks(size=3))
+
+
+def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained(tmp_path: Path) -> None:
+    flags = [
+        "--data", "fake", "--image-size", "8", "--train-limit", "96", "--test-limit", "20", "--epochs", "2", "--lr", "0.05",
+        "--sparsity", "0.7", "--samples-per-class", "2", "--score-batch", "5", "--timing-rounds", "0", "--plan", "density",
+        "--model", "several_ranks:plain_net", "--batch-size", "8",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grasp_sparse", "train"]
+    done = subprocess.run(
+        [*command, *flags, "--out", str(tmp_path / "two")], env={**os.environ, **several_ranks.python_path()},
+        capture_output=True, text=True, timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1/2") == 1  # said by one rank
+    config = small_config(batch_size=16)
+    results = [json.loads((tmp_path / "two" / "result.json").read_text()), start_run(config, tmp_path / "one")]
+    results.append(start_run(small_config(accumulate=2), tmp_path / "accumulated"))
+    assert [result["scale"]["images_per_step"] for result in results] == [16] * 3
+
+    states = [load_checkpoint(tmp_path / name) for name in ("two", "one", "accumulated")]
+    for state in states[1:]:
+        for name, tensor in states[0]["model"].items():
+            torch.testing.assert_close(state["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        for mine, other in zip(states[0]["position"]["history"], state["position"]["history"], strict=True):
+            assert (mine["train_accuracy"], mine["test_accuracy"]) == (other["train_accuracy"], other["test_accuracy"])
+            assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+    model = states[0]["model"]
+    values = sum(tensor.numel() for name, tensor in model.items() if name.endswith("values"))
+    dense = sum(tensor.numel() for name, tensor in model.items() if name.endswith(("weight", "bias")))
+    scale = results[0]["scale"]
+    assert values > 0 and (scale["values"], scale["dense_parameters"]) == (values, dense)
+    assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
+    assert f"{4 * (values + dense):,} bytes all-reduced a step" in done.stdout
+    assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
+
+
+def test_synchronized_norms_are_refused_on_the_cpu() -> None:
+    with pytest.raises(UserError, match="Expected sync_batchnorm: false on the CPU"):
+        small_config(sync_batchnorm=True).validate()
+    assert small_config(sync_batchnorm=True, device="cuda").validate()
+
+
+def test_a_copy_without_peers_normalises_as_batch_norm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp_sparse.train.data_parallel.current_ranks", lambda: Ranks(size=2))
+    torch.manual_seed(0)
+    model, x = several_ranks.noisy_net(10, 3)[:3], torch.randn(4, 3, 8, 8)
+    synchronized = synchronize_norms(small_config(sync_batchnorm=True, device="cuda"), several_ranks.noisy_net(10, 3)[:3])
+    synchronized.load_state_dict(model.state_dict())
+    assert isinstance(synchronized[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(without_peers(synchronized).train()(x), model.train()(x))
+    assert isinstance(synchronized[1], nn.SyncBatchNorm)

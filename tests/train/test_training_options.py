@@ -1,0 +1,191 @@
+"""Micro-batches, precision, clipping, moving averages, AdamW and compiling: each changes what it says and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import several_ranks
+import torch
+from several_ranks import after_steps, small_config
+from torch import nn
+
+from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.data_parallel import compiled
+from grasp_sparse.train.ema import Ema
+from grasp_sparse.train.engine import Trainer
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.prepare import data_and_model
+from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.signals import Interrupted
+from grasp_sparse.train.step import StepOptions, step_options, training_step
+
+
+def _step(model: nn.Module, options: StepOptions, images: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(images) % 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    return training_step(model, optimizer, nn.functional.cross_entropy, x, y, options)
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return several_ranks.plain_net(10, 3)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5, 12])
+def test_a_batch_in_parts_is_the_same_step(accumulate: int) -> None:
+    """Also in parts of different sizes, of 2 and 3 images for 5."""
+    whole, parts = _net(), _net()
+    loss, logits = _step(whole, StepOptions())
+    loss_of_parts, logits_of_parts = _step(parts, StepOptions(accumulate=accumulate))
+    torch.testing.assert_close((loss_of_parts, logits_of_parts), (loss, logits))
+    torch.testing.assert_close(list(parts.parameters()), list(whole.parameters()))
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
+    before, model, free = _net(), _net(), _net()
+    _step(free, StepOptions())
+    whole = torch.cat([(a - b).flatten() for a, b in zip(free.parameters(), before.parameters())]).norm().item() / 0.1
+    _step(model, StepOptions(clip_norm=whole / 4))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters())]).norm().item()
+    assert moved == pytest.approx(0.1 * whole / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_computes_low_and_keeps_float32_weights(precision: str, dtype: torch.dtype) -> None:
+    model, seen = _net(), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    options = step_options(small_config(precision=precision))
+    loss, _ = _step(model, options)
+    exact, _ = _step(_net(), StepOptions())
+    assert seen == [dtype] and loss.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2) and loss.item() != exact.item()
+    assert options.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> None:
+    model, options = _net(), step_options(small_config(precision="fp16"))
+    before = [parameter.clone() for parameter in model.parameters()]
+    options.scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    options.scaler.update(2.0**40)
+    _step(model, options)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert options.scaler.get_scale() < 2.0**40
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16", "clip_norm": 1.0}, {"precision": "fp16", "accumulate": 2}, {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.99}],
+    ids=["bf16, clipped", "fp16, accumulated", "adamw, moving average"],
+)  # fmt: skip
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, changes: dict) -> None:
+    config = small_config(model="several_ranks:noisy_net", **changes)
+    start_run(config, tmp_path / "whole")
+    restore = after_steps(4, lambda: several_ranks.signal.raise_signal(several_ranks.signal.SIGINT))
+    with pytest.raises(Interrupted):
+        start_run(config, tmp_path / "parts")
+    restore()
+    resume_run(tmp_path / "parts", {"model": config.model})  # code of ours: it has to be named again
+    whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
+    for part in ("model", "optimizer", "scaler", "ema", "rng"):
+        torch.testing.assert_close(whole[part], parts[part], rtol=0, atol=0, msg=lambda text: f"{part}: {text}")
+    assert (whole["scaler"] is not None) == ("fp16" in changes.values())
+    assert (whole["ema"] is not None) == ("ema_decay" in changes)
+
+
+def test_a_moving_average_follows_its_formula_and_copies_no_indices() -> None:
+    config = small_config(model="several_ranks:noisy_net")
+    data, model = data_and_model(config)
+    masks = several_ranks.masks_for(config, model, data)
+    several_ranks.sparsify_for_training(config, model, masks, data)
+    ema = Ema(model, decay=0.5)
+    assert sum(t.numel() for t in ema.averages.values()) == sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
+    assert not any("indices" in name for name in ema.averages)
+    expected = {name: tensor.clone() for name, tensor in ema.averages.items()}
+    for updates in range(1, 10):
+        decay = min(0.5, (1 + updates) / (10 + updates))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.normal_()
+                expected[name] = decay * expected[name] + (1 - decay) * tensor
+        ema.update(updates)
+    torch.testing.assert_close(ema.averages, expected)
+    live = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with ema.applied():
+        inside = {name: model.state_dict()[name].clone() for name in expected}
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(dict(model.state_dict()), live, rtol=0, atol=0)
+
+
+def test_the_moving_average_is_evaluated_beside_the_model_and_saved(tmp_path: Path) -> None:
+    start_run(small_config(ema_decay=0.9, epochs=1), tmp_path)
+    state = load_checkpoint(tmp_path)
+    row = state["position"]["history"][0]
+    assert row["ema_loss"] > 0 and row["ema_loss"] != row["test_loss"] and 0 <= row["ema_accuracy"] <= 1
+    config = small_config(ema_decay=0.9, epochs=1)
+    trainer = _trainer_of(config, state, tmp_path)
+    for name, tensor in trainer.model.state_dict().items():
+        if name in state["ema"]:
+            tensor.copy_(state["ema"][name])
+    assert trainer._evaluate(lambda: False)["test_loss"] == row["ema_loss"]
+
+
+def _trainer_of(config, state: dict, folder: Path) -> Trainer:
+    data, model = data_and_model(config)
+    several_ranks.grasp_sparse.load_sparse(model, state["model"])
+    trainer = Trainer(config, model, data, folder, {})
+    trainer.restore(state)
+    return trainer
+
+
+@pytest.mark.parametrize("damage", ["shape", "name", "missing"])
+def test_an_average_that_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
+    config = small_config(ema_decay=0.9, epochs=1)
+    start_run(config, tmp_path)
+    state = load_checkpoint(tmp_path)
+    name = next(iter(state["ema"]))
+    if damage == "shape":
+        state["ema"][name] = torch.zeros(1)
+    elif damage == "name":
+        state["ema"]["another"] = state["ema"].pop(name)
+    else:
+        state["ema"] = None
+    with pytest.raises(UserError, match="Expected .*ema"):
+        _trainer_of(config, state, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("exp_avg", torch.zeros(1)), ("exp_avg_sq", None), ("step", torch.zeros(2)), ("step", "two")])
+def test_moments_of_adamw_that_do_not_fit_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    config = small_config(optimizer="adamw", lr=1e-3, epochs=1)
+    start_run(config, tmp_path)
+    state = load_checkpoint(tmp_path)
+    if value is None:
+        del state["optimizer"]["state"][0][name]
+    else:
+        state["optimizer"]["state"][0][name] = value
+    with pytest.raises((UserError, AttributeError, TypeError, ValueError)):  # resume_run makes one line of each
+        _trainer_of(config, state, tmp_path)
+
+
+def test_adamw_takes_its_betas_from_the_recipe() -> None:
+    optimizer = make_optimizer(small_config(optimizer="adamw", momentum=0.8, beta2=0.95), _net())
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def test_compiling_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"Expected a C\+\+ compiler for --compile, found none"):
+        compiled(small_config(compile=True), _net())
+    assert compiled(small_config(), net := _net()) is net
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
+    for name, compile in (("plain", False), ("compiled", True)):
+        start_run(small_config(epochs=1, compile=compile), tmp_path / name)
+    plain, other = (load_checkpoint(tmp_path / name) for name in ("plain", "compiled"))
+    assert plain["model"].keys() == other["model"].keys()
+    torch.testing.assert_close(dict(other["model"]), dict(plain["model"]), rtol=1e-3, atol=1e-4)
