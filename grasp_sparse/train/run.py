@@ -193,6 +193,7 @@ def _training_summary(position: Position) -> dict[str, Any]:
     best = max(position.history, key=lambda row: row["test_accuracy"])
     return {
         "epochs": len(position.history),
+        "steps": sum(row["steps"] for row in position.history),
         "seconds": position.seconds,
         "last_accuracy": position.history[-1]["test_accuracy"],
         "best_accuracy": best["test_accuracy"],
