@@ -95,7 +95,7 @@ class MaskSet(Mapping[str, Tensor]):
         return removed / total if total else 0.0
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of names, shapes and masks: the same for equal masks, whatever their order, recipe and device."""
+        """SHA-256, in hexadecimal, of names, shapes and masks: equal for equal masks, whatever their order, recipe and device."""
         hashed = hashlib.sha256()
         for name in sorted(self):
             hashed.update(json.dumps([name, list(self[name].shape)]).encode())
