@@ -130,7 +130,7 @@ class TrainConfig:
     warmup: float = _option(0.0, "training", "share of training over which the rate climbs from 0", type=float, metavar="SHARE")
     label_smoothing: float = _option(0.0, "training", "cross-entropy label smoothing", type=float)
     memory_format: str = _option(
-        "nchw", "training", "layout of input images and dense convolutions; chwn: batch innermost, as sparse convolutions want it",
+        "nchw", "training", "layout of input images and dense convolutions; chwn: batch innermost, which sparse convolutions keep and dense ones do not",
         choices=("nchw", "channels_last", "chwn"),
     )
     clip_norm: float | None = _option(

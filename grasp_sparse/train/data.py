@@ -25,6 +25,7 @@ from grasp_sparse.train.transforms import PHOTOGRAPHS, photograph_transforms, sm
 _MOST_FAKE_BYTES = 1 << 30
 _IMAGENET_CLASSES = 1000
 _SIZED = ("imagenet", "imagefolder", "fake")
+_DECODED_IN_TRAINING = ("tiny-imagenet", "imagenet", "imagefolder")
 
 
 @dataclass
@@ -56,6 +57,11 @@ def load_data(config: TrainConfig) -> Data:
     """The data set that `config` names. Raises UserError, which says what is expected where, when it is missing or damaged."""
     if config.image_size is not None and config.data not in _SIZED:
         raise UserError(f"Expected no --image-size with {config.data}, whose images have one; {', '.join(_SIZED)} take it")
+    if (config.trivial_augment or config.random_erasing) and config.data not in _DECODED_IN_TRAINING:
+        raise UserError(
+            f"Expected neither --trivial-augment nor --random-erasing with {config.data}, which is held in memory; "
+            f"{', '.join(_DECODED_IN_TRAINING)} take them"
+        )
     loaders: dict[str, Callable[[TrainConfig], Data]] = {
         "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet,
         "imagenet": _imagenet, "imagefolder": _imagefolder, "fake": _fake,

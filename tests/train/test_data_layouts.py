@@ -163,3 +163,9 @@ def test_a_set_that_is_not_there_says_which_layout_is_expected(tmp_path: Path, n
 def test_sets_of_one_size_refuse_another(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Expected no --image-size with cifar10"):
         _load("cifar10", tmp_path, image_size=64)
+
+
+@pytest.mark.parametrize("changes", [{"trivial_augment": True}, {"random_erasing": 0.1}], ids=lambda changes: next(iter(changes)))
+def test_sets_in_memory_refuse_what_only_workers_do(changes: dict) -> None:
+    with pytest.raises(UserError, match="neither --trivial-augment nor --random-erasing with fake, which is held in memory"):
+        load_data(TrainConfig(data="fake", **changes))

@@ -178,6 +178,15 @@ def test_layers_are_measured_at_the_batch_of_the_run_and_a_resumed_run_keeps_wha
     assert any(name.endswith(".values") for name in load_checkpoint(tmp_path)["model"])
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "chwn"])
+def test_the_layout_of_images_changes_nothing_but_rounding(tmp_path: Path, layout: str) -> None:
+    net = {"model": "vgg_small", "model_args": {"stem": 8, "widths": [16], "depth": 1}}  # no dropout, which draws in order of memory
+    for name in ("nchw", layout):
+        start_run(_config(epochs=1, memory_format=name, **net), tmp_path / name)
+    expected, other = (_history(load_checkpoint(tmp_path / name))[0] for name in ("nchw", layout))
+    assert other == pytest.approx(expected, rel=1e-3)
+
+
 def test_given_masks_are_used_and_scoring_is_skipped(tmp_path: Path) -> None:
     start_run(_config(epochs=1), tmp_path / "first")
     path = tmp_path / "first" / "masks.safetensors"
