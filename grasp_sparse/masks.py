@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -95,7 +95,7 @@ class MaskSet(Mapping[str, Tensor]):
         return removed / total if total else 0.0
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of names, shapes and masks: the same for equal masks, whatever their order, recipe and device."""
+        """SHA-256, in hexadecimal, of names, shapes and masks: equal for equal masks, whatever their order, recipe and device."""
         hashed = hashlib.sha256()
         for name in sorted(self):
             hashed.update(json.dumps([name, list(self[name].shape)]).encode())
@@ -144,12 +144,14 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(f"other tensors than its list of layers, {_some(sorted(layers.keys() ^ packed.keys()))}")
             masks = {name: _unpack(name, packed[name], **layer) for name, layer in layers.items()}
             return cls(masks, header["recipe"], header["skipped"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"Expected a mask file written by MaskSet.save, got {os.fspath(path)}: {error}") from error
 
 
 def _unpack(name: str, bits: Tensor, shape: list[int], kept: int) -> Tensor:
-    numel = int(np.prod(shape, dtype=np.int64))
+    if type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"{shape!r:.80} as shape of {name!r}")
+    numel = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
         raise ValueError(f"{bits.dtype} {list(bits.shape)} as bits of {name!r} {shape}")
     mask = unpack_bits(bits, numel).view(shape)

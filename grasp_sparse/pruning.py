@@ -121,7 +121,7 @@ def prune(
     pattern = get_pattern(pattern)
     _check_goal(pattern, budget, sparsity, speedup, costs)
     if speedup is not None and reduce is not None:
-        raise ValueError("Expected no reduce with speedup, got one: steps are measured in one process, hand its masks to the others")
+        raise ValueError("Expected no reduce with speedup, got one: measure in one process and hand its masks to the others")
     sparsity = sparsity_under(pattern, sparsity)
     choice = Choice(sparsity, pattern, scope, budget, min_density, min_per_layer, usual_rule if rule is None else rule)
     choice.check(rounds)

@@ -128,3 +128,11 @@ def test_check_names_what_does_not_fit():
         masks.check(model(conv_out=4))
     with pytest.raises(ValueError, match="'conv.weight'"):
         masks.check(nn.Linear(7, 5))
+
+
+def test_the_digest_is_of_names_shapes_and_masks_alone():
+    a, b = torch.tensor([[True, False], [False, True]]), torch.ones(3, dtype=torch.bool)
+    digest = MaskSet({"a": a, "b": b}, {"seed": 1}).digest()
+    assert digest == MaskSet({"b": b.clone(), "a": a.clone()}, {"seed": 2}, [("c", "too small")]).digest()
+    others = [{"a": ~a, "b": b}, {"a": a.view(4), "b": b}, {"a": a, "c": b}, {"a": a}]
+    assert len({digest, *(MaskSet(other).digest() for other in others)}) == 5

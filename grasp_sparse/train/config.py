@@ -182,7 +182,7 @@ class TrainConfig:
             ("timing_rounds", self.timing_rounds != 1, "0, or at least 2 for quartiles"),
             ("lr", self.lr > 0, "a rate above 0"),
             ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("nesterov", self.momentum > 0 or not self.nesterov or self.optimizer != "sgd", "false when momentum is 0 (--no-nesterov)"),
+            ("nesterov", self.momentum > 0 or not self.nesterov or self.optimizer != "sgd", "false at momentum 0 (--no-nesterov)"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("warmup", 0 <= self.warmup < 1, "0 <= warmup < 1, a share of training"),

@@ -50,7 +50,8 @@ def data_parallel(model: nn.Module) -> tuple[nn.Module, Traffic]:
     if current_ranks().size == 1:
         return model, traffic
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
-    wrapped.register_comm_hook(traffic, lambda state, bucket: _average(state, bucket))  # DDP reads the annotations and knows no postponed ones
+    # a lambda, for DDP reads annotations and does not know postponed ones
+    wrapped.register_comm_hook(traffic, lambda state, bucket: _average(state, bucket))
     return wrapped, traffic
 
 

@@ -173,8 +173,9 @@ class Trainer:
     ) -> Agreed:
         """Add the step of all ranks to the position, with rank 0's clock; what they agree to do now."""
         position, clock = self.position, float(self.ranks.is_main)
-        correct = (logits.argmax(1) == y).sum().item()
-        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * (time.perf_counter() - start), self.data.corrupt.take()
+        correct = (logits.argmax(1) == y).sum().item()  # waits for the device: now the step is done
+        taken = time.perf_counter() - start
+        mine = loss.item() * len(y), correct, len(y), clock * waited, clock * taken, self.data.corrupt.take()
         total_loss, correct, images, waited, seconds, corrupt, *asked = sum_over_ranks(*mine, *requests.mine())
         if not math.isfinite(total_loss):
             self._explain_divergence(loss.item(), x)

@@ -10,7 +10,7 @@ from torch import nn
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import Data
 from grasp_sparse.train.distributed import current_ranks, sum_over_ranks
-from grasp_sparse.train.sharding import test_batches
+from grasp_sparse.train.sharding import evaluation_batches
 from grasp_sparse.train.step import autocast, step_options
 
 
@@ -26,7 +26,7 @@ def evaluate(
     device = torch.device(config.device)
     dtype = step_options(config).dtype
     loss = correct = images = 0.0
-    for x, y in test_batches(config, data, current_ranks()):
+    for x, y in evaluation_batches(config, data, current_ranks()):
         if stop():
             break
         x, y = data.prepare(x, device, config.memory_format), y.to(device)

@@ -23,7 +23,8 @@ def say(text: str = "") -> None:
 
 def progress_bar(total: int, done: int, label: str) -> tqdm:
     """A bar on stderr when that is a terminal, otherwise silent."""
-    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not (current_ranks().is_main and sys.stderr.isatty()))
+    shown = current_ranks().is_main and sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not shown)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:

@@ -100,7 +100,7 @@ def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> M
     options = criterion_options(config)
     shared = ranks.size > 1 and get_criterion(config.criterion).sums
     if shared and (drawing := sorted(options.keys() & {"num_batches", "samples_per_class", "num_classes"})):
-        raise UserError(f"Expected no {drawing[0]} in criterion_args under several ranks; use --samples-per-class and --score-batch")
+        raise UserError(f"Expected no {drawing[0]} in criterion_args on several ranks; use --samples-per-class and --score-batch")
     share = Share(ranks.rank, ranks.size) if shared else WHOLE
     batches = data.scoring_batches(config.samples_per_class, config.score_batch, config.seed, share)
 

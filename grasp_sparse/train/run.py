@@ -102,8 +102,8 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(f"{path} does not fit model {config.model}: {error}") from error
         if ranks.size != len(state["rng"]):
-            say(f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches in place of {len(state['rng'])} ranks: "
-                "the same images a step, not the same bits")
+            now = f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches"
+            say(f"{now} in place of {len(state['rng'])} ranks: the same images a step, not the same bits")
         position = trainer.position
         say(f"{run_dir}: " + ("training is complete" if position.finished else
                               f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))

@@ -52,6 +52,6 @@ def train_batches(config: TrainConfig, data: Data, epoch: int, first_step: int, 
     return data.train.shuffled(each, config.seed, epoch, first_step, config.augment, share)
 
 
-def test_batches(config: TrainConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(config: TrainConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of the test images."""
     return data.test.in_order(2 * config.batch_size, Share(ranks.rank, ranks.size))

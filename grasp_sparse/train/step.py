@@ -56,8 +56,9 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward for each micro-batch of x [N, …] and y [N] on the model's device, then one update.
 
-    Without a finite loss there is no update: the weights still are those that gave it. Every image counts the same, however the batch is cut. Gradients cross the ranks with the last micro-batch only. Returns
-    the mean loss (scalar) and the logits [N, classes], both detached. `prepare` makes the model's input of a micro-batch of x.
+    Every image counts the same, however the batch is cut, and gradients cross the ranks with the last micro-batch only. Without
+    a finite loss there is no update: the weights still are those that gave it. Returns the mean loss (scalar) and the logits
+    [N, classes], both detached. `prepare` makes the model's input of a micro-batch of x.
 
     Raises UserError for a model that returns something else than logits in training (auxiliary outputs).
     """

@@ -216,3 +216,37 @@ def test_works_inside_no_grad_and_inference_mode():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "snip"])
+def test_two_equal_parts_in_two_processes_score_as_the_one_part(criterion):
+    """Two processes with the same batches: every sum doubles, and so does the number of samples."""
+    calls = []
+
+    def both(tensors):
+        calls.append(len(tensors))
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    model, batches = smooth_net().double(), [data()]
+    alone = score(model, batches, criterion)
+    together = score(model, batches, criterion, reduce=both)
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name])
+    assert len(calls) == (2 if criterion == "grasp" else 1)
+
+
+def test_a_process_without_batches_takes_part_but_not_all_can_be_without():
+    model = smooth_net()
+    with pytest.raises(ValueError, match="Expected at least one batch, got none in any of the processes"):
+        score(model, [], "snip", reduce=lambda tensors: None)
+    with pytest.raises(ValueError, match="Expected one of the named criteria with reduce"):
+        score(model, [data()], lambda *arguments: {}, reduce=lambda tensors: None)
+
+
+@pytest.mark.parametrize("criterion", ["synflow", "magnitude", "random"])
+def test_what_adds_nothing_over_samples_is_not_shared(criterion):
+    def never(tensors):
+        raise AssertionError("nothing to reduce")
+
+    score(smooth_net(), [data()], criterion, seed=0, reduce=never)

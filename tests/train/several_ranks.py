@@ -21,10 +21,12 @@ import torch
 from torch import nn
 
 import grasp_sparse
+from grasp_sparse import pruning
+from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.distributed import current_ranks, gather, on_main, start_distributed, stop_distributed
+from grasp_sparse.train.distributed import current_ranks, on_main, start_distributed, stop_distributed
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.prepare import check_same_structure, data_and_model, masks_for, sparsify_for_training
 from grasp_sparse.train.run import resume_run, start_run
@@ -53,8 +55,8 @@ def noisy_net(num_classes: int, in_channels: int, dropout: float = 0.5) -> nn.Mo
 
 def small_config(**changes: object) -> TrainConfig:
     small = TrainConfig(
-        data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7, samples_per_class=2,
-        score_batch=5, timing_rounds=0, plan="density", model="several_ranks:plain_net",
+        data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7,
+        samples_per_class=2, score_batch=5, timing_rounds=0, plan="density", model="several_ranks:plain_net",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 
@@ -130,6 +132,21 @@ def masks_by(**changes: object) -> dict[str, torch.Tensor]:
     return dict(masks_for(config, model, data))
 
 
+def masks_for_a_speedup() -> tuple[dict[str, torch.Tensor], int]:
+    """Masks under budget time, the search replaced by one that counts how often it is made and knows the answer."""
+    searches, original = [], pruning.time_search
+
+    def search(model, masks_at, sparsest, names, *rest):
+        searches.append(None)
+        return MaskSet(masks_at(0.5, dict.fromkeys(names, 1.0)), {"dense_step_s": 2.0, "sparse_step_s": 1.0})
+
+    pruning.time_search = search
+    try:
+        return masks_by(budget="time", speedup=2.0, sparsity=None), len(searches)
+    finally:
+        pruning.time_search = original
+
+
 def plan_that_ranks_measure_differently() -> list[str]:
     """How the layers run when rank 0 finds sparse kernels faster and the others dense ones."""
     main, original = current_ranks().is_main, measure.measure_layer
@@ -163,6 +180,7 @@ def work(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"masks": {name: masks_by(criterion=name) for name in CRITERIA}}
     found["masks"]["fewer micro-batches than ranks"] = masks_by(score_batch=10)
     found["masks"]["budget flops"] = masks_by(budget="flops")
+    found["speedup"] = masks_for_a_speedup()
     found["plan"] = plan_that_ranks_measure_differently()
     found["other masks"] = message_of(other_masks_on_the_last_rank)
     found["main fails"] = message_of(lambda: on_main(_fail))
@@ -174,7 +192,7 @@ def work(folder: Path) -> dict[str, Any]:
 
     copied = folder / "to go on alone"
     interrupted_then_resumed(small_config(), folder / "plain", 6, lambda: on_main(lambda: copy_files(folder / "plain", copied)))
-    found["ranks"] = gather(current_ranks().rank)
+    found["accumulated"] = start_run(small_config(batch_size=4, accumulate=2), folder / "accumulated")["scale"]
     return found
 
 

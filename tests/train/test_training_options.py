@@ -78,7 +78,8 @@ def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "bf16", "clip_norm": 1.0}, {"precision": "fp16", "accumulate": 2}, {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.99}],
+    [{"precision": "bf16", "clip_norm": 1.0}, {"precision": "fp16", "accumulate": 2},
+     {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.99}],
     ids=["bf16, clipped", "fp16, accumulated", "adamw, moving average"],
 )  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, changes: dict) -> None:
@@ -102,7 +103,8 @@ def test_a_moving_average_follows_its_formula_and_copies_no_indices() -> None:
     masks = several_ranks.masks_for(config, model, data)
     several_ranks.sparsify_for_training(config, model, masks, data)
     ema = Ema(model, decay=0.5)
-    assert sum(t.numel() for t in ema.averages.values()) == sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
+    floating = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    assert sum(average.numel() for average in ema.averages.values()) == sum(tensor.numel() for tensor in floating)
     assert not any("indices" in name for name in ema.averages)
     expected = {name: tensor.clone() for name, tensor in ema.averages.items()}
     for updates in range(1, 10):
@@ -157,7 +159,9 @@ def test_an_average_that_does_not_fit_is_refused(tmp_path: Path, damage: str) ->
         _trainer_of(config, state, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("exp_avg", torch.zeros(1)), ("exp_avg_sq", None), ("step", torch.zeros(2)), ("step", "two")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("exp_avg", torch.zeros(1)), ("exp_avg_sq", None), ("step", torch.zeros(2)), ("step", "two")]
+)
 def test_moments_of_adamw_that_do_not_fit_are_refused(tmp_path: Path, name: str, value: object) -> None:
     config = small_config(optimizer="adamw", lr=1e-3, epochs=1)
     start_run(config, tmp_path)

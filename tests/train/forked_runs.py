@@ -1,0 +1,220 @@
+"""Runs that are killed, one after the other, forked from one process: importing torch for each would take longer than the runs.
+
+    python forked_runs.py FOLDER SEEDS
+
+What happened is written to FOLDER/happened.json; a test reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import several_ranks
+import torch
+
+from grasp_sparse import cli
+from grasp_sparse.train import engine
+from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.checkpoint_files import list_checkpoints
+from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.run import continue_or_start_run
+
+_RANKS = 2
+_CONFIG = several_ranks.small_config(
+    model="several_ranks:noisy_net", train_limit=64, batch_size=16, epochs=3, checkpoint_minutes=0.0, keep_checkpoints=1
+)
+_PARTS = ("recipe", "config", "model", "optimizer", "rng", "pruning", "masks_digest", "ema")
+
+
+def forked(work: Callable[[], int], said: Path, **environment: str) -> int:
+    """The id of a new process that does `work`, its output in the file `said`, and ends with what it returns."""
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        with said.open("w") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        os.environ.update(environment)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(process: int, seconds: float = 60.0) -> int:
+    """The exit code of the process, minus the signal that ended it; one that takes too long is killed and gives 98."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return 98
+
+
+def auto(folder: Path, config: TrainConfig) -> int:
+    continue_or_start_run(config, {"model": config.model}, folder)
+    return 0
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def differing_parts(a: Path, b: Path) -> list[str]:
+    """Where the ends of two runs differ, clocks apart."""
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    parts = [part for part in _PARTS if not same(first[part], second[part])]
+    rows = [
+        [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
+        for state in (first, second)
+    ]
+    return parts if same(*rows) else [*parts, "history"]
+
+
+def what_stands(folder: Path) -> tuple[int, int] | str:
+    """The position a resume would go on from; a complaint if any checkpoint there is damaged."""
+    if not list_checkpoints(folder):
+        return 0, 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            position = load_checkpoint(folder)["position"]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return position["epoch"], position["step"]
+
+
+def killed_at_random(folder: Path, seed: int, whole: Path, seconds: float) -> dict[str, Any]:
+    """A run that is killed two times at moments drawn by `seed` and then let go to its end."""
+    draw, target, stood, codes = random.Random(seed), folder / f"seed-{seed}", [], []
+    for _ in range(2):
+        process = forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt")
+        time.sleep(draw.uniform(0, seconds))
+        os.kill(process, signal.SIGKILL)
+        codes.append(ended(process))
+        stood.append(what_stands(target))
+    last = ended(forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt"))
+    return {
+        "codes": codes, "stood": stood, "last": last, "said": (folder / f"seed-{seed}.txt").read_text() if last else "",
+        "differing": [] if last else differing_parts(target, whole),
+        "left": sorted(path.name for path in target.iterdir() if path.suffix == ".partial"),
+    }  # fmt: skip
+
+
+_FLAGS = {
+    "--data": "fake", "--image-size": "8", "--train-limit": "96", "--test-limit": "20", "--batch-size": "8", "--epochs": "8",
+    "--lr": "0.05", "--sparsity": "0.7", "--samples-per-class": "2", "--score-batch": "5", "--timing-rounds": "0", "--plan": "density",
+    "--model": "several_ranks:noisy_net", "--checkpoint-minutes": "0",
+}  # fmt: skip
+
+
+def ranks(folder: Path, name: str, work: Callable[[], int]) -> list[int]:
+    """The process ids of ranks, started as torchrun starts them, that do `work`; what they say goes to FOLDER/NAME-RANK.txt."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(_RANKS)}
+    return [forked(work, folder / f"{name}-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(_RANKS)]
+
+
+def command(out: Path) -> int:
+    return cli.main(["train", "--resume", "auto", "--out", str(out), *(word for flag in _FLAGS.items() for word in flag)])
+
+
+def reached(folder: Path, steps: int, processes: list[int]) -> None:
+    """Wait for a checkpoint so far in training."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = list_checkpoints(folder)
+        if found and (int(found[0].name[12:15]) * 6 + int(found[0].name[17:23])) >= steps:
+            return
+        time.sleep(0.005)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    raise TimeoutError(f"no checkpoint of step {steps} in {folder}")
+
+
+def signalled(folder: Path, name: str, number: signal.Signals, rank: int, steps: int, out: Path) -> dict[str, Any]:
+    """Ranks of which one receives a signal after so many steps."""
+    processes = ranks(folder, name, lambda: command(out))
+    reached(out, steps, processes)
+    os.kill(processes[rank], number)
+    start = time.monotonic()
+    codes = [ended(process) for process in processes]
+    said = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(_RANKS)]
+    return {"codes": codes, "seconds": time.monotonic() - start, "stands": what_stands(out), "said": said}
+
+
+def diverging(out: Path) -> int:
+    """A run in which rank 1 alone meets an image that is not a number, in its eighth step."""
+    step, seen = engine.training_step, []
+
+    def spoilt(model, optimizer, loss_fn, x, *others):
+        seen.append(None)
+        if len(seen) == 8 and os.environ["RANK"] == "1":
+            x = torch.full(x.shape, float("nan"))
+        return step(model, optimizer, loss_fn, x, *others)
+
+    engine.training_step = spoilt
+    return command(out)
+
+
+def several(folder: Path) -> dict[str, Any]:
+    """Two ranks: stopped by a scheduler, then one killed, then let go to the end; beside them a run that nothing disturbs."""
+    out, happened = folder / "disturbed", {}
+    happened["stopped"] = signalled(folder, "stopped", signal.SIGTERM, 1, 8, out)
+    happened["died"] = signalled(folder, "died", signal.SIGKILL, 1, 20, out)
+    happened["last"] = [ended(process) for process in ranks(folder, "last", lambda: command(out))]
+    happened["whole"] = [ended(process) for process in ranks(folder, "whole", lambda: command(folder / "undisturbed"))]
+    happened["differing"] = differing_parts(out, folder / "undisturbed")
+    nan = folder / "diverging"
+    happened["diverged"] = [ended(process) for process in ranks(folder, "diverged", lambda: diverging(nan))]
+    happened["diverged said"] = [(folder / f"diverged-{rank}.txt").read_text() for rank in range(_RANKS)]
+    happened["diverged stands"] = what_stands(nan)
+    return happened
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, seeds = Path(arguments[0]), int(arguments[1])
+    torch.set_num_threads(1)
+    happened: dict[str, Any] = {"several": several(folder)}
+    whole = folder / "whole"
+    with contextlib.redirect_stdout(None):
+        auto(folder / "warm", dataclasses.replace(_CONFIG, epochs=1))  # what is imported late is in all children then
+    start = time.monotonic()
+    assert ended(forked(lambda: auto(whole, _CONFIG), folder / "whole.txt")) == 0, (folder / "whole.txt").read_text()
+    seconds = time.monotonic() - start
+    happened["seconds"] = seconds
+    happened["seeds"] = [killed_at_random(folder, seed, whole, seconds) for seed in range(seeds)]
+    (folder / "happened.json").write_text(json.dumps(happened))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
