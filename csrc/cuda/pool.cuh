@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_gradients(const PoolPla
 }
 
 template <class S>
-constexpr int kPoolVector = 16 / sizeof(S);
+constexpr int kPoolVector = sizeof(S) == 8 ? 1 : 16 / sizeof(S);  // two doubles at a time do not fit the registers of full occupancy
 
 // Whether kPoolVector neighbouring images can be read and written at once.
 template <class S>
