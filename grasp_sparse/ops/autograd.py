@@ -183,6 +183,8 @@ def _setup_batch_norm(ctx, inputs, output):
 
 
 def _batch_norm_backward(ctx, grad, _mean, _var):
+    if grad is None:
+        return (None,) * 6
     x, y, weight, bias, mean, var = ctx.saved_tensors
     backward = _ops.batch_norm_backward
     if torch.is_grad_enabled():
@@ -220,6 +222,8 @@ def _setup_max_pool(ctx, inputs, output):
 
 
 def _max_pool_backward(ctx, grad, _places):
+    if grad is None:
+        return (None,) * 6
     backward = reference_pool.max_pool2d_backward if torch.is_grad_enabled() else _ops.max_pool2d_backward
     return backward(grad, *ctx.saved_tensors, ctx.input_size, *ctx.window), *(None,) * 5
 
