@@ -1,5 +1,5 @@
 """What follows a layer done on the way out of it, in a whole model, in place: batch norms are replaced by fused ones that also
-add the residual and apply the ReLU behind them, sparse linear layers apply theirs. Max pooling goes to kernels that keep the layout.
+add the residual and apply the ReLU behind them, sparse linear layers apply theirs. Pooling keeps the layout from then on.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
 are, and so does the state_dict. A ReLU is taken into what lies before it only where the structure says that nothing else
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from grasp_sparse.nn import BatchNorm2d, MaxPool2d, SparseLinear
+from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaxPool2d, SparseLinear
 
 
 class FusedBatchNorm2d(BatchNorm2d):
@@ -26,6 +26,14 @@ class LayoutMaxPool2d(MaxPool2d):
     """What was an ``nn.MaxPool2d``."""
 
 
+class LayoutAvgPool2d(AvgPool2d):
+    """What was an ``nn.AvgPool2d``."""
+
+
+class LayoutAdaptiveAvgPool2d(AdaptiveAvgPool2d):
+    """What was an ``nn.AdaptiveAvgPool2d``."""
+
+
 class PassedReLU(nn.ReLU):
     """What was an ``nn.ReLU`` behind a layer that now applies it; hands on its input."""
 
@@ -33,8 +41,11 @@ class PassedReLU(nn.ReLU):
         return input
 
 
+_POOLS = {nn.MaxPool2d: LayoutMaxPool2d, nn.AvgPool2d: LayoutAvgPool2d, nn.AdaptiveAvgPool2d: LayoutAdaptiveAvgPool2d}
+
+
 def fuse_(model: nn.Module) -> list[str]:
-    """Replaces every plain ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` in ``model``; returns the names of the norms.
+    """Replaces every plain ``nn.BatchNorm2d`` and pooling layer in ``model``; returns the names of the norms.
 
     The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
     in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); the ReLU behind a
@@ -79,8 +90,8 @@ def fuse_(model: nn.Module) -> list[str]:
     for norm, relu in with_relu.items():
         norm.__class__, norm.relu = FusedBatchNorm2d, relu
     for module in model.modules():
-        if _is_stock(module, nn.MaxPool2d):
-            module.__class__ = LayoutMaxPool2d
+        if type(module) in _POOLS and _is_stock(module, type(module)):
+            module.__class__ = _POOLS[type(module)]
     for linear in linears:
         linear.relu = True
     for relu in relus:
@@ -92,7 +103,8 @@ def fuse_(model: nn.Module) -> list[str]:
 
 def unfuse_(model: nn.Module) -> nn.Module:
     """Gives every module that :func:`fuse_` changed its own class back, and every ReLU its work; returns ``model``."""
-    stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, LayoutMaxPool2d: nn.MaxPool2d, PassedReLU: nn.ReLU, **_torchvision_classes()}
+    pools = {ours: stock for stock, ours in _POOLS.items()}
+    stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, **pools, PassedReLU: nn.ReLU, **_torchvision_classes()}
     for module in model.modules():
         if type(module).forward is nn.Sequential.forward:
             for layer, relu in pairwise(module._modules.values()):

@@ -12,7 +12,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from grasp_sparse.fusion import FusedBatchNorm2d, LayoutMaxPool2d, PassedReLU, fuse_, unfuse_
+from grasp_sparse.fusion import FusedBatchNorm2d, LayoutAdaptiveAvgPool2d, LayoutAvgPool2d, LayoutMaxPool2d, PassedReLU, fuse_, unfuse_
 from grasp_sparse.nn import BatchNorm2d, SparseLinear
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 from grasp_sparse.train.models import ResNet32, vgg_small
@@ -131,7 +131,7 @@ def test_twice_is_once(case):
     assert fuse_(model) == [] and classes(model) == fused
 
 
-def test_max_pooling_keeps_the_layout_and_goes_back():
+def test_pooling_keeps_the_layout_and_goes_back():
     class Own(nn.MaxPool2d):
         pass
 
@@ -140,6 +140,14 @@ def test_max_pooling_keeps_the_layout_and_goes_back():
     assert fuse_(model) == [] and classes(model)[1:] == [LayoutMaxPool2d, Own, LayoutMaxPool2d]
     x = torch.randn(2, 3, 17, 17)
     assert torch.equal(model(x)[0], nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(2))(x))
+    assert classes(unfuse_(model)) == before
+
+    model = nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3))
+    before, x = classes(model), x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    expected = model(x)
+    assert fuse_(model) == [] and classes(model)[1:] == [LayoutAvgPool2d, LayoutAdaptiveAvgPool2d]
+    torch.testing.assert_close(model(x), expected)
+    assert model(x).permute(1, 2, 3, 0).is_contiguous() and not expected.permute(1, 2, 3, 0).is_contiguous()
     assert classes(unfuse_(model)) == before
 
 

@@ -1,4 +1,5 @@
-// batch_norm_train, batch_norm_backward: normalisation by the statistics of the batch, with residual add and ReLU.
+// batch_norm_train, batch_norm_backward: normalisation by the statistics of the batch, with residual add and ReLU; and
+// batch_norm_follow_, the running statistics.
 //
 // In channels_last all channels pass by together: one pass for the sums, a second one for the result, which walks back
 // from where the first ended, since that is what the cache still holds. In NCHW and CHWN every channel is on its own, and
@@ -284,9 +285,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   return {gx, g_residual, g_weight, g_bias};
 }
 
+void batch_norm_follow_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                        double momentum, int64_t count) {
+  for (const Tensor* t : {&running_mean, &running_var, &mean, &var})
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == mean.scalar_type() && t->dim() == 1 && t->size(0) == mean.size(0) && t->is_contiguous(),
+                    "Expected running_mean, running_var, mean and var as contiguous vectors of one size and dtype on the CPU.");
+  STD_TORCH_CHECK(count > 1, "Expected more than one value per channel, got ", count, ".");
+  for_type(mean, "batch_norm_follow_", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T keep = static_cast<T>(1 - momentum), mean_share = static_cast<T>(momentum);
+    const T var_share = static_cast<T>(momentum * static_cast<double>(count) / static_cast<double>(count - 1));
+    const T *m = const_data<T>(mean), *v = const_data<T>(var);
+    T *running_m = mutable_data<T>(running_mean), *running_v = mutable_data<T>(running_var);
+    for (int64_t c = 0; c < mean.size(0); ++c)
+      running_m[c] = keep * running_m[c] + mean_share * m[c], running_v[c] = keep * running_v[c] + var_share * v[c];
+  });
+}
+
 }  // namespace grasp_sparse
 
 STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("batch_norm_train", TORCH_BOX(&grasp_sparse::batch_norm_train));
   m.impl("batch_norm_backward", TORCH_BOX(&grasp_sparse::batch_norm_backward));
+  m.impl("batch_norm_follow_", TORCH_BOX(&grasp_sparse::batch_norm_follow_));
 }

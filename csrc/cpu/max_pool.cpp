@@ -7,16 +7,14 @@
 #include <type_traits>
 
 #include "isa.h"
-#include "layout.h"
 #include "parallel.h"
+#include "pool_window.h"
 #include "scratch.h"
-#include "window.h"
 
 namespace grasp_sparse {
 
 namespace {
 
-constexpr int64_t kMostTaps = 255;
 constexpr int64_t kGrainElements = 16384;
 
 // `outer` sheets of height x width pixels, each a run of numbers.
@@ -195,42 +193,11 @@ void pool(const Window& window, Layout layout, const Tensor& read, const Tensor&
   pool_planes<Pass, S>(window, planes(read), planes(written), from, places, out, places_out);
 }
 
-Window checked_window(const Sizes& image, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                      bool ceil_mode) {
-  for (const Sizes* pair : {&kernel, &stride, &padding, &dilation}) {
-    STD_TORCH_CHECK(pair->size() == 2, "Expected kernel_size, stride, padding and dilation of two numbers, got ", pair->size(), ".");
-    for (int64_t size : *pair)
-      STD_TORCH_CHECK(size >= (pair == &padding ? 0 : 1) && size <= INT32_MAX, "Expected a window of positive sizes, got ", size, ".");
-  }
-  STD_TORCH_CHECK(kernel[0] * kernel[1] <= kMostTaps, "Expected a window of at most ", kMostTaps, " places, got ", kernel[0] * kernel[1],
-                  "; use torch.nn.functional.max_pool2d.");
-  const auto axis = [&](int i) {
-    const int64_t reach = dilation[i] * (kernel[i] - 1) + 1;
-    STD_TORCH_CHECK(2 * padding[i] <= reach, "Expected padding of at most half the window, got ", padding[i], ".");
-    const int64_t room = image[i] + 2 * padding[i] - reach;
-    STD_TORCH_CHECK(room >= 0, "Expected a padded image that holds the window, it is ", -room, " too small.");
-    int64_t output = (ceil_mode ? ceil_div(room, stride[i]) : room / stride[i]) + 1;
-    if (ceil_mode && (output - 1) * stride[i] >= image[i] + padding[i]) --output;  // a window that begins in the padding
-    return Axis{kernel[i], stride[i], dilation[i], padding[i], image[i], output};
-  };
-  return {axis(0), axis(1)};
-}
-
-Tensor empty_bytes(const Tensor& like) {
-  AtenTensorHandle handle;
-  int32_t device;
-  const auto sizes = like.sizes(), strides = like.strides();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides.data(), aoti_torch_dtype_uint8(), device,
-                                                  like.get_device(), &handle));
-  return Tensor(handle);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation, bool ceil_mode) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "Expected x of shape [N, C, H, W] on the CPU, got ", x.dim(), " dimensions.");
-  const Window window = checked_window({x.size(2), x.size(3)}, kernel_size, stride, padding, dilation, ceil_mode);
+  const Window window = pool_window(Sizes{x.size(2), x.size(3)}, kernel_size, stride, padding, dilation, ceil_mode);
   const Layout layout = layout_of(x);
   const Tensor in = in_layout(x, layout), y = empty_images(x, layout, x.size(1), window.h.output, window.w.output);
   const Tensor places = empty_bytes(y);
@@ -244,13 +211,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, Sizes kernel_size, Sizes 
 
 Tensor max_pool2d_backward(const Tensor& g, const Tensor& places, Sizes input_size, Sizes kernel_size, Sizes stride, Sizes padding,
                            Sizes dilation, bool ceil_mode) {
-  STD_TORCH_CHECK(input_size.size() == 2 && input_size[0] >= 0 && input_size[1] >= 0, "Expected input_size of height and width.");
-  STD_TORCH_CHECK(g.is_cpu() && g.dim() == 4 && places.is_cpu() && places.dim() == 4 && places.scalar_type() == ScalarType::Byte,
-                  "Expected g and places of shape [N, C, H', W'] on the CPU, places uint8.");
-  const Window window = checked_window(input_size, kernel_size, stride, padding, dilation, ceil_mode);
-  STD_TORCH_CHECK(g.size(2) == window.h.output && g.size(3) == window.w.output, "Expected g of ", window.h.output, " x ",
-                  window.w.output, " pixels, got ", g.size(2), " x ", g.size(3), ".");
-  for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(places.size(d) == g.size(d), "Expected places of the shape of g.");
+  STD_TORCH_CHECK(g.is_cpu() && places.is_cpu(), "Expected g and places on the CPU.");
+  const Window window = pool_window(g, places, input_size, kernel_size, stride, padding, dilation, ceil_mode);
   const Layout layout = layout_of(places);
   const Tensor grad = in_layout(g, layout), picked = in_layout(places, layout);
   const Tensor gx = empty_images(g, layout, g.size(1), input_size[0], input_size[1]);

@@ -62,8 +62,8 @@ def dense_arms(dense: nn.Module, x: Tensor, grad: Tensor | None, *, input_grad: 
     arms = {}
     for name in STORAGE:
         for layout in LAYOUTS if x.dim() == 4 else ("rows",):
-            own = _laid(copy.deepcopy(dense), layout)
-            arms[f"{DENSE} {name} {layout}"] = CudaArm(own, _laid(x, layout), _laid(grad, layout), name, input_grad)
+            own = laid(copy.deepcopy(dense), layout)
+            arms[f"{DENSE} {name} {layout}"] = CudaArm(own, laid(x, layout), laid(grad, layout), name, input_grad)
     return arms
 
 
@@ -98,7 +98,7 @@ def check(arms: Mapping[str, CudaArm], dense: nn.Module, mask: Tensor) -> None:
                 )
 
 
-def _laid(what, layout: str):
+def laid(what, layout: str):
     """A layer or tensor in that memory format; `chwn` is the batch innermost."""
     if what is None or layout == "rows":
         return what
@@ -120,5 +120,5 @@ def pruned_arms(
         for name in precisions:
             for layout in layouts:
                 own = copy.deepcopy(layer)
-                arms[f"sparse {label} {name} {layout}"] = CudaArm(own, _laid(x, layout), _laid(grad, layout), name, input_grad)
+                arms[f"sparse {label} {name} {layout}"] = CudaArm(own, laid(x, layout), laid(grad, layout), name, input_grad)
     return arms

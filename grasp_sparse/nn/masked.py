@@ -5,13 +5,20 @@ own gradient is infinite or NaN. With both zero an optimizer that treats entries
 torch's do but Muon (it mixes the entries of a matrix): momentum, moments and weight decay are all zero. The forward
 multiplies by the stored weight as it is, for a masked copy of it would be a second pass over the weight in every step. Who
 writes into the weight writes zeros there, as ``load_state_dict`` does here.
+
+Masking the gradient is a pass over it, and an optimizer with bit masks reads every gradient anyway: one that asks for it
+(``raw_gradients``) gets the gradients of its weights as they are. That ends with the optimizer, and is not for copies of the layer.
 """
 
 from __future__ import annotations
 
+import weakref
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from grasp_sparse.nn.linear import check_mask
 
@@ -23,8 +30,29 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FEW = 4096
 
 
+class Consumer(Protocol):
+    """Who masks gradients as it consumes them."""
+
+    def get(self, weight: Tensor) -> Tensor | None:
+        """The mask that it applies to the gradient of ``weight``, the very tensor."""
+
+
+_consumers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> weak reference to its Consumer
+
+
+def hand_over(weight: Tensor, consumer: Consumer) -> None:
+    """Leaves the gradient of ``weight`` unmasked from now on, as long as ``consumer`` lives and applies the layer's own mask to it."""
+    _consumers[weight] = weakref.ref(consumer)
+
+
+def consumer_of(weight: Tensor) -> Consumer | None:
+    """Who gets the gradient of ``weight`` unmasked."""
+    reference = _consumers.get(weight) if _consumers else None
+    return None if reference is None else reference()
+
+
 class _MaskGradient(torch.autograd.Function):
-    """The weight itself, with a gradient that is zero where the mask is False."""
+    """The weight itself, with a gradient that is zero where the mask is False, or as it is for who masks it later."""
 
     generate_vmap_rule = True
 
@@ -35,10 +63,17 @@ class _MaskGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(inputs[1])
+        # What is compiled outlives the answer to who consumes the gradient: it always masks.
+        ctx.weight = None if torch.compiler.is_compiling() else weakref.ref(inputs[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
+        if ctx.weight is not None and not torch.is_grad_enabled():
+            weight = ctx.weight()
+            consumer = None if weight is None else consumer_of(weight)
+            if consumer is not None and consumer.get(weight) is mask:
+                return grad, None
         bits = _BITS.get(grad.element_size())
         if bits is None or torch.is_grad_enabled():  # to be differentiated again
             return torch.where(mask, grad, 0), None

@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp_sparse import _extension
-
-_COMPILED = _extension.status().loaded
-_COMPUTE = (torch.float32, torch.float64)
+from grasp_sparse.nn.kernels import runs_here
+from grasp_sparse.ops.dtypes import compute_dtype
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, then plus ``residual`` if one is given, then ReLU if ``relu``; the output has the layout of the input.
 
     Parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``. One fused operation runs in training
-    on the CPU in float32 and float64; everything else (evaluation, CUDA, other dtypes) is computed by torch's own operations.
+    on the CPU in float32 and float64; and, in training and evaluation, on CUDA where x lies batch innermost, in bfloat16 and
+    float16 too. Everything else is computed by torch's own operations.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``nn.BatchNorm2d``.
@@ -33,10 +32,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = self._count_batch()
         running = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
-        if batch_statistics and self._fusible(x, residual):
-            y, mean, var = torch.ops.grasp_sparse.batch_norm_train(x, residual, self.weight, self.bias, self.eps, self.relu)
-            self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
-            return y
+        if self._fusible(x, residual, running):
+            if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
+                y, mean, var = torch.ops.grasp_sparse.batch_norm_train(x, residual, self.weight, self.bias, self.eps, self.relu)
+                self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
+                return y
+            if not batch_statistics and x.is_cuda:
+                return torch.ops.grasp_sparse.batch_norm_eval(x, residual, self.weight, self.bias, *running, self.eps, self.relu)
         y = F.batch_norm(x, *running, self.weight, self.bias, batch_statistics, momentum, self.eps)
         if residual is not None:
             y += residual  # in place, as residual networks do: batch norm does not keep its output
@@ -49,20 +51,24 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _fusible(self, x: Tensor, residual: Tensor | None) -> bool:
-        if not _COMPILED or x.device.type != "cpu" or x.dtype not in _COMPUTE or x.numel() <= x.shape[1]:
-            return False  # one value per channel: torch refuses it, in its own words
-        if any(t is not None and t.dtype != x.dtype for t in (self.weight, self.bias, residual)):
+    def _fusible(self, x: Tensor, residual: Tensor | None, running: tuple[Tensor | None, Tensor | None]) -> bool:
+        if x.numel() == 0 or not runs_here(x, cpu=(torch.float32, torch.float64)):
             return False
-        return residual is None or residual.shape == x.shape
+        computed = compute_dtype(x.dtype)
+        if any(t is not None and t.dtype != computed for t in (self.weight, self.bias, *running)):
+            return False
+        if (running[0] is None) != (running[1] is None):
+            return False
+        return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
 
     @staticmethod
     @torch.no_grad()
     def _follow(running: tuple[Tensor | None, Tensor | None], momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
-        if running[0] is not None:
-            running[0].mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running[1] is not None:
-            running[1].mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))  # running_var is unbiased
+        if running[0] is None or running[1] is None:
+            return
+        torch.ops.grasp_sparse.batch_norm_follow_(*running, mean, var, momentum, count)
+        if not torch.compiler.is_compiling():  # kernels write behind autograd's back; a compiler is told by the schema
+            torch.autograd.graph.increment_version(running)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu=True" if self.relu else super().extra_repr()

@@ -10,7 +10,7 @@ The gradients of the first line are one operation, ``…_backward``. Its own der
 third (G = Gv) and that of the sum over g. Behind a ReLU, G and g count only where its result is positive.
 
 Batch norm and max pooling have backward kernels; where those must themselves be differentiated (``create_graph=True``), the same gradients
-are computed by ordinary torch operations instead.
+are computed by ordinary torch operations instead. So are those of batch norm by given statistics, always.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from grasp_sparse.ops import reference, reference_pool
+from grasp_sparse.ops.dense import computed
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -176,16 +177,19 @@ def _setup_batch_norm(ctx, inputs, output):
     x, residual, weight, bias, ctx.eps, ctx.relu = inputs
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)  # they serve the running statistics and the backward
+    ctx.set_materialize_grads(False)  # nobody reads zeros for those two
     # Without a residual the backward sees from x where the ReLU was open, and nothing keeps y alive.
     ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, weight, bias, mean, var)
 
 
 def _batch_norm_backward(ctx, grad, _mean, _var):
+    if grad is None:
+        return (None,) * 6
     x, y, weight, bias, mean, var = ctx.saved_tensors
     backward = _ops.batch_norm_backward
     if torch.is_grad_enabled():
         backward = reference.batch_norm_backward
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(computed(x), (0, 2, 3), correction=0)
     gx, g_residual, g_weight, g_bias = backward(grad, x, y, weight, bias, mean, var, ctx.eps, ctx.relu)
     needs = ctx.needs_input_grad
     return (
@@ -198,14 +202,28 @@ def _batch_norm_backward(ctx, grad, _mean, _var):
     )
 
 
+def _setup_batch_norm_eval(ctx, inputs, output):
+    x, residual, weight, bias, mean, var, ctx.eps, relu = inputs
+    ctx.save_for_backward(x, output if relu else None, weight, mean, var)
+
+
+def _batch_norm_eval_backward(ctx, grad):
+    gradients = reference.batch_norm_eval_backward(grad, *ctx.saved_tensors, ctx.eps)
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+    return *wanted, *(None,) * 4
+
+
 def _setup_max_pool(ctx, inputs, output):
     x, *ctx.window = inputs
     ctx.input_size = x.shape[2:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _max_pool_backward(ctx, grad, _places):
+    if grad is None:
+        return (None,) * 6
     backward = reference_pool.max_pool2d_backward if torch.is_grad_enabled() else _ops.max_pool2d_backward
     return backward(grad, *ctx.saved_tensors, ctx.input_size, *ctx.window), *(None,) * 5
 
@@ -221,5 +239,6 @@ for _name, _backward, _setup in (
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
     ("csr_conv2d_backward", _conv_backward_backward, _setup_conv_backward),
     ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
+    ("batch_norm_eval", _batch_norm_eval_backward, _setup_batch_norm_eval),
 ):
     torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)

@@ -116,14 +116,24 @@ def _(
 @_register("grasp_sparse::batch_norm_train")
 def _(x, residual, weight, bias, eps, relu):
     torch._check(x.dim() == 4, lambda: f"batch_norm_train: Expected x [N, C, H, W], got {x.dim()}-D")
-    return empty_images(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return empty_images(x, x.shape), _per_channel(x), _per_channel(x)
+
+
+def _per_channel(x):
+    return x.new_empty(x.shape[1], dtype=compute_dtype(x.dtype))
+
+
+@_register("grasp_sparse::batch_norm_eval")
+def _(x, residual, weight, bias, mean, var, eps, relu):
+    torch._check(x.dim() == 4, lambda: f"batch_norm_eval: Expected x [N, C, H, W], got {x.dim()}-D")
+    return empty_images(x, x.shape)
 
 
 @_register("grasp_sparse::batch_norm_backward")
 def _(g, x, y, weight, bias, mean, var, eps, relu):
     torch._check(g.shape == x.shape, lambda: f"batch_norm_backward: Expected g {tuple(x.shape)}, got {tuple(g.shape)}")
     residual = x.new_empty(0) if y is None else empty_images(x, x.shape)
-    return empty_images(x, x.shape), residual, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return empty_images(x, x.shape), residual, _per_channel(x), _per_channel(x)
 
 
 @_register("grasp_sparse::max_pool2d")
@@ -139,5 +149,5 @@ def _(g, places, input_size, kernel_size, stride, padding, dilation, ceil_mode):
     return empty_images(places, (*g.shape[:2], *input_size), g.dtype)
 
 
-for _name in UPDATE_SCHEMAS:
+for _name in (*UPDATE_SCHEMAS, "batch_norm_follow_"):
     _register(f"grasp_sparse::{_name}", lambda *_: None)

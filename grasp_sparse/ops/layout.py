@@ -15,6 +15,12 @@ _CHWN = (1, 2, 3, 0)  # NCHW dimensions in the order in which they lie in memory
 _CHWN_BACK = (3, 0, 1, 2)
 
 
+def is_batch_innermost(x: Tensor) -> bool:
+    """Whether the 4-D ``x`` has CHWN strides, and is contiguous in no layout that goes before."""
+    plainly = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return not plainly and x.permute(_CHWN).is_contiguous()
+
+
 def empty_rows(like: Tensor, size: Sequence[int]) -> Tensor:
     """Empty ``[N, features]``, feature-major (batch innermost) if ``like [N, other]`` is."""
     if not like.is_contiguous() and like.t().is_contiguous():

@@ -69,17 +69,36 @@ def csr_conv2d_backward(
 
 
 def batch_norm_train(x, residual, weight, bias, eps, relu):
-    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    y = _normalised(x, weight, bias, mean, var, eps)
+    var, mean = torch.var_mean(dense.computed(x), (0, 2, 3), correction=0)
+    return batch_norm_eval(x, residual, weight, bias, mean, var, eps, relu), mean, var
+
+
+def batch_norm_eval(x, residual, weight, bias, mean, var, eps, relu):
+    y = _normalised(dense.computed(x), weight, bias, mean, var, eps)
     if residual is not None:
         y = y + residual
     if relu:
         y = y.relu()
-    return empty_images(x, x.shape).copy_(y), mean, var
+    return empty_images(x, x.shape).copy_(y)
+
+
+def batch_norm_eval_backward(g, x, y, weight, mean, var, eps):
+    """The gradients of x, residual, weight and bias; y where a ReLU gave it. Differentiable any number of times."""
+    g_residual = g if y is None else torch.where(y <= 0, 0, g)
+    g, inverse = dense.computed(g_residual), _columns((var + eps).rsqrt())
+    gx = g * (inverse if weight is None else inverse * _columns(weight))
+    unit = (dense.computed(x) - _columns(mean)) * inverse
+    return gx.to(x.dtype), g_residual, (g * unit).sum((0, 2, 3)), g.sum((0, 2, 3))
+
+
+def batch_norm_follow_(running_mean, running_var, mean, var, momentum, count):
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))  # the running variance is unbiased
 
 
 def batch_norm_backward(g, x, y, weight, bias, mean, var, eps, relu):
     """Also differentiable: with mean and var as functions of x, the derivative of this is the second one of batch norm."""
+    like, x, g = x, dense.computed(x), dense.computed(g)
     if relu:
         positive = ~((_normalised(x, weight, bias, mean, var, eps) if y is None else y) <= 0)  # true for NaN, as in torch
         g = torch.where(positive, g, 0)
@@ -90,8 +109,8 @@ def batch_norm_backward(g, x, y, weight, bias, mean, var, eps, relu):
     gx = (g - _columns(g_bias / count) - unit * _columns(g_weight / count)) * inverse
     if weight is not None:
         gx = gx * _columns(weight)
-    residual = x.new_empty(0) if y is None else empty_images(x, x.shape).copy_(g)
-    return empty_images(x, x.shape).copy_(gx), residual, g_weight, g_bias
+    residual = like.new_empty(0) if y is None else empty_images(like, x.shape).copy_(g)
+    return empty_images(like, x.shape).copy_(gx), residual, g_weight, g_bias
 
 
 def _columns(vector: Tensor) -> Tensor:

@@ -27,9 +27,11 @@ And batch norm by the statistics of the batch, with what follows it in a network
 =======================  ==========================================================  ==================================
 ``batch_norm_train``     y = relu?((x - mean) / sqrt(var + eps) · w + b + residual)  x, residual, y ``[N, C, H, W]``
 ``batch_norm_backward``  the gradients of x, residual, w, b                          mean, var (biased), w, b ``[C]``
+``batch_norm_eval``      the same y by statistics that are given                     in the dtype that is computed in
+``batch_norm_follow_``   the running statistics follow those of a batch              ``count`` values per channel
 =======================  ==========================================================  ==================================
 
-``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
+On CUDA x may be bfloat16 or float16 beside float32 statistics, w and b. ``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
 compute (otherwise it is g, and an empty tensor is returned).
 
 Max pooling is ``max_pool2d``, with one byte a window for its backward where torch keeps eight; ``padding`` there is (height, width).
@@ -69,6 +71,8 @@ NORM_SCHEMAS = {
     "batch_norm_train": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     "batch_norm_backward": "(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
     "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_eval": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu) -> Tensor",
+    "batch_norm_follow_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()",
 }
 
 # `places`, uint8 in the layout of y: which tap of its window each result came from, row by row; as torch picks it, the first of

@@ -16,7 +16,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW``.
-        masks, during_backward: see :class:`FusedOptimizer`.
+        masks, during_backward, raw_gradients: see :class:`FusedOptimizer`.
     """
 
     def __init__(
@@ -30,9 +30,11 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         maximize: bool = False,
         masks: Mapping[Tensor, Tensor] | None = None,
         during_backward: bool = False,
+        raw_gradients: bool = False,
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, maximize=maximize, masks=masks, during_backward=during_backward
+            params, lr, betas, eps, weight_decay,
+            maximize=maximize, masks=masks, during_backward=during_backward, raw_gradients=raw_gradients,
         )
 
     def _calls(self, group: dict, parameters: list[Tensor]) -> list[Callable[[], None]]:

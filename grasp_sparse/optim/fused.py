@@ -29,15 +29,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``step()`` then only ends the iteration, with the same result bit for bit. Needs one backward pass to a step: no
             accumulation, no clipping (there is nothing to clip: torch's functions see no gradients), no GradScaler, no
             DistributedDataParallel (it averages gradients too late).
+        raw_gradients: masked layers whose masks are here leave the gradients of their weights unmasked, which spares a pass over
+            each; the update masks them as it reads them, with the same result bit for bit. Until then **their gradients are not
+            zero where pruned**: clipping by norm, a GradScaler's search for infinities, hooks, ``torch.autograd.grad`` and whoever
+            else reads them sees those numbers too. With ``during_backward`` as well only hooks and ``torch.autograd.grad`` do, since
+            nothing stays in ``.grad``. Ends with the optimizer; while it lives no other may step these weights. Gradients that are
+            to be differentiated again, and those of compiled layers, stay masked.
 
     Raises:
-        ValueError: options that torch refuses, or masks that do not fit the parameters.
+        ValueError: options that torch refuses, masks that do not fit the parameters, or ``raw_gradients`` without masks.
     """
 
     def __init__(
-        self, *args, masks: Mapping[Tensor, Tensor] | None = None, during_backward: bool = False, **kwargs
-    ) -> None:
-        self._during_backward = during_backward
+        self, *args, masks: Mapping[Tensor, Tensor] | None = None, during_backward: bool = False, raw_gradients: bool = False,
+        **kwargs,
+    ) -> None:  # fmt: skip
+        if raw_gradients and not masks:
+            raise ValueError("Expected masks with raw_gradients=True, got none; pass masks=layer_masks(model).")
+        self._during_backward, self._raw_gradients = during_backward, raw_gradients
         self._reset_hooks()
         super().__init__(*args, **kwargs)
         self.set_masks(masks or {})
@@ -47,6 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         packed = PackedMasks(masks)
         packed.check_within([p for group in self.param_groups for p in group["params"]])
         self._masks = packed
+        if self._raw_gradients:
+            packed.take_raw_gradients()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -159,7 +170,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Copies and pickles.
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_masks": self._masks, "_during_backward": self._during_backward}
+        own = {"_masks": self._masks, "_during_backward": self._during_backward, "_raw_gradients": self._raw_gradients}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -168,6 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self._during_backward:
                 for index in range(len(self.param_groups)):
                     self._hook(index)
+            if self._raw_gradients:
+                self._masks.take_raw_gradients()
 
 
 def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:

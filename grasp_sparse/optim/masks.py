@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grasp_sparse.bits import pack_like
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear
+from grasp_sparse.nn.masked import consumer_of, hand_over
 
 
 def layer_masks(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -18,6 +21,19 @@ def layer_masks(model: nn.Module) -> dict[Tensor, Tensor]:
     """
     layers = (module for module in model.modules() if isinstance(module, (MaskedLinear, MaskedConv2d)))
     return {layer.weight: layer.mask for layer in layers if layer.weight.requires_grad}
+
+
+def _refuse_others(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before any step: RuntimeError where it would train pruned weights on gradients that were left unmasked for another."""
+    own = getattr(optimizer, "_masks", None)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            consumer = consumer_of(parameter)
+            if consumer is not None and consumer is not own and parameter.grad is not None:
+                raise RuntimeError(
+                    "Expected the optimizer with raw_gradients=True to step its masked weights, got another one, which would train "
+                    "pruned weights; delete the first (and its schedulers) or build it without raw_gradients."
+                )
 
 
 class PackedMasks:
@@ -41,6 +57,17 @@ class PackedMasks:
 
     def __reduce__(self):
         return PackedMasks, (self._masks,)
+
+    def get(self, parameter: Tensor) -> Tensor | None:
+        """The mask of ``parameter``, the tensor that was given."""
+        return self._masks.get(parameter)
+
+    def take_raw_gradients(self) -> None:
+        """Masked layers no longer mask the gradients of these parameters, while this lives; no other optimizer may step them."""
+        for parameter in self._masks:
+            hand_over(parameter, self)
+        refuse = register_optimizer_step_pre_hook(_refuse_others)
+        weakref.finalize(self, refuse.remove)
 
     def check_within(self, parameters: Sequence[Tensor]) -> None:
         """ValueError if a mask belongs to none of ``parameters``."""

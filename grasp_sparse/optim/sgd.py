@@ -16,7 +16,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``.
-        masks, during_backward: see :class:`FusedOptimizer`.
+        masks, during_backward, raw_gradients: see :class:`FusedOptimizer`.
     """
 
     def __init__(
@@ -31,10 +31,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize: bool = False,
         masks: Mapping[Tensor, Tensor] | None = None,
         during_backward: bool = False,
+        raw_gradients: bool = False,
     ) -> None:
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov,
-            maximize=maximize, masks=masks, during_backward=during_backward,
+            maximize=maximize, masks=masks, during_backward=during_backward, raw_gradients=raw_gradients,
         )
 
     def _calls(self, group: dict, parameters: list[Tensor]) -> list[Callable[[], None]]:

@@ -13,7 +13,7 @@ from benchmarks.gpu_shapes import GROUPS
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms
-from grasp_sparse.nn import SparseLinear
+from grasp_sparse.nn import SparseConv2d, SparseLinear
 
 
 def test_layers_write_every_arm(tmp_path, capsys):
@@ -41,6 +41,16 @@ def test_steps_write_every_arm(tmp_path):
     assert {row["arm"] for row in csv.DictReader(out.open())} == {
         "dense float32 nchw", "dense float32 channels_last", "sparse float32 channels_last"
     }  # fmt: skip
+
+
+def test_images_lie_batch_innermost_from_the_first_sparse_convolution_on():
+    conv = SparseConv2d.from_dense(nn.Conv2d(4, 6, 3), torch.rand(6, 4, 3, 3) < 0.5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.ReLU())
+    x = torch.randn(5, 3, 9, 9)
+    expected = model(x)
+    gpu_steps.batch_innermost_(model)
+    assert model(x).permute(1, 2, 3, 0).is_contiguous()
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_wrong_layer_is_not_measured():

@@ -1,12 +1,13 @@
-"""The max pooling layer is nn.MaxPool2d: same results and gradients wherever the kernels run, torch's own elsewhere."""
+"""Pooling layers are torch's: same results and gradients wherever the kernels run, torch's own elsewhere; the layout stays."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from op_cases import IMAGE_LAYOUTS, is_chwn
 from torch import nn
 
-from grasp_sparse.nn import MaxPool2d
+from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
 KINDS = {
     "2": dict(kernel_size=2),
@@ -51,3 +52,28 @@ def test_a_window_that_does_not_fit_is_refused_as_torch_does():
 def test_under_compile():
     layer, x = MaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 9)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), nn.MaxPool2d(3, 2, 1)(x))
+
+
+AVERAGES = {
+    "2": (AvgPool2d, nn.AvgPool2d, dict(kernel_size=2)),
+    "3/2 ceil": (AvgPool2d, nn.AvgPool2d, dict(kernel_size=(3, 2), stride=2, padding=1, ceil_mode=True, count_include_pad=False)),
+    "to 3x4": (AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d, dict(output_size=(3, 4))),
+    "to one": (AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d, dict(output_size=1)),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "CHWN", "sliced"])
+@pytest.mark.parametrize("ours, stock, options", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_averages_equal_torchs_and_keep_the_batch_innermost(dtype, ours, stock, options, layout):
+    x = IMAGE_LAYOUTS[layout][0](torch.randn(3, 4, 9, 10).to(dtype)).detach().requires_grad_()
+    y, expected = ours(**options)(x), stock(**options)(x)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    assert is_chwn(y) if layout == "CHWN" else y.stride() == expected.stride()
+    g = torch.randn(y.shape).to(dtype)
+    got, want = (torch.autograd.grad(out, x, g)[0] for out in (y, expected))
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    if layout == "CHWN" and y.shape[2:] != (1, 1):
+        assert is_chwn(got)
+    assert ours(**options)(x[0]).shape == stock(**options)(x[0]).shape

@@ -22,7 +22,7 @@ from grasp_sparse.ops.layout import output_size
 PRECISIONS = {name: (dtype, compute_dtype(dtype)) for name, dtype in STORED.items()}
 
 
-def _off_by_one(x: Tensor) -> Tensor:
+def off_by_one(x: Tensor) -> Tensor:
     """Contiguous, its first entry not at the address an allocator would choose."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
@@ -31,7 +31,7 @@ def _one_number(x: Tensor) -> Tensor:
     return torch.full((), 0.5, dtype=x.dtype).expand(x.shape)
 
 
-_ANY_RANK = {"off-by-one": _off_by_one, "expanded-number": _one_number}
+_ANY_RANK = {"off-by-one": off_by_one, "expanded-number": _one_number}
 IMAGES = {
     **{name: lay for name, (lay, _) in IMAGE_LAYOUTS.items()},
     **_ANY_RANK,

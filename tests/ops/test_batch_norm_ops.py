@@ -152,6 +152,56 @@ def test_gradcheck_and_gradgradcheck(residual, relu, affine):
     assert torch.autograd.gradgradcheck(function, given)
 
 
+@pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("residual, relu, affine", NORM_CASES)
+def test_by_given_statistics(residual, relu, affine, layout):
+    """Equals torch's evaluation and its gradients, of any order."""
+    lay, promised = IMAGE_LAYOUTS[layout]
+    exact = norm_inputs((3, 5, 4, 6), residual, affine)
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.5
+
+    def stock(x, r, w, b):
+        y = F.batch_norm(x, mean, var, w, b, False, 0.0, EPS)
+        y = y if r is None else y + r
+        return y.relu() if relu else y
+
+    results = []
+    for function, lies in ((lambda *t: ops.batch_norm_eval(*t, mean, var, EPS, relu), lay), (stock, torch.Tensor.contiguous)):
+        x, *_ = inputs = leaves(exact, lies, torch.float64)
+        y = function(*inputs)
+        first = torch.autograd.grad(y.square().sum(), [t for t in inputs if t is not None], create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), x)
+        results.append((y, *first, *second))
+    assert same_layout_or_ambiguous(lay(exact[0]), results[0][0], promised)
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_by_given_statistics(dtype):
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = torch.randn(5, dtype=computed), torch.rand(5, dtype=computed) + 0.5
+    for residual, relu, affine in NORM_CASES:
+        x, r, w, b = norm_inputs((3, 5, 4, 6), residual, affine)
+        images = leaves((x, r), IMAGE_LAYOUTS["CHWN"][0], dtype)
+        vectors = leaves((w, b), torch.Tensor.contiguous, computed)
+        torch.library.opcheck(ops.batch_norm_eval.default, (*images, *vectors, mean, var, EPS, relu))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_running_statistics_follow_as_torchs_do(dtype):
+    x = torch.randn(4, 5, 3, 3, dtype=dtype) * 2 + 1
+    running = [torch.rand(5, dtype=dtype), torch.rand(5, dtype=dtype)]
+    expected = [t.clone() for t in running]
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    torch.library.opcheck(ops.batch_norm_follow_.default, (*running, mean, var, 0.3, 36))
+    for _ in range(3):
+        ops.batch_norm_follow_(*running, mean, var, 0.3, 36)
+        F.batch_norm(x, *expected, None, None, True, 0.3)
+    for got, want in zip(running, expected, strict=True):
+        close(got, want)
+
+
 @pytest.mark.parametrize("residual, relu, affine", NORM_CASES)
 def test_only_the_gradients_asked_for(residual, relu, affine):
     exact = norm_inputs((3, 4, 3, 3), residual, affine)

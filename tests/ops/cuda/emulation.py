@@ -19,7 +19,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from grasp_sparse import _extension
-from grasp_sparse.ops.schema import SCHEMAS, UPDATE_SCHEMAS
+from grasp_sparse.ops.schema import NORM_SCHEMAS, POOL_SCHEMAS, SCHEMAS, UPDATE_SCHEMAS
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
@@ -42,7 +42,7 @@ FLAGS = [
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Registers ``torch.ops.grasp_sparse_emulated.csr_*`` for CPU tensors. RuntimeError with the compiler's words if it fails."""
+    """Registers ``torch.ops.grasp_sparse_emulated.*`` for CPU tensors. RuntimeError with the compiler's words if it fails."""
     sources = sorted((*HERE.glob("*.cpp"), *HERE.glob("*.h"), *KERNELS.glob("*.*"), *(KERNELS.parent / "cpu").glob("*.h")))
     digest = hashlib.sha256(repr((torch.__version__, COMPILER, FLAGS)).encode())
     for source in sources:
@@ -59,7 +59,7 @@ def _build(path: Path) -> None:
     path.parent.mkdir(exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory() as folder:
         units = [(HERE / "emulated.cpp", f"{name}.o", [f"-DEMULATED_TYPE={name}"]) for name in TYPES]
-        sources = *KERNELS.glob("*.cpp"), HERE / "device.cpp", HERE / "emulated_update.cpp"
+        sources = *KERNELS.glob("*.cpp"), HERE / "device.cpp", *HERE.glob("emulated_*.cpp")
         units += [(source, f"{source.stem}.o", []) for source in sources if source.name != "info.cpp"]
 
         def compile_unit(unit):
@@ -88,5 +88,5 @@ _library = None
 def _define_operations() -> None:
     global _library
     _library = torch.library.Library("grasp_sparse_emulated", "DEF")
-    for name, schema in (SCHEMAS | UPDATE_SCHEMAS).items():
+    for name, schema in (SCHEMAS | NORM_SCHEMAS | POOL_SCHEMAS | UPDATE_SCHEMAS).items():
         _library.define(name + schema)

@@ -1,0 +1,2 @@
+// Batch norm in every storage type.
+#include "norm.cuh"

@@ -1,0 +1,2 @@
+// Max pooling in every storage type.
+#include "pool.cuh"

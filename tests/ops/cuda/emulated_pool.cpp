@@ -1,0 +1,2 @@
+// Max pooling for the emulator.
+#include "pool.cuh"
