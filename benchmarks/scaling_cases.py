@@ -74,8 +74,8 @@ class Case:
 
 def resnet50_cases() -> list[Case]:
     """Measured steps, multiply-adds as the budget."""
-    sizes = resnet50_sizes()
-    return [Case(label_of(step), sizes, round(step.kept * sizes.weights), step.seconds) for step in measured_steps("resnet50", "flops")]
+    sizes, steps = resnet50_sizes(), measured_steps("resnet50", "flops")
+    return [Case(label_of(step), sizes, round(step.kept * sizes.weights), step.seconds) for step in steps]
 
 
 def label_of(step: MeasuredStep) -> str:

@@ -83,7 +83,8 @@ def rates() -> Rates:
             features.append((inputs + outputs) * LINEAR_BATCH)
             seconds.append(time)
     (weight, feature), off = relative_fit([kept, features], seconds)
-    sizes, updates = mlp_sizes(), [row for row in read("models-breakdown.csv") if (row["model"], row["category"]) == ("mlp", "optimizer")]
+    sizes = mlp_sizes()
+    updates = [row for row in read("models-breakdown.csv") if (row["model"], row["category"]) == ("mlp", "optimizer")]
     counts = [sizes.others + sizes.weights * (1 - float(row["sparsity"]) * (kind_of(row["arm"]) == "sparse")) for row in updates]
     tensors = [2.0 * len(sizes.matrices)] * len(updates)
     (tensor, parameter), update_off = relative_fit([tensors, counts], [float(row["seconds"]) for row in updates])
@@ -111,7 +112,9 @@ def measured_steps(model: str, budget: str) -> tuple[MeasuredStep, ...]:
     for row in best:
         if kind_of(row["arm"]) == "sparse":
             if int(row["layers_masked"]):
-                raise ValueError(f"Expected every pruned layer of {model} to run sparse at {budget} {row['sparsity']}, got {row['layers_masked']} masked")
+                raise ValueError(
+                    f"Expected every pruned layer of {model} to run sparse at {budget} {row['sparsity']}, got {row['layers_masked']} masked"
+                )
             kept, flops = 1 - float(row["weight_sparsity"]), 1 - float(row["flop_sparsity"])
             steps.append(MeasuredStep(f"{float(row['sparsity']):.0%}", float(row["median_s"]), kept, flops))
     return tuple(steps)

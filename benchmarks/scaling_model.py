@@ -35,7 +35,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def size_table(cases: Sequence[Case]) -> str:
-    header = ("", "weights kept", "all-reduced a step", "of dense", "weights, gradients, momentum, indices", "of dense", "saved for backward")
+    state = "weights, gradients, momentum, indices"
+    header = ("", "weights kept", "all-reduced a step", "of dense", state, "of dense", "saved for backward")
     dense = cases[0]
     return table(header, [
         (case.label, f"{case.kept:,}", human_bytes(case.gradient_bytes), f"{case.gradient_bytes / dense.gradient_bytes:.1%}",
@@ -75,7 +76,8 @@ def _times(factor: float) -> str:
 def constants_table() -> str:
     rate, rows = rates(), []
     for step in measured_steps("resnet50", "flops"):
-        rows.append((f"a step of ResNet-50, batch {resnet50_sizes().batch}, {label_of(step)}", human_seconds(step.seconds), "models.csv", ""))
+        what = f"a step of ResNet-50, batch {resnet50_sizes().batch}, {label_of(step)}"
+        rows.append((what, human_seconds(step.seconds), "models.csv", ""))
     rows += [
         (f"dense linear layer, a weight and sample, batch {LINEAR_BATCH}", f"{rate.dense_weight * 1e12:.3g} ps", "layers.csv", ""),
         ("sparse one, a kept weight and sample", f"{rate.sparse_weight * 1e12:.3g} ps", "layers.csv", f"{rate.sparse_deviation:.0%}"),
@@ -181,7 +183,10 @@ def plot(path: Path) -> None:
     nodes = numpy.unique(numpy.logspace(0, numpy.log10(NODES[-1]), 60).astype(int))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
-        titles = ("ResNet-50, 32 images of 224² a node", f"{stack_sizes().weights / 1e9:.2g} B linear weights, {LINEAR_BATCH} samples a node")
+        titles = (
+            f"ResNet-50, {resnet50_sizes().batch} images of 224² a node",
+            f"{stack_sizes().weights / 1e9:.2g} B linear weights, {stack_sizes().batch} samples a node",
+        )
         for axes, title, cases in zip(panels, titles, (resnet50_cases(), stack_cases())):
             _panel(axes, nodes.tolist(), cases)
             axes.set_title(title)
@@ -197,8 +202,8 @@ def _panel(axes: Axes, nodes: list[int], cases: Sequence[Case]) -> None:
         hidden = [max(case.seconds, _DRAWN.all_reduce(case.gradient_bytes, count)) for count in nodes]
         axes.fill_between(nodes, hidden, exposed, color=colour, alpha=0.16 * alpha, lw=0)
         axes.plot(nodes, exposed, color=colour, alpha=alpha)
-        axes.annotate(case.label.removesuffix(" removed"), (nodes[-1], exposed[-1]), xytext=(5, 0), textcoords="offset points", va="center",
-                      fontsize=8, color=INK)
+        label, end = case.label.removesuffix(" removed"), (nodes[-1], exposed[-1])
+        axes.annotate(label, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set(xscale="log", yscale="log", xlabel="nodes", xlim=(1, NODES[-1]))
     axes.xaxis.set_major_locator(FixedLocator(NODES))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

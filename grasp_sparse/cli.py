@@ -144,7 +144,8 @@ def _export(arguments: argparse.Namespace) -> int:
     beside = run_dir.resolve().name + SUFFIXES[arguments.format]
     path = Path(arguments.out) if arguments.out else run_dir.parent / beside
     difference = export_run(run_dir, arguments.format, path, arguments.which, arguments.model)
-    say(f"wrote {path} ({human_bytes(path.stat().st_size)}); read back, its logits differ from the run's by {difference:.1e} of the largest")
+    size = human_bytes(path.stat().st_size)
+    say(f"wrote {path} ({size}); read back, its logits differ from the run's by {difference:.1e} of the largest")
     return OK
 
 
@@ -200,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, also for a run that a scheduler's signal stopped and that is saved; 2 for bad
     input, 130 after Ctrl-C, 143 for a scheduler's signal before anything was saved."""
     arguments = make_parser().parse_args(argv)
-    command = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "export": _export, "info": _info}[arguments.command]
+    commands = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "export": _export, "info": _info}
+    command = commands[arguments.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -68,7 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Score every weight, keep the best, save the masks.", formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prune.add_argument("--out", default="masks.safetensors", metavar="FILE", help="masks, one bit a weight (default: %(default)s)")
-    only_training = ("name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment", "tensorboard", "log_every", "log_seconds")
+    only_training = (
+        "name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment", "tensorboard", "log_every", "log_seconds",
+    )  # fmt: skip
     of_a_step = ("batch_size", "memory_format")  # what --budget time measures
     _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training, also=of_a_step)
 

@@ -44,7 +44,9 @@ def _read(source: Source, form: str, path: Path) -> Callable[[Tensor], Tensor]:
 def _compare(source: Source, read: Callable[[Tensor], Tensor], path: Path) -> float:
     images = source.images(_IMAGES)
     expected, got = source.model(images), read(images)
-    difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)) if got.shape == expected.shape else float("inf")
+    difference = float("inf")
+    if got.shape == expected.shape:
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= _TOLERANCE:  # also when it is not a number
         path.unlink()
         raise UserError(f"Expected {path.name} to compute what the run does, got logits {difference:.1e} apart; nothing was exported")

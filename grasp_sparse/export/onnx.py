@@ -25,7 +25,9 @@ _NEEDED = ("onnx", "onnxscript")
 def check_packages() -> None:
     """UserError unless what writes ONNX is installed."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"Expected {' and '.join(_NEEDED)} for --format onnx, found no {' and no '.join(missing)}; pip install {' '.join(_NEEDED)}")
+        raise UserError(
+            f"Expected {' and '.join(_NEEDED)} for --format onnx, found no {' and no '.join(missing)}; pip install {' '.join(_NEEDED)}"
+        )
 
 
 def write_onnx(source: Source, path: Path) -> None:

@@ -61,7 +61,8 @@ def read_source(run_dir: Path, which: str = "last", model: str | None = None) ->
         check_masks(trained, state["pruning"], state["masks_digest"], run_dir)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{where} does not fit model {config.model}: {error}") from error
-    about = {"which": which, "epoch": state["position"]["epoch"], "config": config.to_dict(), "data": data, "pruning": state["pruning"]}
+    epoch = state["position"]["epoch"]
+    about = {"which": which, "epoch": epoch, "config": config.to_dict(), "data": data, "pruning": state["pruning"]}
     return Source(trained, plain, tuple(data["shape"]), about)
 
 
@@ -76,7 +77,9 @@ def _state(run_dir: Path, which: str) -> dict[str, Any]:
         return read_checkpoint(path)
     if which == "ema":
         if state["ema"] is None:
-            raise UserError(f"Expected a run with a moving average for --which ema, got one without in {run_dir}; train with --ema-decay")
+            raise UserError(
+                f"Expected a run with a moving average for --which ema, got one without in {run_dir}; train with --ema-decay"
+            )
         state["model"] = {**state["model"], **state["ema"]}
     return state
 

@@ -34,7 +34,8 @@ def read_dense(source: Source, path: Path) -> nn.Module:
 def write_sparse(source: Source, path: Path) -> None:
     """Kept values and their places as safetensors; format, recipe and what was kept as JSON in the metadata."""
     # Clones: safetensors refuses tensors that share memory, as layers that share a weight do.
-    tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in source.model.state_dict().items()}
+    state = source.model.state_dict()
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     data = safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps({"format": _FORMAT, **source.about})})
     write_atomically(path, lambda file: file.write(data))
 

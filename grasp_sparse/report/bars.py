@@ -71,8 +71,8 @@ def plot_density(layers: Sequence[Mapping[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(6.4, 1.0 + 0.21 * len(layers)), layout="constrained")
     density = [layer["density"] for layer in layers]
     floor = min([share for share in density if share] or [1.0]) / 2
-    axes.barh(names, [max(share, floor) for share in density], color=[SPARSE if layer["runs"] == "sparse" else DENSE for layer in layers],
-              height=0.68)
+    colours = [SPARSE if layer["runs"] == "sparse" else DENSE for layer in layers]
+    axes.barh(names, [max(share, floor) for share in density], color=colours, height=0.68)
     axes.set(xscale="log", xlim=(floor, 1.0), xlabel="share of the weights kept")
     axes.xaxis.set_major_locator(FixedLocator([10.0**-n for n in range(7)]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -88,7 +88,8 @@ def plot_density(layers: Sequence[Mapping[str, Any]]) -> plt.Figure:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (SPARSE, DENSE)]
-    figure.legend(handles, ["sparse kernel", "dense kernel, pruned weights held at zero"], loc="outside upper left", ncols=2, fontsize=8.5)
+    labels = ["sparse kernel", "dense kernel, pruned weights held at zero"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8.5)
     return figure
 
 
@@ -118,4 +119,5 @@ def _colour(arm: str) -> str:
 
 
 def _note(axes: Axes, x: float, row: int, text: str, bold: bool = False) -> None:
-    axes.annotate(text, (x, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight="bold" if bold else None)
+    weight = "bold" if bold else "normal"
+    axes.annotate(text, (x, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight)

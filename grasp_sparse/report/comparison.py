@@ -39,7 +39,8 @@ def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
     alike, header, rows = comparison_rows(named)
     values = {
         "title": f"{len(runs)} runs compared", "curves": curves, "alike": alike, "header": header, "rows": rows,
-        "colours": [SERIES[number % len(SERIES)] for number in range(len(named))], "group_header": GROUP_HEADER, "groups": seed_groups(named),
+        "colours": [SERIES[number % len(SERIES)] for number in range(len(named))], "group_header": GROUP_HEADER,
+        "groups": seed_groups(named),
         "machines": sorted({_machine(run) for run in runs}), "recipes": _differences(named),
     }  # fmt: skip
     return write_page("comparison.html", values, folder / COMPARISON_NAME)
@@ -115,7 +116,7 @@ def seed_groups(named: dict[str, Run]) -> list[list[str]]:
         speeds = [run.speedup for run in runs if run.speedup]
         rows.append([
             ", ".join(label for label, _ in members), *_made_by(runs[0]), f"{fmean(removed):.2%}" if removed else "–",
-            " ".join(map(str, seeds)), *(_spread([run.result["training"][f"{which}_accuracy"] for run in runs]) for which in ("last", "best")),
+            " ".join(map(str, seeds)), *(_spread([run.result["training"][key] for run in runs]) for key in ("last_accuracy", "best_accuracy")),
             f"{fmean(speeds):.2f}×" if len(speeds) == len(runs) else "–",
         ])  # fmt: skip
     return rows
@@ -137,7 +138,8 @@ def _spread(shares: Sequence[float]) -> str:
 def _machine(run: Run) -> str:
     environment = run.result["environment"]
     device = environment.get("cuda") or environment.get("cpu")
-    return f"{device}, {environment['threads']} thread{'s' * (environment['threads'] != 1)}, torch {environment.get('torch')}, {environment.get('kernels')} kernels"
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    return f"{device}, {threads}, torch {environment.get('torch')}, {environment.get('kernels')} kernels"
 
 
 def _differences(named: dict[str, Run]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def plot_curve(rows: Rows, quantity: str) -> plt.Figure:
         _line(axes, rows, f"ema_{quantity}", label="test, moving average", color="#5eaaa3", linestyle=(0, (4, 2)))
     if quantity == "accuracy":
         best = max(rows, key=lambda row: row["test_accuracy"])
-        axes.plot(best["epoch"], best["test_accuracy"], "o", ms=9, mfc="none", mec=ACCENT, mew=1.5, label=f"best {best['test_accuracy']:.2%}")
+        label = f"best {best['test_accuracy']:.2%}"
+        axes.plot(best["epoch"], best["test_accuracy"], "o", ms=9, mfc="none", mec=ACCENT, mew=1.5, label=label)
     axes.legend()
     return figure
 

@@ -46,7 +46,9 @@ class Run:
     def steps(self) -> dict[str, dict[str, float]]:
         """Median and quartiles by arm, the faster dense one first, then sparse; empty where nothing was timed."""
         timing = self.result["timing"]
-        return {} if timing is None else {name: timing["arms"][name] for name in (timing["best_dense"], SPARSE) if name in timing["arms"]}
+        if timing is None:
+            return {}
+        return {name: timing["arms"][name] for name in (timing["best_dense"], SPARSE) if name in timing["arms"]}
 
     @property
     def all_steps(self) -> dict[str, dict[str, float]]:

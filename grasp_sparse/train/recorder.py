@@ -63,7 +63,8 @@ class Recorder:
         try:
             self.epochs.append(row)
         except OSError as error:
-            warnings.warn(f"cannot write epoch {row['epoch']} to {self.epochs.path} ({error}); a resumed run writes all of it again", stacklevel=2)
+            where = self.epochs.path
+            warnings.warn(f"cannot write epoch {row['epoch']} to {where} ({error}); a resumed run writes all of it again", stacklevel=2)
         self._to_board(lambda board: board.epoch(self._done, row))
         say(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "

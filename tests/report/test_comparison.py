@@ -71,7 +71,8 @@ def test_the_command_compares_runs_and_draws_the_rest(tmp_path: Path, capsys: py
     assert cli.main(["report", *folders]) == 0
     printed = capsys.readouterr().out
     assert "criterion grasp" in printed and "runs/comparison.html" in printed
-    assert [line.split()[:3] for line in printed.splitlines() if line.startswith(("a ", "b "))] == [["a", "80.00%", "81.00%"], ["b", "84.00%", "85.00%"]]
+    rows = [line.split()[:3] for line in printed.splitlines() if line.startswith(("a ", "b "))]
+    assert rows == [["a", "80.00%", "81.00%"], ["b", "84.00%", "85.00%"]]
     assert cli.main(["report", folders[0], "--out", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "report.html").exists() and not (tmp_path / "runs" / "a" / "report.html").exists()
 

@@ -74,7 +74,8 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.44, "0.4 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.6, "1 h 0 min"), (5025, "1 h 24 min"), (86399, "1 d 0 h"), (90000, "1 d 1 h")],
+    [(0.44, "0.4 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"),
+     (3599.6, "1 h 0 min"), (5025, "1 h 24 min"), (86399, "1 d 0 h"), (90000, "1 d 1 h")],
 )  # fmt: skip
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text

@@ -22,7 +22,10 @@ _STEPS = 4  # an epoch
 
 
 def _row(epoch: int) -> dict[str, float]:
-    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "images_per_s", "seconds", "test_seconds", "train_seconds", "lr", "corrupt_images")
+    names = (
+        "train_loss", "test_loss", "train_accuracy", "test_accuracy", "images_per_s", "seconds", "test_seconds", "train_seconds", "lr",
+        "corrupt_images",
+    )  # fmt: skip
     return {"epoch": epoch, "steps": _STEPS, **dict.fromkeys(names, float(epoch))}
 
 
