@@ -19,7 +19,7 @@ from grasp_sparse.train.checkpoint_files import (
 )
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms, without_peers
-from grasp_sparse.train.distributed import Ranks, current_ranks, on_main
+from grasp_sparse.train.distributed import Ranks, current_ranks, lost_ranks_named, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
@@ -57,6 +57,7 @@ def prune_to_file(config: TrainConfig, path: Path) -> None:
     say(f"masks: {path}")
 
 
+@lost_ranks_named()
 def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
     """Prune, train and compare from the beginning; returns what result.json holds.
 
@@ -81,6 +82,7 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
         return _finish(trainer)
 
 
+@lost_ranks_named()
 def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
     with _sole_user(run_dir):
@@ -150,6 +152,7 @@ def _begin_folder(folder: Path, masks: MaskSet | None) -> None:
             (folder / name).unlink(missing_ok=True)
         delete_checkpoints(folder)
         delete_events(folder)
+    delete_partial_files(folder)
     if masks is not None:
         masks.save(folder / MASKS_NAME)
 
