@@ -61,7 +61,7 @@ def read_source(run_dir: Path, which: str = "last", model: str | None = None) ->
         check_masks(trained, state["pruning"], state["masks_digest"], run_dir)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{where} does not fit model {config.model}: {error}") from error
-    epoch = state["position"]["epoch"]
+    epoch = state["position"].get("epoch")
     about = {"which": which, "epoch": epoch, "config": config.to_dict(), "data": data, "pruning": state["pruning"]}
     return Source(trained, plain, tuple(data["shape"]), about)
 
@@ -69,9 +69,8 @@ def read_source(run_dir: Path, which: str = "last", model: str | None = None) ->
 def _state(run_dir: Path, which: str) -> dict[str, Any]:
     """The checkpoint whose section "model" holds these weights."""
     state = load_checkpoint(run_dir)
-    if which == "best" and state["position"].get("history"):
-        best = max(state["position"]["history"], key=lambda row: row["test_accuracy"])
-        path = run_dir / checkpoint_name(best["epoch"], 0)
+    if which == "best":
+        path = run_dir / checkpoint_name(_best_epoch(state["position"].get("history"), run_dir), 0)
         if not path.is_file():
             raise UserError(f"Expected the checkpoint of the best epoch, {path}, found none; --which last takes the newest")
         return read_checkpoint(path)
@@ -82,6 +81,18 @@ def _state(run_dir: Path, which: str) -> dict[str, Any]:
             )
         state["model"] = {**state["model"], **state["ema"]}
     return state
+
+
+def _best_epoch(history: Any, run_dir: Path) -> int:
+    """Number of the epoch with the best test accuracy. Raises UserError where none is finished."""
+    require(isinstance(history, list) and all(map(_is_row, history)), f"history in {run_dir}", "rows of numbers", history)
+    if not history:
+        raise UserError(f"Expected a finished epoch for --which best, got none yet in {run_dir}; --which last takes the newest checkpoint")
+    return max(history, key=lambda row: row["test_accuracy"])["epoch"]
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and type(row.get("epoch")) is int and type(row.get("test_accuracy")) is float
 
 
 def _describes_images(data: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from torchvision import models
 
 import grasp_sparse as gs
 from grasp_sparse import cli
-from grasp_sparse.export import command
+from grasp_sparse.export import command, source
 from grasp_sparse.export.onnx import INPUT
 from grasp_sparse.export.source import read_source
 from grasp_sparse.train.checkpoint import load_checkpoint, read_checkpoint
@@ -75,10 +75,10 @@ def _export(runs: Callable[[str], Path], name: str, form: str, path: Path) -> tu
     """Write `path`; images, and what the run's own model makes of them."""
     model = _RUNS[name]["model"]
     assert command.export_run(runs(name), form, path, model=model) <= 1e-5
-    source = read_source(runs(name), model=model)
-    images = torch.randn(5, *source.shape)
+    trained = read_source(runs(name), model=model)
+    images = torch.randn(5, *trained.shape)
     with torch.no_grad():
-        return images, source.model(images)
+        return images, trained.model(images)
 
 
 @torch.no_grad()
@@ -138,6 +138,33 @@ def test_weights_that_a_run_does_not_have_are_refused(runs, tmp_path: Path) -> N
         command.export_run(runs("sparse"), "dense", tmp_path / "model.pt", which="ema")
 
 
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [([], "Expected a finished epoch for --which best"), ([{"epoch": "1"}], "rows of numbers"), (None, "rows of numbers"),
+     ([{"epoch": 7, "test_accuracy": 0.5}], "Expected the checkpoint of the best epoch, .*checkpoint-e007-s000000.pt, found none")],
+    ids=["none yet", "words", "missing", "deleted"],
+)  # fmt: skip
+def test_a_best_epoch_that_is_not_there_is_refused(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history, message) -> None:
+    state = load_checkpoint(runs("sparse"))
+    state["position"]["history"] = history
+    monkeypatch.setattr(source, "load_checkpoint", lambda folder: state)
+    with pytest.raises(UserError, match=message):
+        command.export_run(runs("sparse"), "dense", tmp_path / "model.pt", which="best")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"num_classes": 10, "shape": [3, 8]}, {"num_classes": "10", "shape": [3, 8, 8]}, {"num_classes": 10, "shape": [3, 1 << 20, 1 << 20]},
+     {"num_classes": 10, "shape": [3, -8, 8]}],
+    ids=["nothing", "two sizes", "word", "huge", "negative"],
+)  # fmt: skip
+def test_images_that_no_data_set_has_are_refused(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict) -> None:
+    state = load_checkpoint(runs("sparse")) | {"data": data}
+    monkeypatch.setattr(source, "load_checkpoint", lambda folder: state)
+    with pytest.raises(UserError, match="Expected data in .* to be num_classes, and shape"):
+        command.export_run(runs("sparse"), "dense", tmp_path / "model.pt")
+
+
 @needs_onnx
 @pytest.mark.parametrize("name", ["sparse", "masked", "torchvision"])
 def test_onnx_computes_the_same_at_any_batch_size(runs, name: str, tmp_path: Path) -> None:
@@ -169,8 +196,8 @@ def test_a_factory_that_a_checkpoint_names_is_not_called(runs, tmp_path: Path, m
 
 
 def test_a_file_that_computes_something_else_is_not_left(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(source, path):
-        torch.save({name: tensor + 1 for name, tensor in source.plain.state_dict().items()}, path)
+    def wrong(trained, path):
+        torch.save({name: tensor + 1 for name, tensor in trained.plain.state_dict().items()}, path)
 
     monkeypatch.setattr(command, "write_dense", wrong)
     with pytest.raises(UserError, match="Expected model.pt to compute what the run does"):
