@@ -1,4 +1,4 @@
-"""`grasp-sparse prune | train | bench | report | info`: parses, calls, prints.
+"""`grasp-sparse prune | train | bench | report | export | info`: parses, calls, prints.
 
 Every mistake of the user ends in one line and exit code 2.
 """
@@ -73,7 +73,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grasp_sparse.report import write_report
+    from grasp_sparse.report.run_page import write_report
     from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
     from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
@@ -114,15 +114,38 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from grasp_sparse.bench.plots import write_plots
-    from grasp_sparse.report import write_report
+    from grasp_sparse.report.comparison import common_folder, comparison_table, write_comparison
+    from grasp_sparse.report.run_page import write_report
+    from grasp_sparse.report.runs import is_run, read_run
     from grasp_sparse.train.logging import say
 
-    for path in map(Path, arguments.paths):
-        if (path / "result.json").is_file():
-            say(f"wrote {write_report(path)}")
-            continue
-        for plot in write_plots(path, None if arguments.out is None else Path(arguments.out)):
+    paths, out = [Path(path) for path in arguments.paths], None if arguments.out is None else Path(arguments.out)
+    folders = [path for path in paths if is_run(path)]
+    if len(folders) == 1:
+        say(f"wrote {write_report(folders[0], out)}")
+    elif folders:
+        runs = [read_run(folder) for folder in folders]
+        page = write_comparison(runs, out or common_folder(runs))
+        say(comparison_table(runs))
+        say(f"wrote {page}")
+    for path in paths:
+        for plot in [] if path in folders else write_plots(path, out):
             say(f"wrote {plot}")
+    return OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.export import SUFFIXES
+    from grasp_sparse.export.command import export_run
+    from grasp_sparse.report.style import human_bytes
+    from grasp_sparse.train.logging import say
+
+    run_dir = Path(arguments.run)
+    beside = run_dir.resolve().name + SUFFIXES[arguments.format]
+    path = Path(arguments.out) if arguments.out else run_dir.parent / beside
+    difference = export_run(run_dir, arguments.format, path, arguments.which, arguments.model)
+    size = human_bytes(path.stat().st_size)
+    say(f"wrote {path} ({size}); read back, its logits differ from the run's by {difference:.1e} of the largest")
     return OK
 
 
@@ -178,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, also for a run that a scheduler's signal stopped and that is saved; 2 for bad
     input, 130 after Ctrl-C, 143 for a scheduler's signal before anything was saved."""
     arguments = make_parser().parse_args(argv)
-    command = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "info": _info}[arguments.command]
+    commands = {"prune": _prune, "train": _train, "bench": _bench, "report": _report, "export": _export, "info": _info}
+    command = commands[arguments.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

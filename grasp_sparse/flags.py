@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grasp_sparse.export import SUFFIXES, WHICH
 from grasp_sparse.patterns import USAGE
 from grasp_sparse.train.config import TrainConfig, packaged_recipes
 
@@ -27,7 +28,7 @@ _TRAIN_EXAMPLES = """examples:
 
 A recipe is a TOML file whose keys are the flags above with _ for -, e.g.  batch_size = 128  or  model_args = {depth = 3}.
 SIGTERM and SIGUSR1, as schedulers send them, save and exit with 0; Ctrl-C saves and exits with 130.
-A run's folder gets checkpoint-*.pt, masks.safetensors, log.jsonl (a line an epoch), result.json, report.md and plots."""
+A run's folder gets checkpoint-*.pt, masks.safetensors, log.jsonl (a line an epoch), result.json, report.html, tensorboard/."""
 _PRUNE_EXAMPLES = """examples:
   grasp-sparse prune --model resnet18 --sparsity 0.98 --out resnet18.safetensors
   grasp-sparse prune --recipe demo --criterion snip --out snip.safetensors
@@ -41,7 +42,12 @@ _BENCH_EXAMPLES = """examples:
 _REPORT_EXAMPLES = """examples:
   grasp-sparse report benchmarks/results                plots of every CSV file there, beside them
   grasp-sparse report mine.csv --out plots
-  grasp-sparse report runs/demo                         report.md and plots of a training run, written again"""
+  grasp-sparse report runs/demo                         report.html of a training run, written again
+  grasp-sparse report runs/*                            several runs compared: a table, and runs/comparison.html"""
+_EXPORT_EXAMPLES = """examples:
+  grasp-sparse export runs/demo --format dense          a state_dict for the plain model: torch.load(FILE, weights_only=True)
+  grasp-sparse export runs/demo --format sparse         safetensors: gs.load_sparse(model, safetensors.torch.load_file(FILE))
+  grasp-sparse export runs/demo --format onnx           the densified model, any batch size (needs onnx and onnxscript)"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="grasp-sparse", description=_DESCRIPTION)
     parser.add_argument("--debug", action="store_true", help="on an error, print the whole traceback")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prune | train | bench | report | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prune | train | bench | report | export | info")
 
     prune = commands.add_parser(
         "prune", usage="%(prog)s [--recipe NAME|FILE] [--out FILE] [flags below]",
@@ -62,7 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Score every weight, keep the best, save the masks.", formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prune.add_argument("--out", default="masks.safetensors", metavar="FILE", help="masks, one bit a weight (default: %(default)s)")
-    only_training = ("name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment")
+    only_training = (
+        "name", "dense", "masks", "plan", "max_density", "timing_rounds", "augment", "tensorboard", "log_every", "log_seconds",
+    )  # fmt: skip
     of_a_step = ("batch_size", "memory_format")  # what --budget time measures
     _add_config_flags(prune, groups=("run", "data", "model", "pruning"), skip=only_training, also=of_a_step)
 
@@ -82,18 +90,33 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
     report = commands.add_parser(
-        "report", help="plots of benchmark results, or a run's report", epilog=_REPORT_EXAMPLES,
-        description="Draw what the CSV files of the benchmarks say, or write the report of a training run again.",
+        "report", help="a run's report, runs compared, or plots of benchmark results", epilog=_REPORT_EXAMPLES,
+        description="Write the report of a training run again, compare several runs, or draw what the CSV files of benchmarks say.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("paths", nargs="+", metavar="PATH", help="CSV files, folders of them, or folders of training runs")
-    report.add_argument("--out", metavar="DIR", help="folder for the plots (default: beside each CSV file)")
+    report.add_argument("--out", metavar="DIR", help="folder for pages and plots (default: the run's own, above several runs, beside CSV files)")
+
+    _add_export(commands)
 
     info = commands.add_parser(
         "info", help="versions, kernels, processor", description="What is installed, what was compiled and what will run."
     )
     info.add_argument("--json", action="store_true", help="the same as one JSON object")
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="a run's model as dense weights, sparse weights or ONNX", epilog=_EXPORT_EXAMPLES,
+        description="Write the model of a run for other programs. Every file is read back and its outputs are compared with the run's.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("run", metavar="RUN", help="folder of a training run, finished or not")
+    export.add_argument("--format", required=True, choices=tuple(SUFFIXES))
+    export.add_argument("--out", metavar="FILE", help="default: RUN.pt, RUN.safetensors or RUN.onnx, beside the folder")
+    export.add_argument("--which", choices=WHICH, default="last", help="which weights (default: %(default)s)")
+    export.add_argument("--model", metavar="NAME", help="package.module:factory of the run, if it has one: a checkpoint alone is not obeyed")
 
 
 def _add_bench(commands: Any) -> None:

@@ -23,7 +23,7 @@ from grasp_sparse.train.checkpoint_files import checkpoint_name, has_run
 _SMALL = [
     "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--model-arg", "widths=[16]",
     "--model-arg", "depth=1", "--samples-per-class", "2", "--sparsity", "0.8", "--batch-size", "16", "--epochs", "1",
-    "--plan", "density",
+    "--plan", "density", "--tensorboard", "off",
 ]  # fmt: skip
 
 _SCORING = _SMALL[: _SMALL.index("--batch-size")]
@@ -49,10 +49,10 @@ def test_train_prints_results_and_ends_with_a_line_for_programs(capsys: pytest.C
     assert re.fullmatch("demo: " + " ".join(f"{key}={number}" for key in keys), lines[-1])
     values = dict(pair.split("=") for pair in lines[-1].removeprefix("demo: ").split())
     assert float(values["flop_sparsity"]) >= 0.8 and int(values["sparse_bytes"]) < int(values["dense_bytes"])
-    for name in (checkpoint_name(1, 0), "masks.safetensors", "log.jsonl", "result.json", "report.md", "training.png", "density.png", "step.png"):
+    for name in (checkpoint_name(1, 0), "masks.safetensors", "log.jsonl", "result.json", "report.html"):
         assert Path("runs/demo", name).stat().st_size > 0
     text = "\n".join(lines)
-    assert "runs/demo/report.md" in text and f"runs/demo/{checkpoint_name(1, 0)}" in text and "best dense" in text
+    assert "runs/demo/report.html" in text and f"runs/demo/{checkpoint_name(1, 0)}" in text and "best dense" in text
 
 
 def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
@@ -140,7 +140,7 @@ def test_info_says_why_nothing_compiled_runs(monkeypatch: pytest.MonkeyPatch, ca
     assert "pure-torch reference" in text and "no: no compiler; install one" in text
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["bench"], ["report"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["prune"], ["bench"], ["report"], ["export"], ["info"]])
 def test_help_exists(command: list[str], capsys: pytest.CaptureFixture) -> None:
     assert _exit_code(*command, "--help") == 0
     assert "usage: grasp-sparse" in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_ctrl_c_during_the_report_says_how_to_write_it(monkeypatch: pytest.Monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grasp_sparse.report.write_report", interrupt)
+    monkeypatch.setattr("grasp_sparse.report.run_page.write_report", interrupt)
     assert _exit_code("train", *_SMALL, "--out", "run", "--timing-rounds", "0") == 130
     assert "training is saved, write the report with: grasp-sparse report run" in capsys.readouterr().err
 

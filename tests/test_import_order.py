@@ -39,6 +39,7 @@ ORDER = [
     "speedup",
     "train",
     "report",
+    "export",
     "bench",
     "flags",
     "cli",

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of
-from grasp_sparse.report import ACCENT, INK, save_plot
+from grasp_sparse.report.style import ACCENT, INK, save_plot
 
 _TICKS = (0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 50)
 

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 
 from grasp_sparse.bench.layer_plots import speed_axis
 from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of
-from grasp_sparse.report import FAINT, save_plot
-from grasp_sparse.report import DENSE as GREY
-from grasp_sparse.report import SPARSE as PETROL
+from grasp_sparse.report.style import FAINT, save_plot
+from grasp_sparse.report.style import DENSE as GREY
+from grasp_sparse.report.style import SPARSE as PETROL
 
 Rows = Sequence[Mapping[str, str]]
 

@@ -11,7 +11,7 @@ from grasp_sparse.bench.peer_plots import plot_peers
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.bench.scaling_plots import plot_fits
 from grasp_sparse.bench.step_plots import plot_breakdown, plot_steps
-from grasp_sparse.report import STYLE
+from grasp_sparse.report.style import STYLE
 from grasp_sparse.train.errors import UserError
 
 _LAYERS = {"shape", "precision", "sparsity", "arm", "median_s"}

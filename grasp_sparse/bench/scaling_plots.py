@@ -9,7 +9,7 @@ import numpy
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from grasp_sparse.report import ACCENT, INK, SPARSE
+from grasp_sparse.report.style import ACCENT, INK, SPARSE
 
 
 def plot_fits(rows: Sequence[Mapping[str, str]], path: Path) -> None:

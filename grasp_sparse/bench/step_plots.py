@@ -11,9 +11,9 @@ from matplotlib import pyplot as plt
 
 from grasp_sparse.bench.breakdown import CATEGORIES
 from grasp_sparse.bench.results import DENSE, SPARSE, kind_of
-from grasp_sparse.report import ACCENT, INK, save_plot
-from grasp_sparse.report import DENSE as GREY
-from grasp_sparse.report import SPARSE as PETROL
+from grasp_sparse.report.style import ACCENT, INK, save_plot
+from grasp_sparse.report.style import DENSE as GREY
+from grasp_sparse.report.style import SPARSE as PETROL
 
 Rows = Sequence[Mapping[str, str]]
 _COLOURS = {

@@ -28,7 +28,7 @@ FORMAT = 2
 _SECTIONS: dict[str, tuple[type, ...]] = {
     "recipe": (dict,), "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)),
     "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)), "masks_digest": (str, type(None)),
-    "environment": (dict,),
+    "environment": (dict,), "data": (dict,),
 }  # fmt: skip
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
 _IN_LAYER = {"name": str, "shape": list, "kept": int, "total": int, "density": float, "flops_kept": int, "flops_total": int, "runs": str}

@@ -69,11 +69,10 @@ def set_damaged_aside(run_dir: Path, good: Path) -> None:
 
 
 def delete_checkpoints(run_dir: Path) -> None:
-    """Delete every checkpoint, damaged, of the older kind, or half-written by a process that was killed."""
+    """Delete every checkpoint, also damaged ones and one of the older kind."""
     for pattern in ("checkpoint-e*-s*.pt", "checkpoint-e*-s*.pt.damaged", _SINGLE_FILE):
         for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)
-    delete_partial_files(run_dir)
 
 
 def delete_partial_files(run_dir: Path) -> None:

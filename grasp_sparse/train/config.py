@@ -16,6 +16,7 @@ from typing import Any
 from grasp_sparse.choice import sparsity_under
 from grasp_sparse.patterns import USAGE, get_pattern
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.tensorboard import wants_tensorboard
 
 
 _MAX_THREADS = 4096
@@ -157,6 +158,13 @@ class TrainConfig:
     timing_rounds: int = _option(
         15, "run", "measured steps per arm, dense and sparse in turns, after training; 0 skips", type=int, metavar="N"
     )
+    tensorboard: str = _option(
+        "auto", "run", "events in RUN/tensorboard: where the package is installed (auto), always or never", choices=("auto", "on", "off")
+    )
+    log_every: int = _option(50, "run", "steps between two values of loss and learning rate in TensorBoard", type=int, metavar="N")
+    log_seconds: float = _option(
+        60.0, "run", "seconds between two lines of progress where there is no terminal; 0: only one an epoch", type=float, metavar="S"
+    )
 
     def validate(self) -> TrainConfig:
         """Raise UserError for a value out of range; return self."""
@@ -196,12 +204,15 @@ class TrainConfig:
             ("workers", 0 <= self.workers <= _MAX_WORKERS, f"0 to {_MAX_WORKERS}"),
             ("max_corrupt", self.max_corrupt >= 0, "at least 0"),
             ("random_erasing", 0 <= self.random_erasing <= 1, "a share between 0 and 1"),
+            ("log_every", self.log_every >= 1, "at least 1 step"),
+            ("log_seconds", self.log_seconds >= 0, "at least 0 seconds"),
             ("train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"),
             ("test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1"),
             ("image_size", self.image_size is None or 1 <= self.image_size <= _MAX_SIDE, f"1 to {_MAX_SIDE}"),
         ):
             if not ok:
                 raise UserError(f"Expected {name}: {expected}, got {getattr(self, name)!r}")
+        wants_tensorboard(self.tensorboard)
         try:
             sparsity_under(get_pattern(self.pattern), self.sparsity)
         except ValueError as error:

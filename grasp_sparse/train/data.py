@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,13 @@ class Data:
     test: MemoryImages | FolderImages
     pixels: Normalization
     corrupt: CorruptImages = field(default_factory=lambda: CorruptImages(0))
+
+    def describe(self) -> dict[str, Any]:
+        """In plain values, as a result and a checkpoint hold it; with it a model can be rebuilt without the images."""
+        return {
+            "name": self.name, "source": self.source, "train": len(self.train), "test": len(self.test),
+            "num_classes": self.num_classes, "shape": list(self.shape), "mean": list(self.pixels.mean), "std": list(self.pixels.std),
+        }  # fmt: skip
 
     def prepare(self, images: Tensor, device: str | torch.device, layout: str = "nchw") -> Tensor:
         """uint8 -> normalised float32 on `device`, lying there as "nchw", "channels_last" or "chwn" (batch innermost)."""

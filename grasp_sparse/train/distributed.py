@@ -6,9 +6,11 @@ by NCCL. Alone, without torchrun, everything here does nothing and costs nothing
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 
 T = TypeVar("T")
+
+# gloo raises plain RuntimeErrors
+_COLLECTIVE_FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process speaks and writes files for all."""
         return self.rank == 0
+
+
+class RankLost(UserError):
+    """Another process of the run is gone, or no longer answers."""
 
 
 class MainFailed(UserError):
@@ -72,6 +81,20 @@ def check_device(config: TrainConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
+
+
+@contextlib.contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Inside, what a collective raises when another rank is gone becomes RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if current_ranks().size == 1 or not (isinstance(error, dist.DistError) or _COLLECTIVE_FAILED.search(str(error))):
+            raise
+        raise RankLost(
+            f"another rank of this run is gone or does not answer ({str(error).strip().splitlines()[0]}); the last checkpoint stands, "
+            "start all of them again with --resume auto"
+        ) from error
 
 
 def stop_distributed() -> None:

@@ -24,9 +24,9 @@ from grasp_sparse.train.divergence import first_non_finite
 from grasp_sparse.train.ema import Ema
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.evaluation import evaluate
-from grasp_sparse.train.logging import EpochLog, progress_bar, say
 from grasp_sparse.train.optimizer import make_optimizer, restore_optimizer
 from grasp_sparse.train.position import Position, position_from
+from grasp_sparse.train.recorder import Recorder
 from grasp_sparse.train.schedule import learning_rate, training_progress
 from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted, deferred_stop
@@ -105,32 +105,19 @@ class Trainer:
 
     def fit(self) -> Position:
         """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError when the loss is not finite."""
-        log = EpochLog(self.run_dir, self.position.history) if self.ranks.is_main else None
         self.model.train()
-        with deferred_stop(alone=self.ranks.size == 1) as asked:
+        with (
+            deferred_stop(alone=self.ranks.size == 1) as asked,
+            Recorder(self.config, self.run_dir, self.position, self.steps_per_epoch, self.extra["environment"]) as recorder,
+        ):
             requests = Requests(asked, 60 * self.config.checkpoint_minutes)
             while not self.position.finished:
-                self._train_epoch(requests)
-                row = self._close_epoch(requests)
-                self._log(log, row)
+                self._train_epoch(requests, recorder)
+                recorder.epoch(self._close_epoch(requests))
                 self.save(must=self.position.finished)
                 requests.saved()
-                say(
-                    f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  test loss "
-                    f"{row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}  {row['images_per_s']:,.0f} images/s  "
-                    f"{row['seconds']:.0f} s"
-                    + (f"  {row['reduced_bytes']:,.0f} bytes all-reduced a step" if self.ranks.size > 1 else "")
-                    + (f"  passed over {row['corrupt_images']:,.0f} corrupt images" if row["corrupt_images"] else "")
-                )
                 self._follow(requests, requests.agreed(*sum_over_ranks(*requests.mine())))
         return self.position
-
-    def _log(self, log: EpochLog | None, row: dict[str, Any]) -> None:
-        try:
-            if log is not None:
-                log.append(row)
-        except OSError as error:
-            warnings.warn(f"cannot write epoch {row['epoch']} to {log.path} ({error}); a resumed run writes all of it again", stacklevel=2)
 
     def _progress(self) -> float:
         done = self.position.epoch * self.steps_per_epoch + self.position.step
@@ -145,12 +132,12 @@ class Trainer:
             self.save(must=False)
             requests.saved()
 
-    def _train_epoch(self, requests: Requests) -> None:
+    def _train_epoch(self, requests: Requests, recorder: Recorder) -> None:
         """Steps from the current position to the end of the epoch, or to the end of --max-seconds."""
         config, position = self.config, self.position
         self.data.corrupt.take()  # those met in scoring belong to no epoch
         batches = train_batches(config, self.data, position.epoch, position.step, self.ranks)
-        with progress_bar(self.steps_per_epoch, position.step, f"epoch {position.epoch + 1}/{config.epochs}") as bar:
+        with recorder.progress():
             while (progress := self._progress()) < 1 and position.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 x, y = next(batches)
@@ -161,8 +148,7 @@ class Trainer:
                     group["lr"] = rate
                 loss, logits = training_step(self.called, self.optimizer, self.loss_fn, x, y, self.options, self._prepare)
                 agreed = self._count_step(loss, logits, x, y, start, waited, requests)
-                bar.update()
-                bar.set_postfix(loss=f"{position.sums['loss'] / position.sums['images']:.3f}", refresh=False)
+                recorder.step(rate)
                 self._follow(requests, agreed)
 
     def _prepare(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torchvision.datasets.folder import default_loader
 from grasp_sparse.train.corrupt import CorruptImages
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.images import WHOLE, Share, epoch_order, generator_for
+from grasp_sparse.train.signals import PREEMPTION
 
 _SAMPLE = 3
 Transform = Callable[[Image.Image], Tensor]
@@ -33,8 +34,9 @@ class Decoding:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a job; the parent, which is to save, needs its workers until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's signals reach every process of a job; the parent, which is to save, needs its workers until then."""
+    for number in {signal.SIGINT, *PREEMPTION} - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_parent_says, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What a person and a program see of a run: a progress bar on a terminal, tables, one JSON line an epoch."""
+"""What a person and a program see of a run: lines, tables, durations, one JSON line an epoch."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
         "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
         for line in lines
     )
+
+
+def human_duration(seconds: float) -> str:
+    """5025 -> "1 h 24 min": its two largest units, of which the smaller one is rounded."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
 
 
 class EpochLog:

@@ -30,6 +30,8 @@ def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, sav
         group.update(settings)
         require(is_number(group["lr"]), "the optimizer's lr", "a number", group["lr"])
     _check_moments(optimizer, _MOMENTS[config.optimizer], counts=config.optimizer == "adamw")
+    if optimizer.state:
+        _expect_complete(optimizer)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, moments: set[str], counts: bool) -> None:
@@ -45,9 +47,21 @@ def _check_moments(optimizer: torch.optim.Optimizer, moments: set[str], counts: 
         require(not (counts and state) or state.keys() == known, what, f"all of {', '.join(sorted(known))}", list(state))
         for name in moments & state.keys():
             value, expected = state[name], f"a dense tensor of shape {list(parameter.shape)}"
-            require(value is None or _fits(value, parameter), f"{name} in {what}", expected, value)
+            require(_fits(value, parameter), f"{name} in {what}", expected, value)
         if "step" in state:
             require(_is_count(state["step"]), f"step in {what}", "a number of updates", state["step"])
+
+
+def _expect_complete(optimizer: torch.optim.Optimizer) -> None:
+    """At the next step UserError unless every parameter that has a gradient has moments: which ones will is known only then."""
+
+    def check(*_: object) -> None:
+        hook.remove()
+        used = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        without = sum(not optimizer.state.get(parameter) for parameter in used)
+        require(not without, "the optimizer's state", f"there for all {len(used)} parameters", f"none for {without}")
+
+    hook = optimizer.register_step_pre_hook(check)
 
 
 def _is_count(value: object) -> bool:

@@ -15,8 +15,10 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import OWN_MODELS
 
-# What may change when a run goes on: where things are and how often they are saved, not what is computed.
-RESUMABLE = ("data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints")
+# What may change when a run goes on: where things are, how often they are saved and shown, not what is computed.
+RESUMABLE = (
+    "data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every", "log_seconds",
+)  # fmt: skip
 
 
 def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) -> TrainConfig:

@@ -19,7 +19,7 @@ from grasp_sparse.train.checkpoint_files import (
 )
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms, without_peers
-from grasp_sparse.train.distributed import Ranks, current_ranks, on_main
+from grasp_sparse.train.distributed import Ranks, current_ranks, lost_ranks_named, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
 from grasp_sparse.train.errors import UserError
@@ -30,15 +30,17 @@ from grasp_sparse.train.prepare import (
     check_same_structure, data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary,
     sparsify_for_training,
 )
+from grasp_sparse.train.recorder import delete_events
 from grasp_sparse.train.resume import check_masks, resume_command, resumed_config
 from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
-from grasp_sparse.train.timing import best_dense, measure_steps
+from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
 
 MASKS_NAME = "masks.safetensors"
 RESULT_NAME = "result.json"
+REPORT_NAME = "report.html"
 _TIMED_BATCHES = 4
-_RUN_FILES = (MASKS_NAME, RESULT_NAME, LOG_NAME, "report.md", "training.png", "density.png", "step.png")
+_RUN_FILES = (MASKS_NAME, RESULT_NAME, LOG_NAME, REPORT_NAME)
 
 
 def prune_to_file(config: TrainConfig, path: Path) -> None:
@@ -55,6 +57,7 @@ def prune_to_file(config: TrainConfig, path: Path) -> None:
     say(f"masks: {path}")
 
 
+@lost_ranks_named()
 def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
     """Prune, train and compare from the beginning; returns what result.json holds.
 
@@ -72,12 +75,14 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
             "pruning": None if masks is None else sparsify_for_training(config, model, masks, data),
             "masks_digest": None if masks is None else masks.digest(),
             "environment": describe_environment(),
+            "data": data.describe(),
         }
         trainer = Trainer(config, model, data, run_dir, extra)
         on_main(lambda: _begin_folder(run_dir, masks))
         return _finish(trainer)
 
 
+@lost_ranks_named()
 def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
     with _sole_user(run_dir):
@@ -96,7 +101,7 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
                 load_sparse(model, state["model"])
             check_masks(model, state["pruning"], state["masks_digest"], path)
             check_same_structure(model)
-            extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")}
+            extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")} | {"data": data.describe()}
             trainer = Trainer(config, model, data, run_dir, extra)
             trainer.restore(state)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -146,6 +151,8 @@ def _begin_folder(folder: Path, masks: MaskSet | None) -> None:
         for name in _RUN_FILES:
             (folder / name).unlink(missing_ok=True)
         delete_checkpoints(folder)
+        delete_events(folder)
+    delete_partial_files(folder)
     if masks is not None:
         masks.save(folder / MASKS_NAME)
 
@@ -178,7 +185,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     result = {
         "config": config.to_dict(),
         "environment": trainer.extra["environment"],
-        "data": {"name": data.name, "source": data.source, "train": len(data.train), "test": len(data.test)},
+        "data": trainer.extra["data"],
         "pruning": trainer.extra["pruning"],
         "training": _training_summary(position),
         "scale": _scale(trainer),
@@ -222,8 +229,10 @@ def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
     dense = fresh_model(config, data)
     sparse = None if config.dense else without_peers(trainer.model)
     times = measure_steps(config, dense, sparse, batches)
+    fastest = best_dense(times)
+    phases = measure_phases(config, dense, sparse, batches, fastest)
     models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
     return {
-        "timing": {"arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": best_dense(times)},
+        "timing": {"arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": fastest, "phases": phases},
         "memory": {name: dataclasses.asdict(measure_footprint(config, model, batches[0])) for name, model in models.items()},
     }

@@ -68,9 +68,3 @@ def deferred_stop(alone: bool = True) -> Iterator[list[int]]:
 
     with _handled(handle, signal.SIGINT, *PREEMPTION):
         yield asked
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For `worker_init_fn` of a DataLoader: schedulers signal every process, and the step under way still needs its images."""
-    for number in (signal.SIGINT, *PREEMPTION):
-        signal.signal(number, signal.SIG_IGN)

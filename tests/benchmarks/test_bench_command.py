@@ -143,7 +143,7 @@ def test_report_writes_a_run_again(capsys: pytest.CaptureFixture) -> None:
     epoch = {f"{split}_{what}": 0.5 for split in ("train", "test") for what in ("loss", "accuracy")}
     (run / "log.jsonl").write_text(json.dumps({"epoch": 1, **epoch}) + "\n")
     assert cli.main(["report", "run"]) == 0
-    assert "run/report.md" in capsys.readouterr().out and (run / "training.png").exists()
+    assert "run/report.html" in capsys.readouterr().out and (run / "report.html").exists()
 
 
 def _foreign_csv() -> str:

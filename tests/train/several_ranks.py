@@ -55,8 +55,8 @@ def noisy_net(num_classes: int, in_channels: int, dropout: float = 0.5) -> nn.Mo
 
 def small_config(**changes: object) -> TrainConfig:
     small = TrainConfig(
-        data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7,
-        samples_per_class=2, score_batch=5, timing_rounds=0, plan="density", model="several_ranks:plain_net",
+        data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7, samples_per_class=2,
+        score_batch=5, timing_rounds=0, plan="density", tensorboard="off", model="several_ranks:plain_net",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 

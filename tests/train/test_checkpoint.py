@@ -21,7 +21,7 @@ from grasp_sparse.train.errors import UserError
 
 _STATE = {
     "recipe": {}, "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None, "rng": [rng_state()],
-    "position": {"epoch": 3, "step": 0, "history": []}, "pruning": None, "masks_digest": None, "environment": {},
+    "position": {"epoch": 3, "step": 0, "history": []}, "pruning": None, "masks_digest": None, "environment": {}, "data": {},
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def test_a_run_counts_them_in_its_history(tmp_path: Path) -> None:
         (tmp_path / "images" / name).write_text("")
     config = TrainConfig(
         data="imagefolder", data_dir=str(tmp_path / "images"), image_size=8, workers=0, batch_size=16, epochs=2, dense=True,
-        model="vgg_small", model_args={"stem": 4, "widths": [4], "depth": 1}, timing_rounds=0,
+        model="vgg_small", model_args={"stem": 4, "widths": [4], "depth": 1}, timing_rounds=0, tensorboard="off",
     )  # fmt: skip
     with pytest.warns(UserWarning) as warned:
         start_run(config, tmp_path / "run")

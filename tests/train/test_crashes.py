@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_explained_once(h
 
 _STATE = {
     "recipe": {}, "config": {}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None, "rng": [rng_state()],
-    "pruning": None, "masks_digest": None, "environment": {},
+    "pruning": None, "masks_digest": None, "environment": {}, "data": {},
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_ranks_that_cannot_share_a_step_are_refused() -> None:
 def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained(tmp_path: Path) -> None:
     flags = [
         "--data", "fake", "--image-size", "8", "--train-limit", "96", "--test-limit", "20", "--epochs", "2", "--lr", "0.05",
-        "--sparsity", "0.7", "--samples-per-class", "2", "--score-batch", "5", "--timing-rounds", "0", "--plan", "density",
+        "--sparsity", "0.7", "--samples-per-class", "2", "--score-batch", "5", "--timing-rounds", "0", "--plan", "density", "--tensorboard", "off",
         "--model", "several_ranks:plain_net", "--batch-size", "8",
     ]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -80,7 +80,7 @@ def test_one_command_trains_what_a_recipe_says(tmp_path: Path, monkeypatch: pyte
     assert (config.sparsity, config.model, config.data, config.device) == (0.95, "resnet50", "imagenet", "cuda")
     small = {
         "device": "cpu", "image_size": 32, "epochs": 1, "batch_size": 4, "samples_per_class": 2, "score_batch": 2, "workers": 0,
-        "timing_rounds": 0, "plan": "density", "model": "resnet18",
+        "timing_rounds": 0, "tensorboard": "off", "plan": "density", "model": "resnet18",
     }  # fmt: skip
     result = start_run(TrainConfig.from_dict({**config.to_dict(), **small}, "test"), tmp_path / "run")
     assert result["pruning"]["weight_sparsity"] == pytest.approx(0.95, abs=1e-3)

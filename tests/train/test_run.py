@@ -50,7 +50,7 @@ _TRUSTED = {"model": f"{__name__}:dropout_net"}  # a checkpoint alone does not c
 def _config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         data="fake", image_size=8, train_limit=64, test_limit=20, batch_size=16, epochs=3, lr=0.05, **_TRUSTED,
-        sparsity=0.7, samples_per_class=2, timing_rounds=0, plan="density",
+        sparsity=0.7, samples_per_class=2, timing_rounds=0, plan="density", tensorboard="off",
     )  # fmt: skip
     return dataclasses.replace(small, **changes)
 
@@ -234,7 +234,7 @@ def test_overwrite_deletes_nothing_for_a_run_that_cannot_start(tmp_path: Path, c
 
 def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_run(_config(epochs=1), tmp_path)
-    for name in ("report.md", "training.png", "density.png", "step.png", "my-notes.txt"):
+    for name in ("report.html", "my-notes.txt"):
         (tmp_path / name).write_text("old")
     _after_steps(1, _ctrl_c, monkeypatch)
     with pytest.raises(Interrupted):

@@ -126,7 +126,7 @@ def _goes_on(folder: Path) -> str:
         resume_run(folder, _TRUSTED)
     except _Enough:
         return "runs"
-    except (UserError, ValueError, NotImplementedError) as error:  # what the command line prints as a mistake
+    except UserError as error:
         return str(error)
     return "runs"
 
@@ -149,16 +149,20 @@ def test_a_changed_checkpoint_is_refused_or_runs(
     source, state = run
     _after_a_step(monkeypatch)
     refused = 0
-    for seed in range(25 * chunk, 25 * (chunk + 1)):
+    for seed in range(40 * chunk, 40 * (chunk + 1)):
         changed = copy.deepcopy(state)
         _mutate(changed, random.Random(seed))
         folder = tmp_path / str(seed)
         folder.mkdir()
         _write(folder / checkpoint_name(0, 3), changed)
         refused += _goes_on(folder) != "runs"
-    assert 5 < refused  # or nothing was changed that matters
+    assert 10 < refused  # or nothing was changed that matters
 
 
+_WITH_INDICES = pytest.mark.parametrize("run", ["single weights", "blocks"], indirect=True)
+
+
+@_WITH_INDICES
 @pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
 @pytest.mark.parametrize("value", [-1, -(2**31), 2**31 - 1, 10_000])
 @pytest.mark.parametrize("place", [0, 1, -1])
@@ -166,8 +170,7 @@ def test_no_index_leads_out_of_a_layer(run: tuple[Path, dict], tmp_path: Path, n
     """Of every layer, single weights and blocks alike; the whole of what a kernel is given is made from these two."""
     source, state = run
     layers = [key for key in state["model"] if key.endswith(name)]
-    if not layers:
-        pytest.skip("masked layers hold no indices")
+    assert len(layers) == 3
     for number, layer in enumerate(layers):
         changed = copy.deepcopy(state)
         changed["model"][layer].view(-1)[place] = value
@@ -177,6 +180,7 @@ def test_no_index_leads_out_of_a_layer(run: tuple[Path, dict], tmp_path: Path, n
         assert "indices" in _goes_on(folder)
 
 
+@_WITH_INDICES
 def test_more_indices_than_the_layer_has_places_cost_no_memory(run: tuple[Path, dict], tmp_path: Path) -> None:
     source, state = run
     changed = copy.deepcopy(state)
@@ -184,9 +188,8 @@ def test_more_indices_than_the_layer_has_places_cost_no_memory(run: tuple[Path, 
         changed["model"][key] = torch.zeros(1, dtype=torch.int32).expand(10**11)
         changed["model"][key.replace("col_indices", "values")] = torch.zeros(1, 1).expand(1, 10**11)
         changed["model"][key.replace("col_indices", "crow_indices")][-1] = 2**31 - 1
-    if changed["model"].keys() and any(key.endswith("col_indices") for key in changed["model"]):
-        _write(tmp_path / checkpoint_name(0, 3), changed)
-        assert "every tensor in" in _goes_on(tmp_path)
+    _write(tmp_path / checkpoint_name(0, 3), changed)
+    assert "every tensor in" in _goes_on(tmp_path)
 
 
 @pytest.mark.parametrize(

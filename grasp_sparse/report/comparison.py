@@ -1,0 +1,153 @@
+"""Several runs side by side: one table, their test curves over each other, and means over runs that differ in the seed alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from grasp_sparse.report.curves import QUANTITIES, plot_curves
+from grasp_sparse.report.figures import inline_svg
+from grasp_sparse.report.pages import write_page
+from grasp_sparse.report.runs import SPARSE, Run
+from grasp_sparse.report.style import SERIES, STYLE, human_bytes, human_seconds
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.logging import human_duration, table
+
+COMPARISON_NAME = "comparison.html"
+HEADER = (
+    "run", "model", "data", "criterion", "budget", "removed", "last", "best", "dense step", "sparse step", "speed", "bytes kept",
+    "all-reduced", "training",
+)  # fmt: skip
+_DESCRIPTIVE = range(1, 6)  # columns of HEADER that say what was done; not repeated in every row where all runs agree
+GROUP_HEADER = ("runs", "criterion", "budget", "removed", "seeds", "last: mean ± std", "best: mean ± std", "speed")
+# What tells runs of one experiment apart without changing what is computed.
+_APART = ("name", "seed", "data_dir", "threads", "workers", "timing_rounds", "tensorboard", "log_every", "log_seconds")
+
+
+def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
+    """Write comparison.html of at least two different runs into `folder`; returns its path."""
+    named = labelled(runs)
+    with plt.rc_context(STYLE):
+        histories = {label: run.rows for label, run in named.items()}
+        curves = [inline_svg(plot_curves(histories, what), what, f"Test {what} of every run by epoch") for what in QUANTITIES]
+    alike, header, rows = comparison_rows(named)
+    values = {
+        "title": f"{len(runs)} runs compared", "curves": curves, "alike": alike, "header": header, "rows": rows,
+        "colours": [SERIES[number % len(SERIES)] for number in range(len(named))], "group_header": GROUP_HEADER,
+        "groups": seed_groups(named),
+        "machines": sorted({_machine(run) for run in runs}), "recipes": _differences(named),
+    }  # fmt: skip
+    return write_page("comparison.html", values, folder / COMPARISON_NAME)
+
+
+def comparison_table(runs: Sequence[Run]) -> str:
+    """The same table for a terminal."""
+    alike, header, rows = comparison_rows(labelled(runs))
+    first = "".join(f"{name} {value}   " for name, value in alike.items()).rstrip()
+    words = sum(HEADER[column] in header for column in (0, *_DESCRIPTIVE[:-1]))
+    return f"{first}\n\n{table(header, rows, right=range(words, len(header)))}".lstrip()
+
+
+def comparison_rows(named: dict[str, Run]) -> tuple[dict[str, str], list[str], list[list[str]]]:
+    """What all runs have in common, then the header and a row a run of the rest."""
+    rows = [table_row(*item) for item in named.items()]
+    same = [column for column in _DESCRIPTIVE if len({row[column] for row in rows}) == 1]
+    alike = {HEADER[column]: rows[0][column] for column in same}
+
+    def rest(row: Sequence[str]) -> list[str]:
+        return [cell for column, cell in enumerate(row) if column not in same]
+
+    return alike, rest(HEADER), [rest(row) for row in rows]
+
+
+def labelled(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run under its name, or under its folder where two have the same. Raises UserError for one run given twice."""
+    folders = [run.folder.resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise UserError(f"Expected different runs to compare, got {twice} more than once")
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return dict(zip(names, runs, strict=True))
+    above = common_folder(runs)
+    return {os.path.relpath(folder, above): run for folder, run in zip(folders, runs, strict=True)}
+
+
+def common_folder(runs: Sequence[Run]) -> Path:
+    """The folder that holds them all, however deep."""
+    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
+
+
+def table_row(label: str, run: Run) -> list[str]:
+    """What HEADER names; what a run has not is a dash."""
+    training, pruning = run.result["training"], run.pruning
+    dense, sparse = next((arm for name, arm in run.steps.items() if name != SPARSE), None), run.steps.get(SPARSE)
+    arm = SPARSE if pruning else "dense"
+    return [
+        label, run.config["model"], run.result["data"]["name"], *_made_by(run),
+        f"{pruning['weight_sparsity']:.2%}" if pruning else "–",
+        f"{training['last_accuracy']:.2%}", f"{training['best_accuracy']:.2%}",
+        human_seconds(dense["median"]) if dense else "–", human_seconds(sparse["median"]) if sparse else "–",
+        f"{run.speedup:.2f}×" if run.speedup else "–",
+        human_bytes(sum(run.memory[arm].values())) if run.memory else "–", human_bytes(run.traffic[arm]) if run.memory else "–",
+        human_duration(training["seconds"]),
+    ]  # fmt: skip
+
+
+def seed_groups(named: dict[str, Run]) -> list[list[str]]:
+    """A row for every two or more runs whose recipes differ in the seed alone: mean and sample standard deviation."""
+    alike: dict[str, list[tuple[str, Run]]] = {}
+    for label, run in named.items():
+        settings = {key: value for key, value in run.config.items() if key not in _APART}
+        alike.setdefault(json.dumps(settings, sort_keys=True), []).append((label, run))
+    rows = []
+    for members in alike.values():
+        seeds = [run.config.get("seed") for _, run in members]
+        if len(members) < 2 or len(set(seeds)) < len(seeds):
+            continue
+        runs = [run for _, run in members]
+        removed = [run.pruning["weight_sparsity"] for run in runs if run.pruning]
+        speeds = [run.speedup for run in runs if run.speedup]
+        rows.append([
+            ", ".join(label for label, _ in members), *_made_by(runs[0]), f"{fmean(removed):.2%}" if removed else "–",
+            " ".join(map(str, seeds)), *(_spread([run.result["training"][key] for run in runs]) for key in ("last_accuracy", "best_accuracy")),
+            f"{fmean(speeds):.2f}×" if len(speeds) == len(runs) else "–",
+        ])  # fmt: skip
+    return rows
+
+
+def _made_by(run: Run) -> tuple[str, str]:
+    """Criterion and budget in words; nothing of a dense run."""
+    if not run.pruning:
+        return "dense", "–"
+    pattern, scope = run.config.get("pattern", "unstructured"), run.config.get("scope", "global")
+    extra = [word for word, usual in ((pattern, "unstructured"), (scope, "global")) if word != usual]
+    return ", ".join(["given masks" if run.config.get("masks") else run.config["criterion"], *extra]), run.config["budget"]
+
+
+def _spread(shares: Sequence[float]) -> str:
+    return f"{fmean(shares):.2%} ± {100 * stdev(shares):.2f}"
+
+
+def _machine(run: Run) -> str:
+    environment = run.result["environment"]
+    device = environment.get("cuda") or environment.get("cpu")
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    return f"{device}, {threads}, torch {environment.get('torch')}, {environment.get('kernels')} kernels"
+
+
+def _differences(named: dict[str, Run]) -> dict[str, Any]:
+    """The settings in which the runs differ: `header` and `rows`, a row a setting."""
+    settings = dict.fromkeys(key for run in named.values() for key in run.config if key != "name")
+    rows = []
+    for key in settings:
+        values = [json.dumps(run.config.get(key)) for run in named.values()]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return {"header": ("setting", *named), "rows": rows}

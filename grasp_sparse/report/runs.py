@@ -1,0 +1,112 @@
+"""A finished run as its folder tells it: result.json and log.jsonl alone, no model, no data needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.logging import LOG_NAME
+from grasp_sparse.train.run import RESULT_NAME
+
+SPARSE = "sparse"  # arms of the timing are called this, or "dense LAYOUT"
+
+
+@dataclass(frozen=True)
+class Run:
+    """`result` as in result.json, `rows` as in log.jsonl: one an epoch."""
+
+    folder: Path
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        expected = ("config", "environment", "data", "pruning", "training", "timing", "memory")
+        if missing := [name for name in expected if name not in self.result]:
+            raise UserError(f"Expected {self.folder / RESULT_NAME} to be a run's result, got no {', '.join(missing)}; train again")
+        if not self.rows:
+            raise UserError(f"Expected a line for each epoch in {self.folder / LOG_NAME}, got none; train again")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.result["config"]
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def pruning(self) -> dict[str, Any] | None:
+        """None for a run that trained dense."""
+        return self.result["pruning"]
+
+    @property
+    def steps(self) -> dict[str, dict[str, float]]:
+        """Median and quartiles by arm, the faster dense one first, then sparse; empty where nothing was timed."""
+        timing = self.result["timing"]
+        if timing is None:
+            return {}
+        return {name: timing["arms"][name] for name in (timing["best_dense"], SPARSE) if name in timing["arms"]}
+
+    @property
+    def all_steps(self) -> dict[str, dict[str, float]]:
+        """The same for every arm that was timed."""
+        return {} if self.result["timing"] is None else self.result["timing"]["arms"]
+
+    @property
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Seconds by phase of a step, dense and sparse; empty where they were not measured."""
+        return (self.result["timing"] or {}).get("phases") or {}
+
+    @property
+    def speedup(self) -> float | None:
+        """Median of the faster dense step / median of the sparse one."""
+        if SPARSE not in self.steps:
+            return None
+        dense, sparse = self.steps.values()
+        return dense["median"] / sparse["median"]
+
+    @property
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes by kind, by "dense" and "sparse"; empty where nothing was measured."""
+        return self.result["memory"] or {}
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that data-parallel training all-reduces in a step: every gradient once."""
+        return {arm: kinds["gradients"] for arm, kinds in self.memory.items()}
+
+    @property
+    def description(self) -> str:
+        """What was done, in a sentence."""
+        if not self.pruning:
+            return "Trained dense, nothing pruned."
+        pattern = self.config.get("pattern", "unstructured")
+        how = "given masks" if self.config.get("masks") else self.config["criterion"]
+        how += "" if pattern == "unstructured" else f", pattern {pattern}"
+        return (
+            f"Pruned before training by {how}, budget {self.config['budget']}: {self.pruning['weight_sparsity']:.2%} of the "
+            f"weights and {self.pruning['flop_sparsity']:.2%} of the multiply-adds removed; trained sparse from the first step."
+        )
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run's, finished or not."""
+    return (path / RESULT_NAME).is_file() or (path / LOG_NAME).is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`. Raises UserError for a folder that holds no finished run, or damaged files of one."""
+    try:
+        result = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / LOG_NAME).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise UserError(f"Expected a finished run in {folder}, found no {Path(error.filename).name}; finish it with "
+                        f"grasp-sparse train --resume {folder}") from error
+    except ValueError as error:
+        raise UserError(f"Expected {RESULT_NAME} and {LOG_NAME} of a run in {folder}, got damaged ones ({error})") from error
+    if not isinstance(result, dict):
+        raise UserError(f"Expected {folder / RESULT_NAME} to hold an object, got {type(result).__name__}")
+    return Run(folder, result, rows)

@@ -1,0 +1,332 @@
+"""Ways in which a run stops and goes on: signals, the clock, a full disk, the same command again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import several_ranks
+import torch
+from several_ranks import small_config
+
+from grasp_sparse import cli
+from grasp_sparse.files import locked_folder
+from grasp_sparse.train import engine, evaluation, run
+from grasp_sparse.train.agreement import Requests
+from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
+from grasp_sparse.train.errors import DivergedError, UserError
+from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
+from grasp_sparse.train.signals import Interrupted, Preempted
+
+_NET = {"model": "several_ranks:noisy_net"}
+
+
+def _config(**changes: object):
+    return small_config(**{"train_limit": 64, "batch_size": 16, "epochs": 3, **_NET, **changes})
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+def _same_end(a: Path, b: Path) -> bool:
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    return all(_same(first[part], second[part]) for part in ("model", "optimizer", "rng", "pruning", "masks_digest"))
+
+
+def _at_call(count: int, action: Callable[[], object], owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do `action` at the end of call number `count` of a function."""
+    real, done = getattr(owner, name), []
+
+    def counted(*arguments, **others):
+        result = real(*arguments, **others)
+        done.append(None)
+        if len(done) == count:
+            action()
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start_run(_config(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("steps", [2, 4, 12], ids=["inside an epoch", "between epochs", "after the last step"])
+def test_a_schedulers_signal_ends_the_step_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, number: signal.Signals, steps: int
+) -> None:
+    with monkeypatch.context() as patch:
+        _at_call(steps, lambda: (signal.raise_signal(number), signal.raise_signal(number)), engine, "training_step", patch)
+        with pytest.raises(Preempted, match="stopped by a signal; saved, go on with: .*--resume .* --model several_ranks:noisy_net") as stop:
+            start_run(_config(), tmp_path)
+    assert stop.value.saved
+    position = load_checkpoint(tmp_path)["position"]
+    assert position["epoch"] * 4 + position["step"] == steps
+    resume_run(tmp_path, _NET)
+    assert _same_end(tmp_path, whole)
+
+
+def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    """Evaluating ImageNet takes minutes. The epoch stays open and is evaluated when the run goes on."""
+    looked = []
+    batches = evaluation.test_batches
+
+    def watched(*arguments):
+        for batch in batches(*arguments):
+            looked.append(None)
+            if len(looked) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "test_batches", watched)
+        with pytest.raises(Preempted):
+            start_run(_config(test_limit=100), tmp_path / "parts")
+    assert len(looked) <= 2
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == [checkpoint_name(0, 4)]
+    resume_run(tmp_path / "parts", _NET)
+    start_run(_config(test_limit=100), tmp_path / "whole")
+    assert _same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_checkpoints_by_the_clock_are_within_an_epoch_and_go_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    """kill -9 after step 7: what is lost is what came after the last checkpoint, not the epoch."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        _at_call(8, kill, engine, "training_step", patch)
+        with pytest.raises(Killed):
+            start_run(_config(checkpoint_minutes=0.0), tmp_path)
+    assert list_checkpoints(tmp_path)[0].name == checkpoint_name(1, 3)
+    resume_run(tmp_path, {**_NET, "checkpoint_minutes": 10.0})
+    assert _same_end(tmp_path, whole)
+    assert load_checkpoint(tmp_path)["config"]["checkpoint_minutes"] == 10.0
+
+
+def test_the_clock_counts_from_the_last_save() -> None:
+    requests = Requests([], save_seconds=0.05)
+    assert requests.mine() == (False, False, False)
+    time.sleep(0.06)
+    assert requests.mine()[0]
+    requests.saved()
+    assert not requests.mine()[0]
+    assert not Requests([], save_seconds=600).mine()[0]
+
+
+def _full(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool]) -> list[int]:
+    """A disk on which the saves of those numbers find no room."""
+    real, saves = engine.save_checkpoint, []
+
+    def save(*arguments):
+        saves.append(len(saves) + 1)
+        if full(saves[-1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    return saves
+
+
+def test_a_full_disk_is_a_warning_and_the_next_save_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    saves = _full(monkeypatch, lambda number: number == 2)
+    with pytest.warns(UserWarning, match="cannot write the checkpoint of epoch 3, step 0 .*No space.*training goes on") as said:
+        start_run(_config(), tmp_path)
+    assert len(said) == 1 and saves == [1, 2, 3]
+    assert _same_end(tmp_path, whole)
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        _full(patch, lambda number: number >= 2)
+        with pytest.warns(UserWarning), pytest.raises(UserError, match="cannot write the checkpoint .*No space.* make room, .*--resume"):
+            start_run(_config(), tmp_path)
+    assert list_checkpoints(tmp_path)[0].name == checkpoint_name(1, 0)
+    resume_run(tmp_path, _NET)
+    assert _same_end(tmp_path, whole)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine.EpochLog, "append", full)
+    with pytest.warns(UserWarning, match="cannot write epoch 1 to"):
+        start_run(_config(epochs=1), tmp_path)
+    monkeypatch.undo()
+    resume_run(tmp_path, _NET)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_damaged_checkpoints_are_put_aside_and_the_run_ends_as_if_they_had_not_been(tmp_path: Path, whole: Path) -> None:
+    start_run(_config(epochs=3, keep_checkpoints=3), tmp_path)
+    newest, second, _ = list_checkpoints(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    second.write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"going back to {checkpoint_name(1, 0)}"):
+        resume_run(tmp_path, _NET)
+    assert _same_end(tmp_path, whole)
+    assert {path.name for path in tmp_path.glob("*.damaged")} == {f"{newest.name}.damaged", f"{second.name}.damaged"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(tmp_path)
+
+
+def test_auto_starts_goes_on_and_ends_with_one_and_the_same_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    given = {**_NET, "epochs": 3}
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            _at_call(5, lambda: signal.raise_signal(signal.SIGTERM), engine, "training_step", patch)
+            with pytest.raises(Preempted):
+                continue_or_start_run(_config(), given, tmp_path)
+    result = continue_or_start_run(_config(), given, tmp_path)
+    assert _same_end(tmp_path, whole)
+    monkeypatch.setattr(engine, "training_step", lambda *_: pytest.fail("the run was complete"))
+    again = continue_or_start_run(_config(), given, tmp_path)
+    assert {**again, "training": 0} == {**result, "training": 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"lr": 0.5}, "--lr 0.5 .the run: 0.05."), ({"epochs": 9, "seed": 3}, "--epochs 9 .the run: 3., --seed 3 .the run: 0."),
+     ({"model": "resnet18"}, "--model resnet18 .the run: several_ranks:noisy_net.")],
+    ids=str,
+)  # fmt: skip
+def test_a_flag_that_contradicts_the_run_is_refused(whole: Path, given: dict, message: str) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(UserError, match=f"Expected the recipe of the run in .*, got another {message}; leave it out"):
+        continue_or_start_run(_config(), {**_NET, **given}, whole)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()",
+         str(whole / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another process is training the run in"):
+            resume_run(whole, _NET)
+    finally:
+        holder.kill()
+        holder.wait()
+    with locked_folder(whole):  # a killed process holds nothing
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"dense": True}, {}, {"batch_size": 8, "accumulate": 2, "precision": "bf16"}], ids=["dense", "sparse", "bf16 in parts"])
+def test_a_loss_that_is_not_finite_names_step_and_layer_and_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    """The second batch norm, layer 5, multiplies by so much that its output overflows, from the sixth step on."""
+    trained: list[torch.nn.Module] = []
+    begin = engine.Trainer.__init__
+
+    def remember(self, config, model, *others) -> None:
+        begin(self, config, model, *others)
+        trained.append(model)
+
+    monkeypatch.setattr(engine.Trainer, "__init__", remember)
+    _at_call(5, lambda: trained[0][5].weight.data.fill_(3e38), engine, "training_step", monkeypatch)
+    with pytest.raises(DivergedError, match=r"step 2 of epoch 2 .*: first in the output of layer 5 \(\w+\): .* lower --lr"):
+        start_run(_config(**changes), tmp_path)
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 1
+
+
+_SMALL = [
+    "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--batch-size", "16", "--sparsity", "0.7",
+    "--samples-per-class", "2", "--plan", "density", "--model", "vgg_small", "--model-arg", "widths=[16]", "--model-arg", "depth=1",
+    "--timing-rounds", "0", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_the_command_saves_and_exits_0_within_seconds(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "grasp_sparse", "train", *_SMALL, "--epochs", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **several_ranks.python_path()}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list_checkpoints(tmp_path / "run") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, time.monotonic() - start < 5) == (0, True), errors
+    expected = f"grasp-sparse: stopped by a signal; saved, go on with: grasp-sparse train --resume {tmp_path / 'run'}"
+    assert errors.strip().splitlines()[-1] == expected
+    load_checkpoint(tmp_path / "run")
+
+
+def test_a_signal_before_anything_is_saved_does_not_look_like_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "masks_for", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(["train", *_SMALL, "--out", str(tmp_path / "run")]) == 143
+    assert "stopped by a signal; nothing was saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_steps_are_timed_ends_a_run_that_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "_compare_with_dense", lambda *_: signal.raise_signal(signal.SIGTERM))
+    flags = [*_SMALL, "--epochs", "1", "--timing-rounds", "2", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *flags]) == 0
+    assert "stopped by a signal; saved, go on with" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run")["position"]["finished"]
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", "auto", *flags]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["timing"]
+
+
+def test_the_command_line_refuses_what_contradicts_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["train", *_SMALL, "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert cli.main([*flags, "--resume", "auto"]) == 0
+    assert cli.main([*flags, "--resume", "auto"]) == 0
+    assert cli.main([*flags, "--resume", "auto", "--workers", "3"]) == 0  # may change
+    capsys.readouterr()
+    assert cli.main([*flags, "--resume", "auto", "--lr", "0.7"]) == 2
+    assert "got another --lr 0.7 (the run: 0.1); leave it out" in capsys.readouterr().err
+    assert cli.main([*flags, "--resume", "auto", "--overwrite"]) == 2
+    assert "Expected --resume or --overwrite, got both" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_still_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _at_call(2, lambda: signal.raise_signal(signal.SIGINT), engine, "training_step", monkeypatch)
+    with pytest.raises(Interrupted, match="interrupted; saved"):
+        start_run(_config(), tmp_path)
