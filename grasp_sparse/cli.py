@@ -91,7 +91,10 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         config, given = on_main(lambda: (_config(arguments), _given_values(arguments)))
         run_dir = Path(arguments.out) if arguments.out else Path("runs") / config.name
-        result = continue_or_start_run(config, given, run_dir) if arguments.resume else start_run(config, run_dir, arguments.overwrite)
+        if arguments.resume:
+            result = continue_or_start_run(config, given, run_dir)
+        else:
+            result = start_run(config, run_dir, arguments.overwrite)
     stop_distributed()
     if not ranks.is_main:
         return OK
@@ -185,6 +188,14 @@ def _complain(error: Exception, line: str) -> None:
         print(f"grasp-sparse: error: {where}{line}", file=sys.stderr)
 
 
+def _say_stopped(line: str) -> None:
+    """What stopped all ranks is said by one."""
+    from grasp_sparse.train.distributed import current_ranks
+
+    if current_ranks().is_main:
+        print(f"\ngrasp-sparse: {line}", file=sys.stderr)
+
+
 def _check_kernels() -> None:
     """UserError, before any work, when the environment asks for kernels that this machine cannot run."""
     from grasp_sparse._extension import status
@@ -211,10 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with preemption_raises():
                 return command(arguments)
     except Preempted as stop:
-        print(f"\ngrasp-sparse: {str(stop) or 'stopped by a signal; nothing was saved'}", file=sys.stderr)
+        _say_stopped(str(stop) or "stopped by a signal; nothing was saved")
         return OK if stop.saved else TERMINATED
     except KeyboardInterrupt as interrupt:
-        print(f"\ngrasp-sparse: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
+        _say_stopped(str(interrupt) or "interrupted; nothing was saved")
         return INTERRUPTED
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if arguments.debug:

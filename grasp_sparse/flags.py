@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace a run that is already in that folder")
     train.add_argument(
         "--resume", metavar="DIR|auto",
-        help="go on with the run in this folder, exactly where it stopped; auto: with the one in --out if it is there, else start it",
+        help="go on with the run in this folder, exactly where it stopped; auto: with the one in --out, or start it",
     )
     _add_config_flags(train, groups=tuple(_GROUPS))
 

@@ -68,6 +68,8 @@ def csr_from_indices(crow_indices: Tensor, col_indices: Tensor, rows: int, cols:
     if crow_indices.shape[0] != rows + 1:
         raise ValueError(f"Expected crow_indices of length {rows + 1} for {rows} rows, got {crow_indices.shape[0]}.")
     nnz = col_indices.shape[0]
+    if nnz > rows * cols:  # before anything is copied: a few bytes can be expanded to any length
+        raise ValueError(f"Expected at most {rows * cols} col_indices, one for each place, got {nnz}; the stored structure is corrupt.")
     crow, col = crow_indices.long(), col_indices.long()
     per_row = crow.diff()
     if int(crow[0]) != 0 or int(crow[-1]) != nnz or bool((per_row < 0).any()):

@@ -27,11 +27,13 @@ from grasp_sparse.train.errors import UserError
 FORMAT = 2
 _SECTIONS: dict[str, tuple[type, ...]] = {
     "recipe": (dict,), "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)),
-    "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)), "masks_digest": (str, type(None)),
-    "environment": (dict,), "data": (dict,),
+    "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)),
+    "masks_digest": (str, type(None)), "environment": (dict,), "data": (dict,),
 }  # fmt: skip
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
-_IN_LAYER = {"name": str, "shape": list, "kept": int, "total": int, "density": float, "flops_kept": int, "flops_total": int, "runs": str}
+_IN_LAYER = {
+    "name": str, "shape": list, "kept": int, "total": int, "density": float, "flops_kept": int, "flops_total": int, "runs": str,
+}  # fmt: skip
 _IN_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 _DEEPEST = 32  # containers within containers
 
@@ -96,7 +98,8 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 def _compact(model: dict[str, Any]) -> dict[str, Any]:
     """Without tensors that repeat or skip memory (a buffer somebody expanded): their values are the same written out."""
-    return {name: value.contiguous() if isinstance(value, Tensor) and not is_dense(value) else value for name, value in model.items()}
+    loose = {name: value for name, value in model.items() if isinstance(value, Tensor) and not is_dense(value)}
+    return {**model, **{name: value.contiguous() for name, value in loose.items()}}
 
 
 def _check_archive(sealed: bytes, path: Path) -> None:
@@ -168,7 +171,8 @@ def _is_cpu_rng(state: object) -> bool:
 
 def _check_pruning(pruning: dict[str, Any], path: Path) -> None:
     def check(value: object, wanted: type, what: str) -> None:
-        require(type(value) is wanted and (wanted is not float or math.isfinite(value)), f"{what} of pruning in {path}", wanted.__name__, value)
+        fits = type(value) is wanted and (wanted is not float or math.isfinite(value))
+        require(fits, f"{what} of pruning in {path}", wanted.__name__, value)
 
     for name, wanted in _IN_PRUNING.items():
         check(pruning.get(name), wanted, name)

@@ -91,9 +91,10 @@ def lost_ranks_named() -> Iterator[None]:
     except RuntimeError as error:
         if current_ranks().size == 1 or not (isinstance(error, dist.DistError) or _COLLECTIVE_FAILED.search(str(error))):
             raise
+        reason = str(error).strip().splitlines()[0]
         raise RankLost(
-            f"another rank of this run is gone or does not answer ({str(error).strip().splitlines()[0]}); the last checkpoint stands, "
-            "start all of them again with --resume auto"
+            f"another rank of this run is gone or does not answer ({reason}); the last checkpoint stands, start all of them again "
+            "with --resume auto"
         ) from error
 
 

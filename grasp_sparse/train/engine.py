@@ -104,7 +104,7 @@ class Trainer:
             warnings.warn(f"{problem}, and training goes on", stacklevel=2)
 
     def fit(self) -> Position:
-        """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError when the loss is not finite."""
+        """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError for a loss that is not finite."""
         self.model.train()
         with (
             deferred_stop(alone=self.ranks.size == 1) as asked,
@@ -187,10 +187,10 @@ class Trainer:
         rank, loss, found = next((rank, *told) for rank, told in enumerate(gather((loss, found))) if told[1] is not None)
         if not self.ranks.is_main:
             raise MainFailed("the loss is not finite")
-        where = f"step {self.position.step + 1} of epoch {self.position.epoch + 1}" + (f", rank {rank}" if self.ranks.size > 1 else "")
+        rate, at_rank = self.optimizer.param_groups[0]["lr"], f", rank {rank}" if self.ranks.size > 1 else ""
         raise DivergedError(
-            f"the loss is {loss} at {where} (learning rate {self.optimizer.param_groups[0]['lr']:.4g}): {found}; the last checkpoint "
-            "stands; try a lower --lr, more --warmup or less --sparsity"
+            f"the loss is {loss} at step {self.position.step + 1} of epoch {self.position.epoch + 1}{at_rank} (learning rate "
+            f"{rate:.4g}): {found}; the last checkpoint stands; try a lower --lr, more --warmup or less --sparsity"
         )
 
     def _close_epoch(self, requests: Requests) -> dict[str, Any]:

@@ -74,6 +74,12 @@ def test_corrupt_indices_are_refused(crow, col, message, dtype):
         csr_from_indices(torch.tensor(crow, dtype=dtype), torch.tensor(col, dtype=dtype), 2, 3)
 
 
+def test_more_indices_than_places_are_refused_before_they_take_memory():
+    repeated = torch.zeros(1, dtype=torch.int32).expand(10**12)
+    with pytest.raises(ValueError, match="Expected at most 6 col_indices, one for each place, got 1000000000000"):
+        csr_from_indices(torch.tensor([0, 2, 3]), repeated, 2, 3)
+
+
 def test_wrong_type_and_rank_are_refused():
     crow, col = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
     with pytest.raises(ValueError, match="crow_indices to be 1-D int32 or int64"):

@@ -20,8 +20,9 @@ from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoint
 from grasp_sparse.train.errors import UserError
 
 _STATE = {
-    "recipe": {}, "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None, "rng": [rng_state()],
-    "position": {"epoch": 3, "step": 0, "history": []}, "pruning": None, "masks_digest": None, "environment": {}, "data": {},
+    "recipe": {}, "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None,
+    "rng": [rng_state()], "position": {"epoch": 3, "step": 0, "history": []}, "pruning": None, "masks_digest": None,
+    "environment": {}, "data": {},
 }  # fmt: skip
 
 
@@ -89,7 +90,9 @@ class _FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, "all but the seal"])
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | str) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | str
+) -> None:
     size = save_checkpoint(tmp_path, _at(3)).stat().st_size
     monkeypatch.setattr(files, "open", _FullDisk(size - 10 if isinstance(room, str) else room), raising=False)
     with pytest.raises(OSError, match="No space"):
@@ -238,7 +241,8 @@ def _loop() -> list:
 )  # fmt: skip
 def test_values_that_are_more_than_they_seem_are_refused(tmp_path: Path, value: object) -> None:
     _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": 2, "environment": {"x": value}})
-    with pytest.raises(UserError, match="every (value|tensor) in|at most 32 containers|cannot read checkpoint .*(unsupported|Unsupported)") as error:
+    message = "every (value|tensor) in|at most 32 containers|cannot read checkpoint .*(unsupported|Unsupported)"
+    with pytest.raises(UserError, match=message) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -79,7 +79,8 @@ def test_a_schedulers_signal_ends_the_step_and_saves(
 ) -> None:
     with monkeypatch.context() as patch:
         _at_call(steps, lambda: (signal.raise_signal(number), signal.raise_signal(number)), engine, "training_step", patch)
-        with pytest.raises(Preempted, match="stopped by a signal; saved, go on with: .*--resume .* --model several_ranks:noisy_net") as stop:
+        message = "stopped by a signal; saved, go on with: .*--resume .* --model several_ranks:noisy_net"
+        with pytest.raises(Preempted, match=message) as stop:
             start_run(_config(), tmp_path)
     assert stop.value.saved
     position = load_checkpoint(tmp_path)["position"]
@@ -91,7 +92,7 @@ def test_a_schedulers_signal_ends_the_step_and_saves(
 def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
     """Evaluating ImageNet takes minutes. The epoch stays open and is evaluated when the run goes on."""
     looked = []
-    batches = evaluation.test_batches
+    batches = evaluation.evaluation_batches
 
     def watched(*arguments):
         for batch in batches(*arguments):
@@ -101,7 +102,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, mo
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "test_batches", watched)
+        patch.setattr(evaluation, "evaluation_batches", watched)
         with pytest.raises(Preempted):
             start_run(_config(test_limit=100), tmp_path / "parts")
     assert len(looked) <= 2
@@ -169,7 +170,8 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stands(
 ) -> None:
     with monkeypatch.context() as patch:
         _full(patch, lambda number: number >= 2)
-        with pytest.warns(UserWarning), pytest.raises(UserError, match="cannot write the checkpoint .*No space.* make room, .*--resume"):
+        message = "cannot write the checkpoint .*No space.* make room, .*--resume"
+        with pytest.warns(UserWarning), pytest.raises(UserError, match=message):
             start_run(_config(), tmp_path)
     assert list_checkpoints(tmp_path)[0].name == checkpoint_name(1, 0)
     resume_run(tmp_path, _NET)
@@ -202,7 +204,9 @@ def test_damaged_checkpoints_are_put_aside_and_the_run_ends_as_if_they_had_not_b
         load_checkpoint(tmp_path)
 
 
-def test_auto_starts_goes_on_and_ends_with_one_and_the_same_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+def test_auto_starts_goes_on_and_ends_by_one_and_the_same_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
     given = {**_NET, "epochs": 3}
     for _ in range(2):
         with monkeypatch.context() as patch:
@@ -230,10 +234,10 @@ def test_a_flag_that_contradicts_the_run_is_refused(whole: Path, given: dict, me
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -> None:
+    program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()",
-         str(whole / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", program, str(whole / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         holder.stdout.readline()
         with pytest.raises(UserError, match="another process is training the run in"):
@@ -245,7 +249,9 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -
         pass
 
 
-@pytest.mark.parametrize("changes", [{"dense": True}, {}, {"batch_size": 8, "accumulate": 2, "precision": "bf16"}], ids=["dense", "sparse", "bf16 in parts"])
+@pytest.mark.parametrize(
+    "changes", [{"dense": True}, {}, {"batch_size": 8, "accumulate": 2, "precision": "bf16"}], ids=["dense", "sparse", "bf16 in parts"]
+)
 def test_a_loss_that_is_not_finite_names_step_and_layer_and_leaves_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
