@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
+from grasp_sparse.bench.accuracy_plots import plot_accuracy
 from grasp_sparse.bench.layer_plots import layer_lines, plot_crossover, plot_layers
 from grasp_sparse.bench.peer_plots import plot_peers
 from grasp_sparse.bench.results import read_rows
@@ -18,6 +19,7 @@ _LAYERS = {"shape", "precision", "sparsity", "arm", "median_s"}
 _PEERS = _LAYERS | {"peer_version"}
 _STEPS = {"model", "budget", "sparsity", "pass", "arm", "median_s"}
 _SCALING = {"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}
+_ACCURACY = {"study", "data", "model", "method", "target", "seed", "accuracy", "weight_sparsity", "vs best dense"}
 _BREAKDOWN = {"model", "budget", "sparsity", "arm", "category", "seconds"}
 
 
@@ -47,7 +49,9 @@ def _plot(file: Path, folder: Path) -> Path:
     target = folder / f"{file.stem}.png"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if columns >= _BREAKDOWN:
+        if columns >= _ACCURACY:
+            plot_accuracy(rows, target)
+        elif columns >= _BREAKDOWN:
             plot_breakdown(rows, target)
         elif columns >= _STEPS:
             plot_steps(rows, target)

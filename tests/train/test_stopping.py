@@ -25,6 +25,7 @@ from grasp_sparse.train.agreement import Requests
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
 from grasp_sparse.train.errors import DivergedError, UserError
+from grasp_sparse.train.logging import EpochLog
 from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
 from grasp_sparse.train.signals import Interrupted, Preempted
 
@@ -182,7 +183,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(engine.EpochLog, "append", full)
+    monkeypatch.setattr(EpochLog, "append", full)
     with pytest.warns(UserWarning, match="cannot write epoch 1 to"):
         start_run(_config(epochs=1), tmp_path)
     monkeypatch.undo()
