@@ -1,4 +1,4 @@
-"""Accuracy of pruned networks, trained from the first step: criterion against criterion, budget against budget, the paper's networks.
+"""Accuracy of networks that are sparse from the first step: criterion against criterion, budget against budget, the paper's nets.
 
     python -m benchmarks.accuracy --quick
     python -m benchmarks.accuracy --study criteria                      Fashion-MNIST, five criteria, 90 to 99 %, three seeds
@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags.parse_args(arguments)
 
     settings = settings_of(options)
-    results = Results(options.out or RESULTS / ("accuracy-quick.csv" if options.quick else "accuracy.csv"), settings, options.resume)
+    path = options.out or RESULTS / ("accuracy-quick.csv" if options.quick else "accuracy.csv")
+    results = Results(path, settings, options.resume)
     studies = [quick] if options.quick else [STUDIES[name] for name in options.study]
     trials = [trial for study in studies for trial in study()]
     if options.method:

@@ -10,7 +10,9 @@ from typing import Any
 _SMALL = {"model": "vgg_small", "model_args": {"stem": 16, "widths": [64, 128], "depth": 2}}
 _FASHION = {"data": "fashion-mnist", "epochs": 4, "samples_per_class": 20}
 _CIFAR = {"data": "cifar10", "epochs": 8, "samples_per_class": 20}
-_TRAINING = {"batch_size": 128, "lr": 0.1, "warmup": 0.1, "weight_decay": 5e-4, "memory_format": "channels_last"}
+_TRAINING = {
+    "batch_size": 128, "lr": 0.1, "warmup": 0.1, "weight_decay": 5e-4, "memory_format": "channels_last", "tensorboard": "off",
+}  # fmt: skip
 RANDOM_ERK = {"criterion": "random", "scope": "erk"}
 
 
@@ -59,8 +61,9 @@ def _budgets() -> Iterator[Trial]:
 def _cifar10() -> Iterator[Trial]:
     """The paper's two networks at 98 %, its schedule compressed into the seconds given."""
     schedule = {
-        "data": "cifar10", "epochs": 160, "max_seconds": 1500.0, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "schedule": "step",
-        "milestones": [0.5, 0.75], "samples_per_class": 10, "memory_format": "channels_last",
+        "data": "cifar10", "epochs": 160, "max_seconds": 1500.0, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
+        "schedule": "step", "milestones": [0.5, 0.75], "samples_per_class": 10, "memory_format": "channels_last",
+        "tensorboard": "off",
     }  # fmt: skip
     for model in ("resnet32", "vgg19"):
         for method, choice in (("grasp", {"criterion": "grasp"}), ("random-erk", RANDOM_ERK)):
@@ -68,8 +71,8 @@ def _cifar10() -> Iterator[Trial]:
 
 
 def quick() -> Iterator[Trial]:
-    """That the program runs: made-up images, a step or two."""
-    recipe = _SMALL | _TRAINING | {"data": "fake", "epochs": 1, "train_limit": 512, "test_limit": 128, "timing_rounds": 3}
+    """That the program runs: made-up images, a few steps, nothing planned."""
+    recipe = _SMALL | _TRAINING | {"data": "fake", "epochs": 2, "test_limit": 64, "timing_rounds": 3, "plan": "density"}
     yield Trial("quick", "dense", "0", recipe | {"dense": True})
     yield Trial("quick", "grasp", "0.95", recipe | {"sparsity": 0.95})
 

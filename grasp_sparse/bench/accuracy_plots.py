@@ -31,7 +31,7 @@ class _Point:
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """A panel a study, data set and network. Criteria are drawn over the share removed, everything else over the speed of a step."""
+    """A panel a study, data set and network. Criteria are drawn over the share removed, the rest over the speed of a step."""
     panels: dict[tuple[str, str, str], dict[str, list[_Point]]] = {}
     groups: dict[tuple[str, str, str, str, str], list[Mapping[str, str]]] = {}
     for row in rows:
@@ -67,8 +67,8 @@ def _panel(axes: Axes, methods: Mapping[str, Sequence[_Point]], over_sparsity: b
         points = sorted(points, key=lambda point: point.removed if over_sparsity else point.speed)
         places = [1 / (1 - point.removed) if over_sparsity else point.speed for point in points]
         axes.errorbar(
-            places, [point.accuracy for point in points], [point.spread for point in points], color=colours[method], marker="o", ms=4.5,
-            capsize=3, elinewidth=1, label=method,
+            places, [point.accuracy for point in points], [point.spread for point in points],
+            color=colours[method], marker="o", ms=4.5, capsize=3, elinewidth=1, label=method,
         )
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())

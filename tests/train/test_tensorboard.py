@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 from grasp_sparse.train import recorder  # noqa: E402
 from grasp_sparse.train.config import TrainConfig  # noqa: E402
@@ -19,6 +22,13 @@ from grasp_sparse.train.recorder import Recorder, delete_events  # noqa: E402
 
 _CONFIG = TrainConfig(name="demo", epochs=3, tensorboard="on", log_every=2, log_seconds=0.0)
 _STEPS = 4  # an epoch
+
+
+@pytest.fixture(autouse=True)
+def a_second_between_two_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between two processes: files are read in the order of their names, which begin with the second."""
+    seconds = itertools.count(1_000_000_000)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(seconds)))
 
 
 def _row(epoch: int) -> dict[str, float]:
