@@ -58,6 +58,12 @@ def _point(runs: Sequence[Mapping[str, str]]) -> _Point:
 
 
 def _panel(axes: Axes, methods: Mapping[str, Sequence[_Point]], over_sparsity: bool) -> None:
+    best = max(point.accuracy for points in methods.values() for point in points)
+    # A method that learned nothing would press all others into one line: it is named, below the panel's end.
+    lost = {name for name, points in methods.items() if max(point.accuracy for point in points) < best / 2}
+    shown = [point.accuracy for name, points in methods.items() if name not in lost for point in points]
+    margin = 0.08 * (max(shown) - min(shown)) + 0.5
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
     colours = dict(zip((name for name in methods if name != "dense"), SERIES * len(methods), strict=False))
     for method, points in methods.items():
         if method == "dense":
@@ -68,7 +74,8 @@ def _panel(axes: Axes, methods: Mapping[str, Sequence[_Point]], over_sparsity: b
         places = [1 / (1 - point.removed) if over_sparsity else point.speed for point in points]
         axes.errorbar(
             places, [point.accuracy for point in points], [point.spread for point in points],
-            color=colours[method], marker="o", ms=4.5, capsize=3, elinewidth=1, label=method,
+            color=colours[method], marker="o", ms=4.5, capsize=3, elinewidth=1,
+            label=f"{method} (at most {max(point.accuracy for point in points):.0f} %, below)" if method in lost else method,
         )
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
