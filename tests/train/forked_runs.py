@@ -24,6 +24,7 @@ from typing import Any
 
 import several_ranks
 import torch
+from states import same
 
 from grasp_sparse import cli
 from grasp_sparse.train import engine
@@ -75,16 +76,6 @@ def ended(process: int, seconds: float = 60.0) -> int:
 def auto(folder: Path, config: TrainConfig) -> int:
     continue_or_start_run(config, {"model": config.model}, folder)
     return 0
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def differing_parts(a: Path, b: Path) -> list[str]:

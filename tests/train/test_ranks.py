@@ -13,6 +13,7 @@ import pytest
 import several_ranks
 import torch
 from several_ranks import CRITERIA, RANKS, small_config
+from states import same
 from torch import nn
 
 from grasp_sparse.train.checkpoint import load_checkpoint
@@ -37,16 +38,6 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
-
-
 def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> int:
     assert a.keys() == b.keys()
     return sum(int((a[name] != b[name]).sum()) for name in a)
@@ -55,7 +46,7 @@ def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> int:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_rank_has_the_masks_of_one_process(found: list[dict], criterion: str) -> None:
     masks = [rank["masks"][criterion] for rank in found]
-    assert all(_same(other, masks[0]) for other in masks)
+    assert all(same(other, masks[0]) for other in masks)
     # sums are taken in another order: weights on the verge may change places
     assert _differing(masks[0], several_ranks.masks_by(criterion=criterion)) <= 2
 
@@ -67,14 +58,14 @@ def test_every_rank_has_the_masks_of_one_process(found: list[dict], criterion: s
 )
 def test_ranks_without_images_or_with_another_budget_too(found: list[dict], case: str, changes: dict) -> None:
     masks = [rank["masks"][case] for rank in found]
-    assert all(_same(other, masks[0]) for other in masks)
+    assert all(same(other, masks[0]) for other in masks)
     assert _differing(masks[0], several_ranks.masks_by(**changes)) <= 2
 
 
 def test_one_rank_measures_a_speedup_for_all(found: list[dict]) -> None:
     assert [rank["speedup"][1] for rank in found] == [1, 0, 0]
     masks = [rank["speedup"][0] for rank in found]
-    assert all(_same(other, masks[0]) for other in masks) and 0 < sum(int(mask.sum()) for mask in masks[0].values())
+    assert all(same(other, masks[0]) for other in masks) and 0 < sum(int(mask.sum()) for mask in masks[0].values())
 
 
 def test_micro_batches_cross_the_ranks_once_a_step(folder: Path, found: list[dict]) -> None:
@@ -109,8 +100,8 @@ def test_drawing_batches_from_batches_cannot_be_shared(found: list[dict]) -> Non
 def test_resumed_equals_uninterrupted_bit_for_bit_on_three_ranks(folder: Path) -> None:
     whole, parts = load_checkpoint(folder / "whole"), load_checkpoint(folder / "parts")
     for part in ("config", "model", "optimizer", "rng", "ema", "pruning"):
-        assert _same(whole[part], parts[part]), part
-    assert len(whole["rng"]) == RANKS and not _same(whole["rng"][0], whole["rng"][1])
+        assert same(whole[part], parts[part]), part
+    assert len(whole["rng"]) == RANKS and not same(whole["rng"][0], whole["rng"][1])
     unclocked = [
         [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
         for state in (whole, parts)

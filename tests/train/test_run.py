@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import same
 from torch import nn
 
 from grasp_sparse import _extension
@@ -79,16 +80,6 @@ def _ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    return a == b
-
-
 def _history(state: dict) -> list[dict]:
     """Rows without what a clock wrote."""
     return [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
@@ -107,7 +98,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: p
     resume_run(tmp_path / "parts", _TRUSTED)
     whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
     for part in ("config", "model", "optimizer", "rng", "pruning"):
-        assert _same(whole[part], parts[part]), part
+        assert same(whole[part], parts[part]), part
     assert _history(whole) == _history(parts)
     logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert logged == parts["position"]["history"] and len(logged) == 3
@@ -135,7 +126,7 @@ def test_same_seed_same_run_another_seed_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         start_run(_config(seed=seed, epochs=1), tmp_path / name)
     a, b, c = (load_checkpoint(tmp_path / name)["model"] for name in "abc")
-    assert _same(a, b) and not _same(a, c)
+    assert same(a, b) and not same(a, c)
 
 
 def test_a_run_learns_and_tells_what_it_kept(tmp_path: Path) -> None:
@@ -191,7 +182,7 @@ def test_given_masks_are_used_and_scoring_is_skipped(tmp_path: Path) -> None:
     start_run(_config(epochs=1), tmp_path / "first")
     path = tmp_path / "first" / "masks.safetensors"
     result = start_run(_config(epochs=1, masks=str(path), criterion="never looked at"), tmp_path / "second")
-    assert _same(load_checkpoint(tmp_path / "first")["model"], load_checkpoint(tmp_path / "second")["model"])
+    assert same(load_checkpoint(tmp_path / "first")["model"], load_checkpoint(tmp_path / "second")["model"])
     assert result["pruning"]["weight_sparsity"] == pytest.approx(0.7, abs=1e-3)
     with pytest.raises(ValueError, match="Expected masks named like parameters"):
         start_run(_config(masks=str(path), model="resnet32"), tmp_path / "third")

@@ -17,6 +17,7 @@ import pytest
 import several_ranks
 import torch
 from several_ranks import small_config
+from states import same
 
 from grasp_sparse import cli
 from grasp_sparse.files import locked_folder
@@ -36,19 +37,9 @@ def _config(**changes: object):
     return small_config(**{"train_limit": 64, "batch_size": 16, "epochs": 3, **_NET, **changes})
 
 
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
-
-
 def _same_end(a: Path, b: Path) -> bool:
     first, second = load_checkpoint(a), load_checkpoint(b)
-    return all(_same(first[part], second[part]) for part in ("model", "optimizer", "rng", "pruning", "masks_digest"))
+    return all(same(first[part], second[part]) for part in ("model", "optimizer", "rng", "pruning", "masks_digest"))
 
 
 def _at_call(count: int, action: Callable[[], object], owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
