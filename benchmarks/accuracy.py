@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.accuracy_studies import SEEDS, STUDIES, Trial, quick
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
-from grasp_sparse.bench.results import Row
+from grasp_sparse.bench.results import Row, same
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import table
@@ -68,6 +68,16 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def twin_row(trial: Trial, case: Row, trials: Iterable[Trial], rows: Iterable[Mapping[str, str]]) -> Row | None:
+    """The row of `case`, as the machine it is on says, if another study has trained just that: the same recipe, the same seed."""
+    names = {(other.study, other.method, other.target) for other in trials if other.recipe == trial.recipe and other != trial}
+    same_in = case.keys() - {"study", "method", "target"}
+    for row in rows:
+        if (row["study"], row["method"], row["target"]) in names and same(row, case, same_in):
+            return dict(row) | case
+    return None
+
+
 def _folder(trial: Trial, seed: int) -> str:
     words = (trial.recipe["data"], trial.recipe["model"], trial.method, trial.target, f"seed{seed}")
     return re.sub(r"[^\w.]+", "-", " ".join(words))
@@ -110,6 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
             "epochs": config.epochs, "max_seconds": config.max_seconds,
         }  # fmt: skip
         if results.has([case]):
+            return
+        every = [other for study in STUDIES.values() for other in study()]
+        if twin := twin_row(trial, case | settings, every, results.rows):
+            results.add([twin], KEY)
+            tell(f"{trial.name:60} seed {seed}  {float(twin['accuracy']):.2%}  the same run as in another study")
             return
         folder = options.runs / trial.study / _folder(trial, seed)
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ def test_rows_are_those_of_the_runs_and_are_not_trained_again(
     monkeypatch.setattr(accuracy, "start_run", lambda *_, **__: pytest.fail("trained again"))
     assert accuracy.main([*flags, "--resume"]) == 0
     assert len(read_rows(tmp_path / "a.csv")) == 4
+
+
+def test_what_another_study_has_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, *_ = _quick_trials([{"criterion": "random", "sparsity": 0.5}])
+    twin, other = replace(one, study="again", method="by another name"), replace(one, study="again", target="0.6", recipe=one.recipe | {"sparsity": 0.6})
+    monkeypatch.setattr(accuracy, "STUDIES", {"quick": lambda: [one], "again": lambda: [twin, other]})
+    monkeypatch.setattr(accuracy, "SEEDS", {"quick": (0,), "again": (0, 1)})
+    flags = ["--threads", "1", "--out", str(tmp_path / "a.csv"), "--runs", str(tmp_path / "runs"), "--resume"]
+    assert accuracy.main([*flags, "--study", "quick"]) == 0
+    trained, start = [], accuracy.start_run
+    monkeypatch.setattr(accuracy, "start_run", lambda config, *rest, **more: (trained.append((config.sparsity, config.seed)), start(config, *rest, **more))[1])
+    assert accuracy.main([*flags, "--study", "again"]) == 0
+    assert trained == [(0.6, 0), (0.5, 1), (0.6, 1)]
+    first, *rows = read_rows(tmp_path / "a.csv")
+    assert rows[0] == first | {"study": "again", "method": "by another name"}
 
 
 def test_a_run_that_cannot_be_has_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

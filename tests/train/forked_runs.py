@@ -24,8 +24,8 @@ from typing import Any
 
 import several_ranks
 import torch
-from states import same
 
+from benchmarks.run_states import differing_parts
 from grasp_sparse import cli
 from grasp_sparse.train import engine
 from grasp_sparse.train.checkpoint import load_checkpoint
@@ -37,7 +37,6 @@ _RANKS = 2
 _CONFIG = several_ranks.small_config(
     model="several_ranks:noisy_net", train_limit=64, batch_size=16, epochs=3, checkpoint_minutes=0.0, keep_checkpoints=1
 )
-_PARTS = ("recipe", "config", "model", "optimizer", "rng", "pruning", "masks_digest", "ema")
 
 
 def forked(work: Callable[[], int], said: Path, **environment: str) -> int:
@@ -76,17 +75,6 @@ def ended(process: int, seconds: float = 60.0) -> int:
 def auto(folder: Path, config: TrainConfig) -> int:
     continue_or_start_run(config, {"model": config.model}, folder)
     return 0
-
-
-def differing_parts(a: Path, b: Path) -> list[str]:
-    """Where the ends of two runs differ, clocks apart."""
-    first, second = load_checkpoint(a), load_checkpoint(b)
-    parts = [part for part in _PARTS if not same(first[part], second[part])]
-    rows = [
-        [{k: v for k, v in row.items() if "seconds" not in k and "_per_s" not in k} for row in state["position"]["history"]]
-        for state in (first, second)
-    ]
-    return parts if same(*rows) else [*parts, "history"]
 
 
 def what_stands(folder: Path) -> tuple[int, int] | str:

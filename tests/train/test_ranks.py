@@ -13,9 +13,9 @@ import pytest
 import several_ranks
 import torch
 from several_ranks import CRITERIA, RANKS, small_config
-from states import same
 from torch import nn
 
+from benchmarks.run_states import same
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import same
 from torch import nn
 
+from benchmarks.run_states import same
 from grasp_sparse import _extension
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, measure

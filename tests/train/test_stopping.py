@@ -17,8 +17,8 @@ import pytest
 import several_ranks
 import torch
 from several_ranks import small_config
-from states import same
 
+from benchmarks.run_states import same
 from grasp_sparse import cli
 from grasp_sparse.files import locked_folder
 from grasp_sparse.train import engine, evaluation, run
