@@ -9,7 +9,7 @@ from typing import Any
 # The demo's net at half its widths: what a laptop trains in a fraction of a minute.
 _SMALL = {"model": "vgg_small", "model_args": {"stem": 16, "widths": [64, 128], "depth": 2}}
 _FASHION = {"data": "fashion-mnist", "epochs": 4, "samples_per_class": 20}
-_CIFAR = {"data": "cifar10", "epochs": 6, "samples_per_class": 20}
+_CIFAR = {"data": "cifar10", "epochs": 4, "samples_per_class": 20}
 _TRAINING = {
     "batch_size": 128, "lr": 0.1, "warmup": 0.1, "weight_decay": 5e-4, "memory_format": "channels_last", "tensorboard": "off",
 }  # fmt: skip
