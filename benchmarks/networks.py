@@ -15,9 +15,9 @@ from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import make_masks
+from grasp_sparse.train.data.fashion_mnist import load_fashion_mnist
+from grasp_sparse.train.data.images import class_balanced
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.fashion_mnist import load_fashion_mnist
-from grasp_sparse.train.images import class_balanced
 from grasp_sparse.train.models import ResNet32, vgg19
 
 SIDE = 32  # pixels, as the images are kept

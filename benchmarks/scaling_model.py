@@ -9,9 +9,7 @@ latency are assumptions and are named as such. A test holds docs/scaling.md agai
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
@@ -19,6 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.pages import print_or_write, table
 from benchmarks.scaling_cases import NETWORKS, Case, break_even, label_of, linear_seconds, resnet50_cases, stack_cases
 from benchmarks.scaling_constants import LINEAR_BATCH, machine_line, measured_steps, mlp_sizes, rates, resnet50_sizes, stack_sizes
 from grasp_sparse.report.style import DENSE, INK, SPARSE, STYLE, human_bytes, human_seconds, save_plot
@@ -26,12 +25,6 @@ from grasp_sparse.report.style import DENSE, INK, SPARSE, STYLE, human_bytes, hu
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 NODES = (1, 2, 8, 32, 128, 512)
 _DRAWN = NETWORKS[1]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, all columns but the first to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def size_table(cases: Sequence[Case]) -> str:
@@ -166,18 +159,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(document: str) -> str:
-    """`document` with each of BLOCKS between its two marks. Raises ValueError for a mark without a block, or the other way round."""
-    marks = [mark for mark in re.findall(r"<!-- ([a-z0-9 ]+) -->", document) if mark != "end"]
-    if sorted(marks) != sorted(BLOCKS):
-        raise ValueError(f"Expected the marks {', '.join(BLOCKS)}, each once, got {', '.join(marks)}")
-    for name, write in BLOCKS.items():
-        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-        text = f"<!-- {name} -->\n{write()}\n<!-- end -->"
-        document = block.sub(lambda _: text, document)
-    return document
-
-
 def plot(path: Path) -> None:
     """Seconds a step against nodes: a panel a network, lines from nothing hidden behind the backward pass to all of it."""
     nodes = numpy.unique(numpy.logspace(0, numpy.log10(NODES[-1]), 60).astype(int))
@@ -213,18 +194,7 @@ def _panel(axes: Axes, nodes: list[int], cases: Sequence[Case]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="into docs/scaling.md and docs/scaling.png")
-    options = parser.parse_args(arguments)
-    if not options.write:
-        for name, write in BLOCKS.items():
-            print(f"{name}\n\n{write()}\n")
-        return
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    plot(DOCUMENT.with_suffix(".png"))
-    print(f"wrote {DOCUMENT} and {DOCUMENT.with_suffix('.png').name}")
+    print_or_write("scaling_model", __doc__, DOCUMENT, BLOCKS, plot, arguments)
 
 
 if __name__ == "__main__":

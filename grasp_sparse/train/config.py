@@ -145,6 +145,9 @@ class TrainConfig:
         "fp32", "scale", "of products: fp32, or autocast to bf16 or (with a scaled loss) fp16", choices=("fp32", "bf16", "fp16")
     )
     compile: bool = _option(False, "scale", "train through torch.compile", type=bool)
+    cuda_graphs: bool = _option(
+        False, "scale", "with --compile on CUDA: kernels are launched as recorded graphs, for steps that wait for Python", type=bool
+    )
     sync_batchnorm: bool = _option(False, "scale", "batch norms over the images of all ranks (GPUs only)", type=bool)
 
     checkpoint_minutes: float = _option(
@@ -185,6 +188,10 @@ class TrainConfig:
                 "sync_batchnorm", not self.sync_batchnorm or not self.device.startswith("cpu"),
                 "false on the CPU, for which torch has no synchronized batch norm",
             ),
+            ("cuda_graphs", not self.cuda_graphs or self.device.startswith("cuda"), "false on the CPU (it needs --device cuda)"),
+            ("cuda_graphs", not self.cuda_graphs or self.compile, "false without --compile, which records them"),
+            # Gradients that a graph left are overwritten when it is replayed for the next micro-batch.
+            ("cuda_graphs", not self.cuda_graphs or self.accumulate == 1, "false with --accumulate above 1"),
             ("samples_per_class", self.samples_per_class >= 1, "at least 1"),
             ("score_batch", self.score_batch >= 1, "at least 1"),
             ("timing_rounds", self.timing_rounds != 1, "0, or at least 2 for quartiles"),

@@ -78,7 +78,7 @@ def compiled(config: TrainConfig, model: nn.Module) -> nn.Module:
         raise UserError(
             f"Expected a {kind} compiler for --compile, found none ({', '.join(names)}); install one, or leave --compile out"
         )
-    return torch.compile(model)
+    return torch.compile(model, mode="reduce-overhead" if config.cuda_graphs else None)
 
 
 def synchronize_norms(config: TrainConfig, model: nn.Module) -> nn.Module:

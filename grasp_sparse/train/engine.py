@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grasp_sparse.train.agreement import Agreed, Requests
 from grasp_sparse.train.checkpoint import require, restore_rng, rng_state, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data
+from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.data_parallel import compiled, data_parallel, without_peers
 from grasp_sparse.train.distributed import MainFailed, broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
 from grasp_sparse.train.divergence import first_non_finite

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data
+from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.distributed import current_ranks, sum_over_ranks
 from grasp_sparse.train.sharding import evaluation_batches
 from grasp_sparse.train.step import autocast, step_options

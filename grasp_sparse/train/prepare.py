@@ -19,13 +19,13 @@ from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.criterion_args import criterion_options
-from grasp_sparse.train.data import Data, load_data
+from grasp_sparse.train.data.images import WHOLE, Share
+from grasp_sparse.train.data.normalization import in_layout
+from grasp_sparse.train.data.sets import Data, load_data
 from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tensors, check_device, current_ranks, gather, on_main
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import WHOLE, Share
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
-from grasp_sparse.train.normalization import in_layout
 from grasp_sparse.train.step import memory_format
 
 

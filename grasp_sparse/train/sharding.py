@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data
+from grasp_sparse.train.data.images import Share, generator_for
+from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import Share, generator_for
 
 _RANK = 4  # beside the streams of order, augmentation and sampling
 

@@ -18,18 +18,20 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is taken. `dtype`: of autocast; `accumulate`: micro-batches a step; `clip_norm`: of all gradients together."""
+    """How a step is taken. `dtype`: of autocast; `accumulate`: micro-batches a step; `clip_norm`: of all gradients together;
+    `graphs`: torch.compile replays recorded CUDA graphs."""
 
     dtype: torch.dtype | None = None
     scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
     accumulate: int = 1
     clip_norm: float | None = None
+    graphs: bool = False
 
 
 def step_options(config: TrainConfig) -> StepOptions:
     """What the recipe asks for. Only float16 needs its loss scaled: bfloat16 has the exponents of float32."""
     scaler = GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
-    return StepOptions(_AUTOCAST[config.precision], scaler, config.accumulate, config.clip_norm)
+    return StepOptions(_AUTOCAST[config.precision], scaler, config.accumulate, config.clip_norm, config.cuda_graphs)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -62,6 +64,8 @@ def training_step(
 
     Raises UserError for a model that returns something else than logits in training (auxiliary outputs).
     """
+    if options.graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # what they gave in the step before may be overwritten now
     optimizer.zero_grad(set_to_none=True)
     parts = [part for part in zip(x.tensor_split(options.accumulate), y.tensor_split(options.accumulate)) if len(part[1])]
     losses, outputs = [], []

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data.normalization import in_layout
 from grasp_sparse.train.data_parallel import compiled
-from grasp_sparse.train.normalization import in_layout
 from grasp_sparse.train.optimizer import make_optimizer
 from grasp_sparse.train.phases import PhaseClock, median_phases
 from grasp_sparse.train.step import loss_function, memory_format, step_options, training_step

@@ -10,6 +10,7 @@ from torch import nn
 
 import grasp_sparse as gs
 from benchmarks import scaling_cases, scaling_constants, scaling_model
+from benchmarks.pages import filled, prose_of
 from benchmarks.scaling_cases import Case, Network
 from benchmarks.scaling_constants import relative_fit, saved_for_backward
 from grasp_sparse.train.config import TrainConfig
@@ -25,18 +26,18 @@ def _net() -> nn.Sequential:
 
 def test_the_page_holds_what_the_model_prints() -> None:
     page = scaling_model.DOCUMENT.read_text(encoding="utf-8")
-    assert page == scaling_model.filled(page), "run python -m benchmarks.scaling_model --write"
+    assert page == filled(page, scaling_model.BLOCKS), "run python -m benchmarks.scaling_model --write"
 
 
 def test_no_number_on_the_page_is_typed_by_hand() -> None:
-    prose = re.sub(r"<!-- [a-z0-9 ]+ -->\n.*?<!-- end -->", "", scaling_model.DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    prose = prose_of(scaling_model.DOCUMENT.read_text(encoding="utf-8"))
     assert not re.findall(r".*\d.*", _NAMES.sub("", prose))
 
 
 def test_a_page_that_lost_a_mark_is_refused() -> None:
     page = scaling_model.DOCUMENT.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="each once"):
-        scaling_model.filled(page.replace("<!-- bounds -->", ""))
+        filled(page.replace("<!-- bounds -->", ""), scaling_model.BLOCKS)
 
 
 def test_bytes_are_those_that_training_has() -> None:

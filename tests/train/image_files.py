@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from grasp_sparse.train.images import generator_for
+from grasp_sparse.train.data.images import generator_for
 
 
 def write_class_folders(

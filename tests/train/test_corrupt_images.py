@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_class_folders
 
-from grasp_sparse.train import folder
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data, load_data
+from grasp_sparse.train.data import folder
+from grasp_sparse.train.data.sets import Data, load_data
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.run import start_run
-from image_files import write_class_folders
 
 
 def _forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

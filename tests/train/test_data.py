@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grasp_sparse.train import fashion_mnist
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import load_data
+from grasp_sparse.train.data import fashion_mnist
+from grasp_sparse.train.data.images import MemoryImages, class_balanced, generator_for, shift_and_flip, shift_draws
+from grasp_sparse.train.data.normalization import Normalization, in_layout
+from grasp_sparse.train.data.sets import load_data
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import MemoryImages, class_balanced, generator_for, shift_and_flip, shift_draws
-from grasp_sparse.train.normalization import Normalization, in_layout
 
 
 def _split(count: int = 50, side: int = 8) -> MemoryImages:

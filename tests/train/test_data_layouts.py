@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_class_folders
 from torch import Tensor
 
-from grasp_sparse.train import cifar
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data, load_data
+from grasp_sparse.train.data import cifar
+from grasp_sparse.train.data.sets import Data, load_data
 from grasp_sparse.train.errors import UserError
-from image_files import write_class_folders
 
 _WNIDS = ("n01440764", "n01443537")
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_class_folders
 
 from grasp_sparse import cli
 from grasp_sparse.train.config import TrainConfig, packaged_recipes, read_recipe
 from grasp_sparse.train.criterion_args import criterion_options
-from grasp_sparse.train.data import Data
+from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.models import build_model
-from grasp_sparse.train.schedule import learning_rate
 from grasp_sparse.train.run import start_run
-from image_files import write_class_folders
+from grasp_sparse.train.schedule import learning_rate
 
 _SHAPES = {
     "fashion-mnist": (10, 1, 28), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "tiny-imagenet": (200, 3, 64), "imagenet": (1000, 3, 224),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_class_folders
 from torch import Tensor
 
-from grasp_sparse.train import folder
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data import Data, load_data
-from grasp_sparse.train.images import Share
-from image_files import write_class_folders
+from grasp_sparse.train.data import folder
+from grasp_sparse.train.data.images import Share
+from grasp_sparse.train.data.sets import Data, load_data
 
 _SEED, _EPOCH = 3, 2
 

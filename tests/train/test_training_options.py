@@ -186,6 +186,17 @@ def test_compiling_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert compiled(small_config(), net := _net()) is net
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"compile": True}, "false on the CPU"), ({"device": "cuda"}, "false without --compile"),
+     ({"device": "cuda", "compile": True, "accumulate": 2}, "false with --accumulate above 1")],
+)  # fmt: skip
+def test_graphs_are_refused_where_there_can_be_none(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"Expected cuda_graphs: {message}"):
+        small_config(cuda_graphs=True, **changes).validate()
+    small_config(cuda_graphs=True, device="cuda", compile=True).validate()
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
     for name, compile in (("plain", False), ("compiled", True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchvision.transforms import v2
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.normalization import Normalization
+from grasp_sparse.train.data.normalization import Normalization
 
 PHOTOGRAPHS = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet's training images, as everybody uses them
 _RESIZE = 256 / 224

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from grasp_sparse.train.folder import FolderImages
-from grasp_sparse.train.images import WHOLE, MemoryImages, Share, class_balanced
+from grasp_sparse.train.data.folder import FolderImages
+from grasp_sparse.train.data.images import WHOLE, MemoryImages, Share, class_balanced
 
 
 class ScoringBatches:

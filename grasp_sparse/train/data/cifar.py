@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
-from grasp_sparse.train.class_folders import IMAGEFOLDER_LAYOUT, Files, class_folders
-from grasp_sparse.train.corrupt import CorruptImages
+from grasp_sparse.train.data.class_folders import IMAGEFOLDER_LAYOUT, Files, class_folders
+from grasp_sparse.train.data.corrupt import CorruptImages
+from grasp_sparse.train.data.folder import Decoding, FolderImages
+from grasp_sparse.train.data.images import evenly_spaced
+from grasp_sparse.train.data.normalization import Normalization
 from grasp_sparse.train.distributed import current_ranks
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.folder import Decoding, FolderImages
-from grasp_sparse.train.images import evenly_spaced
 from grasp_sparse.train.logging import progress_bar
-from grasp_sparse.train.normalization import Normalization
 
 SIDE = 32
 _AT_ONCE = 500

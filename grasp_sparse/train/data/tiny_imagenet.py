@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grasp_sparse.train.class_folders import Files, class_folders, scan_classes
+from grasp_sparse.train.data.class_folders import Files, class_folders, scan_classes
 from grasp_sparse.train.errors import UserError
 
 SIDE = 64

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 
-from grasp_sparse.train.corrupt import CorruptImages
+from grasp_sparse.train.data.corrupt import CorruptImages
+from grasp_sparse.train.data.images import WHOLE, Share, epoch_order, generator_for
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.images import WHOLE, Share, epoch_order, generator_for
 from grasp_sparse.train.signals import PREEMPTION
 
 _SAMPLE = 3

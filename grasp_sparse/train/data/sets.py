@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_sparse.train import class_folders as folders
-from grasp_sparse.train import tiny_imagenet as tiny
-from grasp_sparse.train.cifar import CIFAR, SIDE, load_cifar
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.corrupt import CorruptImages
+from grasp_sparse.train.data import class_folders as folders
+from grasp_sparse.train.data import tiny_imagenet as tiny
+from grasp_sparse.train.data.cifar import CIFAR, SIDE, load_cifar
+from grasp_sparse.train.data.corrupt import CorruptImages
+from grasp_sparse.train.data.fashion_mnist import load_fashion_mnist
+from grasp_sparse.train.data.folder import Decoding, FolderImages, Transform
+from grasp_sparse.train.data.images import WHOLE, MemoryImages, Share, evenly_spaced, generator_for
+from grasp_sparse.train.data.normalization import Normalization
+from grasp_sparse.train.data.scoring import ScoringBatches
+from grasp_sparse.train.data.transforms import PHOTOGRAPHS, photograph_transforms, small_image_transforms
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.fashion_mnist import load_fashion_mnist
-from grasp_sparse.train.folder import Decoding, FolderImages, Transform
-from grasp_sparse.train.images import WHOLE, MemoryImages, Share, evenly_spaced, generator_for
-from grasp_sparse.train.normalization import Normalization
-from grasp_sparse.train.scoring import ScoringBatches
-from grasp_sparse.train.transforms import PHOTOGRAPHS, photograph_transforms, small_image_transforms
 
 _MOST_FAKE_BYTES = 1 << 30
 _IMAGENET_CLASSES = 1000

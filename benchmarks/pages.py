@@ -1,0 +1,51 @@
+"""Pages whose numbers a program prints: each block of text between two marks is written anew, and a test compares."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+Blocks = Mapping[str, Callable[[], str]]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, all columns but the first to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled(document: str, blocks: Blocks) -> str:
+    """`document` with each of `blocks` between its two marks. Raises ValueError for a mark without a block, or the other way round."""
+    marks = [mark for mark in re.findall(r"<!-- ([a-z0-9 ]+) -->", document) if mark != "end"]
+    if sorted(marks) != sorted(blocks):
+        raise ValueError(f"Expected the marks {', '.join(blocks)}, each once, got {', '.join(marks)}")
+    for name, write in blocks.items():
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+        text = f"<!-- {name} -->\n{write()}\n<!-- end -->"
+        document = block.sub(lambda _: text, document)
+    return document
+
+
+def prose_of(document: str) -> str:
+    """What no program has written."""
+    return re.sub(r"<!-- [a-z0-9 ]+ -->\n.*?<!-- end -->", "", document, flags=re.DOTALL)
+
+
+def print_or_write(
+    module: str, description: str | None, path: Path, blocks: Blocks, plot: Callable[[Path], None], arguments: list[str] | None = None
+) -> None:
+    """The command line of a page: print its blocks or, with --write, put them into it and draw its plot beside it."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    image = path.with_suffix(".png")
+    parser.add_argument("--write", action="store_true", help=f"into docs/{path.name} and docs/{image.name}")
+    if not parser.parse_args(arguments).write:
+        for name, write in blocks.items():
+            print(f"{name}\n\n{write()}\n")
+        return
+    path.write_text(filled(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    plot(image)
+    print(f"wrote {path} and {image.name}")

@@ -1,0 +1,1 @@
+"""Data sets: what lies in their folders, decoded, shuffled, augmented and handed over as bytes."""
