@@ -38,13 +38,15 @@ def plot_accuracy(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         groups.setdefault((row["study"], row["data"], row["model"], row["method"], row["target"]), []).append(row)
     for (study, data, model, method, _), runs in groups.items():
         panels.setdefault((study, data, model), {}).setdefault(method, []).append(_point(runs))
+    names = dict.fromkeys(method for methods in panels.values() for method in methods if method != "dense")
+    colours = dict(zip(names, SERIES * len(names), strict=False))  # a method's is the same in every panel
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.9 * lines), layout="constrained", squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, ((study, data, model), methods) in zip(grid.flat, panels.items(), strict=False):
-        _panel(axes, methods, over_sparsity=study == "criteria")
+        _panel(axes, methods, colours, over_sparsity=study == "criteria")
         axes.set(title=f"{_TITLES.get(study, study)}\n{model}, {data}", ylabel="test accuracy, %")
     figure.savefig(path)
     plt.close(figure)
@@ -57,14 +59,13 @@ def _point(runs: Sequence[Mapping[str, str]]) -> _Point:
     return _Point(removed, speed, statistics.fmean(accuracies), spread)
 
 
-def _panel(axes: Axes, methods: Mapping[str, Sequence[_Point]], over_sparsity: bool) -> None:
+def _panel(axes: Axes, methods: Mapping[str, Sequence[_Point]], colours: Mapping[str, str], over_sparsity: bool) -> None:
     best = max(point.accuracy for points in methods.values() for point in points)
     # A method that learned nothing would press all others into one line: it is named, below the panel's end.
     lost = {name for name, points in methods.items() if max(point.accuracy for point in points) < best / 2}
     shown = [point.accuracy for name, points in methods.items() if name not in lost for point in points]
     margin = 0.08 * (max(shown) - min(shown)) + 0.5
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    colours = dict(zip((name for name in methods if name != "dense"), SERIES * len(methods), strict=False))
     for method, points in methods.items():
         if method == "dense":
             axes.axhline(points[0].accuracy, color=DENSE, lw=1.2, ls="--", label="dense")

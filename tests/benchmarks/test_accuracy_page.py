@@ -1,0 +1,54 @@
+"""docs/accuracy.md holds what the rows of accuracy.csv say, and the sums on it are right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import accuracy_page
+from benchmarks.pages import filled, prose_of
+
+
+def test_the_page_holds_what_the_rows_say() -> None:
+    page = accuracy_page.DOCUMENT.read_text(encoding="utf-8")
+    assert page == filled(page, accuracy_page.BLOCKS), "run python -m benchmarks.accuracy_page --write"
+
+
+def test_no_number_on_the_page_is_typed_by_hand() -> None:
+    prose = prose_of(accuracy_page.DOCUMENT.read_text(encoding="utf-8"))
+    lines = [line for line in prose.splitlines() if not line.startswith("    ")]  # commands
+    assert not [line for line in lines if any(character.isdigit() for character in line)]
+
+
+def test_a_line_that_turns_back_is_crossed_as_often_as_it_is() -> None:
+    points = [(0.0, 0.9), (2.0, 0.7), (1.0, 0.5)]
+    assert accuracy_page._crossings(points, 1.5) == pytest.approx([0.75, 0.6])
+    assert accuracy_page._crossings(points, 2.5) == [] == accuracy_page._crossings(points, -0.1)
+
+
+def _row(method: str, target: str, speed: float, accuracy: float, seed: int = 0) -> dict[str, str]:
+    return {
+        "study": "budgets", "data": "fashion-mnist", "model": "vgg_small", "method": method, "target": target, "seed": f"{seed}",
+        "epochs": "4", "accuracy": f"{accuracy}", "vs best dense": f"{speed}", "weight_sparsity": "0.9", "flop_sparsity": "0.8",
+    }  # fmt: skip
+
+
+def test_the_better_one_at_equal_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are averaged before speeds are compared; a speed that one method alone reaches has no winner."""
+    rows = [
+        _row("dense", "0", 1.0, 0.99),
+        *(_row("grasp flops", "0.9", 2.0, 0.9 + deviation, seed) for seed, deviation in enumerate((-0.02, 0.02))),
+        _row("grasp flops", "0.95", 4.0, 0.8), _row("grasp flops", "0.98", 4.5, 0.2),
+        _row("random-erk weights", "0.95", 1.5, 0.88), _row("random-erk weights", "0.98", 3.2, 0.86),
+    ]  # fmt: skip
+    monkeypatch.setattr(accuracy_page, "read_rows", lambda _: rows)
+    at = accuracy_page.equal_time()["fashion-mnist"]
+    assert list(at) == ["random-erk weights", "grasp flops"]  # as the study names them
+    assert at["grasp flops"][2.0] == pytest.approx(0.9)
+    assert at["grasp flops"][3.0] == pytest.approx(0.9 - 0.1 * math.log(1.5) / math.log(2))
+    assert sorted(at["random-erk weights"]) == [2.0, 2.5, 3.0]
+    finding = accuracy_page.equal_time_finding()
+    assert finding.startswith("- fashion-mnist: grasp flops at 2× (")
+    assert "random-erk weights at 3× (" in finding and "4×" not in finding
