@@ -1,5 +1,5 @@
-// batch_norm_train, batch_norm_backward: normalisation by the statistics of the batch, with residual add and ReLU; and
-// batch_norm_follow_, the running statistics.
+// batch_norm_train, batch_norm_backward: normalisation by the statistics of the batch, with residual add and ReLU;
+// batch_norm_eval: by given ones; and batch_norm_follow_, the running statistics.
 //
 // In channels_last all channels pass by together: one pass for the sums, a second one for the result, which walks back
 // from where the first ended, since that is what the cache still holds. In NCHW and CHWN every channel is on its own, and
@@ -7,6 +7,8 @@
 // same bits.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "norm_cut.h"
@@ -33,7 +35,8 @@ struct Columns {
     mean = buffer.reserve<T>(5 * cols);
     scale = mean + cols, bias = scale + cols, offset = bias + cols, slope = offset + cols;
   }
-  void point(NormArgs<T>& args) const {
+  template <class S>
+  void point(NormArgs<S>& args) const {
     args.mean = mean, args.scale = scale, args.bias = bias, args.offset = offset, args.slope = slope;
   }
   template <class F>
@@ -42,11 +45,23 @@ struct Columns {
   }
 };
 
-// The tensors of one call; null where absent.
-template <class T>
+float value_of(Bf16 element) {
+  const uint32_t bits = static_cast<uint32_t>(element.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+float value_of(float element) { return element; }
+double value_of(double element) { return element; }
+
+// The tensors of one call; null where absent. S: how images are stored; what is per channel is of what they are computed as.
+template <class S>
 struct Norm {
-  const T *x, *g, *residual, *y, *weight, *bias, *mean, *var;
-  T *out, *g_residual, *mean_out, *var_out, *g_weight, *g_bias;
+  using T = Compute<S>;
+  const S *x, *g, *residual, *y;
+  const T *weight, *bias, *mean, *var;
+  S *out, *g_residual;
+  T *mean_out, *var_out, *g_weight, *g_bias;
   double eps;
   bool relu;
 
@@ -55,9 +70,9 @@ struct Norm {
   T shift(int64_t c) const { return bias ? bias[c] : T(0); }
 };
 
-template <class T>
-NormArgs<T> on_sheet(const Norm<T>& norm, const Columns<T>& columns, const Sheet& sheet) {
-  NormArgs<T> args{};
+template <class S>
+NormArgs<S> on_sheet(const Norm<S>& norm, const Columns<Compute<S>>& columns, const Sheet& sheet) {
+  NormArgs<S> args{};
   columns.point(args);
   args.rows = sheet.rows, args.cols = sheet.cols, args.stride = sheet.stride;
   args.x = norm.x + sheet.offset;
@@ -65,10 +80,10 @@ NormArgs<T> on_sheet(const Norm<T>& norm, const Columns<T>& columns, const Sheet
 }
 
 // Whether the whole is large and every row of this sheet starts on a cache line.
-template <class T>
-bool may_stream(const T* out, const Cut& cut, const Sheet& sheet) {
+template <class S>
+bool may_stream(const S* out, const Cut& cut, const Sheet& sheet) {
   const int64_t bytes = cut.channels * cut.per_channel * cut.element_bytes;
-  const auto aligned = [](int64_t elements) { return elements * sizeof(T) % kSliceBytes == 0; };
+  const auto aligned = [](int64_t elements) { return elements * sizeof(S) % kSliceBytes == 0; };
   return bytes > kNormStreamBytes && reinterpret_cast<uintptr_t>(out + sheet.offset) % kSliceBytes == 0 && aligned(sheet.stride);
 }
 
@@ -95,10 +110,12 @@ void channels_apart(const Cut& cut, const Prepare& prepare, const Pass& pass, co
         prepare(first + c, columns, c * cut.width);
         spread(c * cut.width);
       }
-      cut.channels_apart(first, count, [&](const Sheet& sheet) { pass(columns, sheet, totals); });
-      for (int64_t c = 0; c < count; ++c) {
-        finish(first + c, Sums(totals, cut.cols, c * cut.width, cut.width, 1), columns, c * cut.width);
-        spread(c * cut.width);
+      if constexpr (!std::is_null_pointer_v<Pass>) {
+        cut.channels_apart(first, count, [&](const Sheet& sheet) { pass(columns, sheet, totals); });
+        for (int64_t c = 0; c < count; ++c) {
+          finish(first + c, Sums(totals, cut.cols, c * cut.width, cut.width, 1), columns, c * cut.width);
+          spread(c * cut.width);
+        }
       }
       cut.channels_apart(first, count, [&](const Sheet& sheet) { write(columns, sheet); });
     }
@@ -114,23 +131,25 @@ void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass,
     });
   };
   const int64_t rows = cut.rows(), row_bytes = cut.cols * cut.element_bytes;
-  const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kPartBytes, 1, kParts);
-  const int64_t part_rows = std::max<int64_t>(1, ceil_div(rows, wanted)), parts = std::max<int64_t>(1, ceil_div(rows, part_rows));
-  double* totals = CallScratch::mine().sums.reserve<double>(parts * 2 * cut.cols);
   for (int64_t c = 0; c < cut.channels; ++c) prepare(c, columns, c);
   spread();
-  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      double* mine = totals + part * 2 * cut.cols;
-      std::fill_n(mine, 2 * cut.cols, 0.0);
-      cut.rows_together(part * part_rows, std::min(rows, (part + 1) * part_rows),
-                        [&](const Sheet& sheet) { pass(columns, sheet, mine); });
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < 2 * cut.cols; ++i) totals[i] += totals[part * 2 * cut.cols + i];
-  for (int64_t c = 0; c < cut.channels; ++c) finish(c, Sums(totals, cut.cols, c, cut.width, cut.channels), columns, c);
-  spread();
+  if constexpr (!std::is_null_pointer_v<Pass>) {
+    const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kPartBytes, 1, kParts);
+    const int64_t part_rows = std::max<int64_t>(1, ceil_div(rows, wanted)), parts = std::max<int64_t>(1, ceil_div(rows, part_rows));
+    double* totals = CallScratch::mine().sums.reserve<double>(parts * 2 * cut.cols);
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        double* mine = totals + part * 2 * cut.cols;
+        std::fill_n(mine, 2 * cut.cols, 0.0);
+        cut.rows_together(part * part_rows, std::min(rows, (part + 1) * part_rows),
+                          [&](const Sheet& sheet) { pass(columns, sheet, mine); });
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < 2 * cut.cols; ++i) totals[i] += totals[part * 2 * cut.cols + i];
+    for (int64_t c = 0; c < cut.channels; ++c) finish(c, Sums(totals, cut.cols, c, cut.width, cut.channels), columns, c);
+    spread();
+  }
   const int64_t step = std::max<int64_t>(1, kStepBytes / row_bytes), steps = std::max<int64_t>(1, ceil_div(rows, step));
   parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i)
@@ -140,6 +159,7 @@ void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass,
 
 // Runs one operation: `prepare` sets the first column of a channel for the sums, `pass` adds to the sums of a sheet,
 // `finish` turns a channel's sums into its results and its first column for the second pass, which `write` runs on a sheet.
+// Where `pass` is null, `prepare` sets the column for the second pass, and that is all.
 template <class T, class Prepare, class Pass, class Finish, class Write>
 void two_passes(const Cut& cut, const Prepare& prepare, const Pass& pass, const Finish& finish, const Write& write) {
   if (cut.together)
@@ -148,47 +168,64 @@ void two_passes(const Cut& cut, const Prepare& prepare, const Pass& pass, const 
     channels_apart<T>(cut, prepare, pass, finish, write);
 }
 
-template <class T>
-void forward(const Cut& cut, const Norm<T>& norm) {
+// The first column of a channel, for the second pass forward.
+template <class S>
+void set_normalised(const Norm<S>& norm, int64_t c, const Columns<Compute<S>>& columns, int64_t col) {
+  columns.mean[col] = norm.mean[c], columns.scale[col] = norm.scale(c), columns.bias[col] = norm.shift(c);
+}
+
+template <class S>
+void apply_on_sheet(const Cut& cut, const Norm<S>& norm, const Columns<Compute<S>>& columns, const Sheet& sheet) {
+  NormArgs<S> args = on_sheet(norm, columns, sheet);
+  args.residual = norm.residual ? norm.residual + sheet.offset : nullptr;
+  args.out = norm.out + sheet.offset;
+  args.relu = norm.relu, args.stream = may_stream(norm.out, cut, sheet);
+  kernels<S>().norm.apply(args);
+}
+
+template <class S>
+void forward(const Cut& cut, const Norm<S>& norm) {
+  using T = Compute<S>;
   const auto pivot = [&](int64_t c, const Columns<T>& columns, int64_t col) {
-    columns.mean[col] = norm.x[cut.together ? c : c * cut.channel_stride];
+    columns.mean[col] = value_of(norm.x[cut.together ? c : c * cut.channel_stride]);
   };
   const auto moments = [&](const Columns<T>& columns, const Sheet& sheet, double* totals) {
-    NormArgs<T> args = on_sheet(norm, columns, sheet);
+    NormArgs<S> args = on_sheet(norm, columns, sheet);
     args.first = totals, args.second = totals + cut.cols;
-    kernels<T>().norm.moments(args);
+    kernels<S>().norm.moments(args);
   };
   const auto finish = [&](int64_t c, const Sums& sums, const Columns<T>& columns, int64_t col) {
     const double n = static_cast<double>(cut.per_channel), shift = sums.first / n;
     const double var = sums.second / n - shift * shift;
     norm.mean_out[c] = static_cast<T>(columns.mean[col] + shift);
     norm.var_out[c] = static_cast<T>(var < 0 ? 0 : var);
-    columns.mean[col] = norm.mean[c], columns.scale[col] = norm.scale(c), columns.bias[col] = norm.shift(c);
+    set_normalised(norm, c, columns, col);
   };
-  const auto apply = [&](const Columns<T>& columns, const Sheet& sheet) {
-    NormArgs<T> args = on_sheet(norm, columns, sheet);
-    args.residual = norm.residual ? norm.residual + sheet.offset : nullptr;
-    args.out = norm.out + sheet.offset;
-    args.relu = norm.relu, args.stream = may_stream(norm.out, cut, sheet);
-    kernels<T>().norm.apply(args);
-  };
+  const auto apply = [&](const Columns<T>& columns, const Sheet& sheet) { apply_on_sheet(cut, norm, columns, sheet); };
   two_passes<T>(cut, pivot, moments, finish, apply);
 }
 
-template <class T>
-void backward(const Cut& cut, const Norm<T>& norm) {
+template <class S>
+void forward_by_given(const Cut& cut, const Norm<S>& norm) {
+  using T = Compute<S>;
+  const auto given = [&](int64_t c, const Columns<T>& columns, int64_t col) { set_normalised(norm, c, columns, col); };
+  const auto apply = [&](const Columns<T>& columns, const Sheet& sheet) { apply_on_sheet(cut, norm, columns, sheet); };
+  two_passes<T>(cut, given, nullptr, nullptr, apply);
+}
+
+template <class S>
+void backward(const Cut& cut, const Norm<S>& norm) {
+  using T = Compute<S>;
   const bool mask_from_x = norm.relu && norm.y == nullptr;
-  const auto normalised = [&](int64_t c, const Columns<T>& columns, int64_t col) {
-    columns.mean[col] = norm.mean[c], columns.scale[col] = norm.scale(c), columns.bias[col] = norm.shift(c);
-  };
+  const auto normalised = [&](int64_t c, const Columns<T>& columns, int64_t col) { set_normalised(norm, c, columns, col); };
   const auto reduce = [&](const Columns<T>& columns, const Sheet& sheet, double* totals) {
-    NormArgs<T> args = on_sheet(norm, columns, sheet);
+    NormArgs<S> args = on_sheet(norm, columns, sheet);
     args.g = norm.g + sheet.offset;
     args.y = norm.y ? norm.y + sheet.offset : nullptr;
     args.out = norm.y ? norm.g_residual + sheet.offset : nullptr;
     args.relu = mask_from_x, args.stream = norm.y && may_stream(norm.g_residual, cut, sheet);
     args.first = totals, args.second = totals + cut.cols;
-    kernels<T>().norm.sums(args);
+    kernels<S>().norm.sums(args);
   };
   const auto finish = [&](int64_t c, const Sums& sums, const Columns<T>& columns, int64_t col) {
     const double n = static_cast<double>(cut.per_channel), inverse = norm.inverse_deviation(c), scale = norm.scale(c);
@@ -197,11 +234,11 @@ void backward(const Cut& cut, const Norm<T>& norm) {
     columns.slope[col] = static_cast<T>(scale * sums.second * inverse * inverse / n);
   };
   const auto input_grad = [&](const Columns<T>& columns, const Sheet& sheet) {
-    NormArgs<T> args = on_sheet(norm, columns, sheet);
+    NormArgs<S> args = on_sheet(norm, columns, sheet);
     args.g = (norm.y ? norm.g_residual : norm.g) + sheet.offset;
     args.out = norm.out + sheet.offset;
     args.relu = mask_from_x, args.stream = may_stream(norm.out, cut, sheet);
-    kernels<T>().norm.input_grad(args);
+    kernels<S>().norm.input_grad(args);
   };
   two_passes<T>(cut, normalised, reduce, finish, input_grad);
 }
@@ -221,7 +258,7 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
 // The contiguous vector [C], or nothing.
 std::optional<Tensor> per_channel(const std::optional<Tensor>& t, const Tensor& x, const char* name) {
   if (!t) return std::nullopt;
-  check_type(*t, x.scalar_type(), name);
+  check_type(*t, compute_type(x), name);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1), "Expected ", name, " of ", x.size(1), " entries, got ",
                   t->numel(), ".");
   return dense(*t);
@@ -232,7 +269,28 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? const_data<T>(*t) : nullptr;
 }
 
-Tensor empty_vector(const Tensor& like, int64_t size) { return empty_strided(like, {size}, {1}); }
+// By `mean` and `var` if they are `given`, else by those of x, which are written there.
+Tensor normalise(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, bool given, double eps, bool relu) {
+  if (residual) check_like(*residual, x, "residual");
+  const std::optional<Tensor> w = per_channel(weight, x, "weight"), b = per_channel(bias, x, "bias");
+  const Layout layout = layout_of(x);
+  const Tensor in = in_layout(x, layout), y = empty_images(x, layout, x.size(1), x.size(2), x.size(3));
+  const std::optional<Tensor> r = residual ? std::make_optional(in_layout(*residual, layout)) : std::nullopt;
+  for_storage(x, "batch norm", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    Norm<S> norm{};
+    norm.x = const_data<S>(in), norm.residual = pointer<S>(r), norm.weight = pointer<T>(w), norm.bias = pointer<T>(b);
+    norm.out = mutable_data<S>(y), norm.mean = const_data<T>(mean), norm.var = const_data<T>(var);
+    norm.eps = eps, norm.relu = relu;
+    const Cut cut(x, layout);
+    if (given) return forward_by_given(cut, norm);
+    norm.mean_out = mutable_data<T>(mean), norm.var_out = mutable_data<T>(var);
+    forward(cut, norm);
+  });
+  return y;
+}
 
 }  // namespace
 
@@ -240,21 +298,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
                                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                     double eps, bool relu) {
   check_images(x);
-  if (residual) check_like(*residual, x, "residual");
-  const std::optional<Tensor> w = per_channel(weight, x, "weight"), b = per_channel(bias, x, "bias");
-  const Layout layout = layout_of(x);
-  const Tensor in = in_layout(x, layout), y = empty_images(x, layout, x.size(1), x.size(2), x.size(3));
-  const std::optional<Tensor> r = residual ? std::make_optional(in_layout(*residual, layout)) : std::nullopt;
-  const Tensor mean = empty_vector(x, x.size(1)), var = empty_vector(x, x.size(1));
-  for_type(x, "batch_norm_train", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Norm<T> norm{};
-    norm.x = const_data<T>(in), norm.residual = pointer<T>(r), norm.weight = pointer<T>(w), norm.bias = pointer<T>(b);
-    norm.out = mutable_data<T>(y), norm.mean = norm.mean_out = mutable_data<T>(mean), norm.var = norm.var_out = mutable_data<T>(var);
-    norm.eps = eps, norm.relu = relu;
-    forward(Cut(x, layout), norm);
-  });
-  return {y, mean, var};
+  const Tensor mean = empty_sums(x, {x.size(1)}), var = empty_sums(x, {x.size(1)});
+  return {normalise(x, residual, weight, bias, mean, var, false, eps, relu), mean, var};
+}
+
+Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
+  check_images(x);
+  const Tensor m = *per_channel(mean, x, "mean"), v = *per_channel(var, x, "var");
+  return normalise(x, residual, weight, bias, m, v, true, eps, relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
@@ -270,14 +322,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Tensor in = in_layout(x, layout), grad = in_layout(g, layout);
   const auto images = [&] { return empty_images(x, layout, x.size(1), x.size(2), x.size(3)); };
   const std::optional<Tensor> out = y ? std::make_optional(in_layout(*y, layout)) : std::nullopt;
-  const Tensor gx = images(), g_residual = y ? images() : empty_vector(x, 0);
-  const Tensor g_weight = empty_vector(x, x.size(1)), g_bias = empty_vector(x, x.size(1));
-  for_type(x, "batch_norm_backward", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Norm<T> norm{};
-    norm.x = const_data<T>(in), norm.g = const_data<T>(grad), norm.y = pointer<T>(out);
+  const Tensor gx = images(), g_residual = y ? images() : empty_strided(x, {0}, {1});
+  const Tensor g_weight = empty_sums(x, {x.size(1)}), g_bias = empty_sums(x, {x.size(1)});
+  for_storage(x, "batch_norm_backward", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    Norm<S> norm{};
+    norm.x = const_data<S>(in), norm.g = const_data<S>(grad), norm.y = pointer<S>(out);
     norm.weight = pointer<T>(w), norm.bias = pointer<T>(b), norm.mean = const_data<T>(m), norm.var = const_data<T>(v);
-    norm.out = mutable_data<T>(gx), norm.g_residual = mutable_data<T>(g_residual);
+    norm.out = mutable_data<S>(gx), norm.g_residual = mutable_data<S>(g_residual);
     norm.g_weight = mutable_data<T>(g_weight), norm.g_bias = mutable_data<T>(g_bias);
     norm.eps = eps, norm.relu = relu;
     backward(Cut(x, layout), norm);
@@ -306,6 +359,7 @@ void batch_norm_follow_(const Tensor& running_mean, const Tensor& running_var, c
 
 STABLE_TORCH_LIBRARY_IMPL(grasp_sparse, CPU, m) {
   m.impl("batch_norm_train", TORCH_BOX(&grasp_sparse::batch_norm_train));
+  m.impl("batch_norm_eval", TORCH_BOX(&grasp_sparse::batch_norm_eval));
   m.impl("batch_norm_backward", TORCH_BOX(&grasp_sparse::batch_norm_backward));
   m.impl("batch_norm_follow_", TORCH_BOX(&grasp_sparse::batch_norm_follow_));
 }

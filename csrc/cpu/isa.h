@@ -9,27 +9,11 @@
 #include <cstdint>
 
 #include "norm_args.h"
+#include "storage.h"
 
 namespace grasp_sparse {
 
 constexpr int kSliceBytes = 64;
-
-// How a bfloat16 lies in a tensor. Tensors of it are computed in float: it exists in memory only.
-struct Bf16 {
-  uint16_t bits;
-};
-
-// What elements stored as S are packed and computed as.
-template <class S>
-struct ComputeOf {
-  using type = S;
-};
-template <>
-struct ComputeOf<Bf16> {
-  using type = float;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
 
 template <class T>
 constexpr int kLanes = kSliceBytes / static_cast<int>(sizeof(T));
@@ -198,6 +182,7 @@ struct Kernels<Bf16> {
   void (*product)(const ProductArgs<Bf16>&);
   void (*max_pool)(PoolArgs<Bf16>);
   void (*max_pool_grad)(PoolArgs<Bf16>);
+  NormKernels<Bf16> norm;
 };
 
 struct IsaBody {

@@ -79,7 +79,7 @@ const IsaBody body = {
      &adamw<float>, kNormKernels<float>},
     {&pack<double>, &unpack<double>, &product<double>, &sampled<double>, &max_pool<double>, &max_pool_grad<double>, &sgd<double>,
      &adamw<double>, kNormKernels<double>},
-    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>},
+    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>, kNormKernels<Bf16>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

@@ -18,9 +18,12 @@ inline bool lies_as(const Tensor& t, const int (&order)[4]) {
 
 enum class Layout { nchw, channels_last, chwn };
 
+// Images of one channel lie as NCHW and as channels_last at once. The channel's stride says what was meant, as it does to torch.
+inline bool means_channels_last(const Tensor& t) { return t.size(1) == 1 && t.stride(1) == 1 && t.size(2) * t.size(3) > 1; }
+
 // That of a result for `t`: anything else than these three gives NCHW.
 inline Layout layout_of(const Tensor& t) {
-  if (t.numel() == 0 || t.is_contiguous()) return Layout::nchw;
+  if (t.numel() == 0 || (t.is_contiguous() && !means_channels_last(t))) return Layout::nchw;
   if (lies_as(t, {0, 2, 3, 1})) return Layout::channels_last;
   return lies_as(t, {1, 2, 3, 0}) ? Layout::chwn : Layout::nchw;
 }

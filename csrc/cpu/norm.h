@@ -1,6 +1,6 @@
 // Batch norm, one sheet at a time. Every loop is bound by memory, so each is one pass with as much done in it as can be:
-// some vectors of columns stay in registers while up to kRun rows pass by. Sums run in the type of x over those rows only
-// and are then added up in double; the moments of a run are taken about its own first row, so that the digits of the
+// some vectors of columns stay in registers while up to kRun rows pass by. Sums run in the type that x is computed in over those
+// rows only and are then added up in double; the moments of a run are taken about its own first row, so that the digits of the
 // spread survive a mean of any size: the value they are taken about is at most sqrt(kRun) deviations from the run's mean.
 #pragma once
 
@@ -23,26 +23,25 @@ using Count = std::integral_constant<int, K>;
 template <class T>
 struct WholeLanes {
   static constexpr int count = kNativeLanes<T>;
-  GRASP_SPARSE_INLINE Native<T> load(const T* p) const {
-    Native<T> v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  template <bool Stream>
-  GRASP_SPARSE_INLINE void store(T* p, Native<T> v) const { put_native<T, Stream>(p, v); }
+  template <class S>
+  GRASP_SPARSE_INLINE Native<T> load(const S* p) const { return load_native(p); }
+  template <bool Stream, class S>
+  GRASP_SPARSE_INLINE void store(S* p, Native<T> v) const { put_native<T, Stream>(p, v); }
 };
 
 template <class T>
 struct FirstLanes {
   int count;
-  GRASP_SPARSE_INLINE Native<T> load(const T* p) const { return load_part(p, count); }
-  template <bool Stream>
-  GRASP_SPARSE_INLINE void store(T* p, Native<T> v) const { store_part(p, v, count); }
+  template <class S>
+  GRASP_SPARSE_INLINE Native<T> load(const S* p) const { return load_part(p, count); }
+  template <bool Stream, class S>
+  GRASP_SPARSE_INLINE void store(S* p, Native<T> v) const { store_part<T>(p, v, count); }
 };
 
 // Calls block(number of vectors, lanes, first row, rows, first column) until the sheet is covered, `run` rows at a time.
-template <class T, class Block>
-GRASP_SPARSE_INLINE void for_blocks(const NormArgs<T>& p, const Block& block) {
+template <class S, class Block>
+GRASP_SPARSE_INLINE void for_blocks(const NormArgs<S>& p, const Block& block) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>;
   for (int64_t row = 0; row < p.rows; row += kRun) {
     const int rows = static_cast<int>(p.rows - row < kRun ? p.rows - row : kRun);
@@ -54,17 +53,18 @@ GRASP_SPARSE_INLINE void for_blocks(const NormArgs<T>& p, const Block& block) {
 }
 
 // The k-th vector at p, whose rows are `stride` apart; asks for the line of a later row as well, once per line.
-template <class T, class Lanes>
-GRASP_SPARSE_INLINE Native<T> load_ahead(const Lanes& lanes, const T* p, int k, int64_t stride) {
-  const T* at = p + k * kNativeLanes<T>;
-  if (k * GRASP_SPARSE_NATIVE_BYTES % kSliceBytes == 0) __builtin_prefetch(at + kRowsAhead * stride);
+template <class S, class Lanes>
+GRASP_SPARSE_INLINE Native<Compute<S>> load_ahead(const Lanes& lanes, const S* p, int k, int64_t stride) {
+  constexpr int n = kNativeLanes<Compute<S>>;
+  const S* at = p + k * n;
+  if (k * n * static_cast<int>(sizeof(S)) % kSliceBytes == 0) __builtin_prefetch(at + kRowsAhead * stride);
   return lanes.load(at);
 }
 
-template <class T, int K, class Lanes>
-GRASP_SPARSE_INLINE void load_columns(Native<T> (&v)[K], const Lanes& lanes, const T* p) {
+template <class S, int K, class Lanes>
+GRASP_SPARSE_INLINE void load_columns(Native<Compute<S>> (&v)[K], const Lanes& lanes, const S* p) {
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) v[k] = lanes.load(p + k * kNativeLanes<T>);
+  for (int k = 0; k < K; ++k) v[k] = lanes.load(p + k * kNativeLanes<Compute<S>>);
 }
 
 template <class T, int K, class Lanes>
@@ -73,12 +73,13 @@ GRASP_SPARSE_INLINE void store_columns(T* p, const Lanes& lanes, const Native<T>
   for (int k = 0; k < K; ++k) lanes.template store<false>(p + k * kNativeLanes<T>, v[k]);
 }
 
-template <class T>
-void norm_moments(const NormArgs<T>& p) {
+template <class S>
+void norm_moments(const NormArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>;
   for_blocks(p, [&](auto vectors, const auto& lanes, int64_t row, int rows, int64_t col) {
     constexpr int K = decltype(vectors)::value;
-    const T* x = p.x + row * p.stride + col;
+    const S* x = p.x + row * p.stride + col;
     Native<T> about[K], first[K], second[K];
     load_columns(about, lanes, x);
 #pragma GCC unroll 8
@@ -103,8 +104,9 @@ void norm_moments(const NormArgs<T>& p) {
   });
 }
 
-template <class T, bool Residual, bool Relu, bool Stream>
-void norm_apply_loop(const NormArgs<T>& p) {
+template <class S, bool Residual, bool Relu, bool Stream>
+void norm_apply_loop(const NormArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>;
   for_blocks(p, [&](auto vectors, const auto& lanes, int64_t row, int rows, int64_t col) {
     constexpr int K = decltype(vectors)::value;
@@ -126,8 +128,9 @@ void norm_apply_loop(const NormArgs<T>& p) {
 
 enum class Mask { none, from_x, from_y };
 
-template <class T, Mask Masked, bool Stream>
-void norm_sums_loop(const NormArgs<T>& p) {
+template <class S, Mask Masked, bool Stream>
+void norm_sums_loop(const NormArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>;
   for_blocks(p, [&](auto vectors, const auto& lanes, int64_t row, int rows, int64_t col) {
     constexpr int K = decltype(vectors)::value;
@@ -159,8 +162,9 @@ void norm_sums_loop(const NormArgs<T>& p) {
   if constexpr (Stream) stream_fence();
 }
 
-template <class T, bool Relu, bool Stream>
-void norm_input_grad_loop(const NormArgs<T>& p) {
+template <class S, bool Relu, bool Stream>
+void norm_input_grad_loop(const NormArgs<S>& p) {
+  using T = Compute<S>;
   constexpr int n = kNativeLanes<T>;
   for_blocks(p, [&](auto vectors, const auto& lanes, int64_t row, int rows, int64_t col) {
     constexpr int K = decltype(vectors)::value;
@@ -182,40 +186,40 @@ void norm_input_grad_loop(const NormArgs<T>& p) {
   if constexpr (Stream) stream_fence();
 }
 
-// Calls f with the flags as compile-time constants; a stream that this instruction set has no store for is none.
-template <class F>
+// Calls f with the flags as compile-time constants; a stream that this instruction set has no store of S for is none.
+template <class S, class F>
 GRASP_SPARSE_INLINE void with_flags(bool a, bool stream, const F& f) {
   using Yes = std::true_type;
   using No = std::false_type;
-  if constexpr (kCanStream) {
+  if constexpr (kCanStream && std::is_same_v<S, Compute<S>>) {
     if (stream) return a ? f(Yes{}, Yes{}) : f(No{}, Yes{});
   }
   a ? f(Yes{}, No{}) : f(No{}, No{});
 }
 
-template <class T>
-void norm_apply(const NormArgs<T>& p) {
-  with_flags(p.relu, p.stream, [&](auto relu, auto stream) {
-    constexpr bool R = decltype(relu)::value, S = decltype(stream)::value;
-    p.residual ? norm_apply_loop<T, true, R, S>(p) : norm_apply_loop<T, false, R, S>(p);
+template <class S>
+void norm_apply(const NormArgs<S>& p) {
+  with_flags<S>(p.relu, p.stream, [&](auto relu, auto stream) {
+    constexpr bool R = decltype(relu)::value, Past = decltype(stream)::value;
+    p.residual ? norm_apply_loop<S, true, R, Past>(p) : norm_apply_loop<S, false, R, Past>(p);
   });
 }
 
-template <class T>
-void norm_sums(const NormArgs<T>& p) {
-  if (p.y == nullptr) return p.relu ? norm_sums_loop<T, Mask::from_x, false>(p) : norm_sums_loop<T, Mask::none, false>(p);
-  with_flags(true, p.stream, [&](auto, auto stream) { norm_sums_loop<T, Mask::from_y, decltype(stream)::value>(p); });
+template <class S>
+void norm_sums(const NormArgs<S>& p) {
+  if (p.y == nullptr) return p.relu ? norm_sums_loop<S, Mask::from_x, false>(p) : norm_sums_loop<S, Mask::none, false>(p);
+  with_flags<S>(true, p.stream, [&](auto, auto stream) { norm_sums_loop<S, Mask::from_y, decltype(stream)::value>(p); });
 }
 
-template <class T>
-void norm_input_grad(const NormArgs<T>& p) {
-  with_flags(p.relu, p.stream, [&](auto relu, auto stream) {
-    norm_input_grad_loop<T, decltype(relu)::value, decltype(stream)::value>(p);
+template <class S>
+void norm_input_grad(const NormArgs<S>& p) {
+  with_flags<S>(p.relu, p.stream, [&](auto relu, auto stream) {
+    norm_input_grad_loop<S, decltype(relu)::value, decltype(stream)::value>(p);
   });
 }
 
-template <class T>
-constexpr NormKernels<T> kNormKernels = {&norm_moments<T>, &norm_apply<T>, &norm_sums<T>, &norm_input_grad<T>};
+template <class S>
+constexpr NormKernels<S> kNormKernels = {&norm_moments<S>, &norm_apply<S>, &norm_sums<S>, &norm_input_grad<S>};
 
 }  // namespace GRASP_SPARSE_ISA
 }  // namespace grasp_sparse

@@ -3,18 +3,21 @@
 
 #include <cstdint>
 
+#include "storage.h"
+
 namespace grasp_sparse {
 
 // A sheet: rows x cols elements in which every column belongs to one channel. Columns lie side by side, rows `stride`
-// apart, and all tensors of a call lie alike. What is per channel is given per column.
-template <class T>
+// apart, and all tensors of a call lie alike. What is per channel is given per column. S: how elements are stored.
+template <class S>
 struct NormArgs {
+  using T = Compute<S>;
   int64_t rows, cols, stride;
-  const T* x;
-  const T* g;         // gradient of the result; where a ReLU follows and g is already masked, relu is false
-  const T* residual;  // apply: added before the ReLU; or null
-  const T* y;         // sums: where it is not positive the ReLU stopped the gradient; null: see relu
-  T* out;             // apply: y; input_grad: gradient of x; sums with y: the masked g
+  const S* x;
+  const S* g;         // gradient of the result; where a ReLU follows and g is already masked, relu is false
+  const S* residual;  // apply: added before the ReLU; or null
+  const S* y;         // sums: where it is not positive the ReLU stopped the gradient; null: see relu
+  S* out;             // apply: y; input_grad: gradient of x; sums with y: the masked g
   const T *mean, *scale, *bias;  // normalised: (x - mean) * scale + bias
   const T *offset, *slope;       // gradient of x: scale * g - offset - slope * (x - mean)
   double *first, *second;        // [cols] each, added to
@@ -22,12 +25,12 @@ struct NormArgs {
   bool stream;                   // write past the cache; out, and every row of it, must start on a line
 };
 
-template <class T>
+template <class S>
 struct NormKernels {
-  void (*moments)(const NormArgs<T>&);     // first, second += sum (x - mean), (x - mean)^2, for any mean near the values
-  void (*apply)(const NormArgs<T>&);       // out = relu(normalised + residual)
-  void (*sums)(const NormArgs<T>&);        // first, second += sum g, g * (x - mean)
-  void (*input_grad)(const NormArgs<T>&);  // out = gradient of x
+  void (*moments)(const NormArgs<S>&);     // first, second += sum (x - mean), (x - mean)^2, for any mean near the values
+  void (*apply)(const NormArgs<S>&);       // out = relu(normalised + residual)
+  void (*sums)(const NormArgs<S>&);        // first, second += sum g, g * (x - mean)
+  void (*input_grad)(const NormArgs<S>&);  // out = gradient of x
 };
 
 }  // namespace grasp_sparse

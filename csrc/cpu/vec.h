@@ -195,6 +195,12 @@ GRASP_SPARSE_INLINE Native<T> load_part(const T* p, int count) {
 #endif
 }
 
+GRASP_SPARSE_INLINE Native<float> load_part(const Bf16* p, int count) {
+  Halves halves{};
+  for (int l = 0; l < count; ++l) halves[l] = p[l].bits;
+  return reinterpret_cast<Native<float>>(__builtin_convertvector(halves, Words) << 16);
+}
+
 template <class T>
 GRASP_SPARSE_INLINE void store_part(T* p, Native<T> v, int count) {
 #if defined(__AVX512F__)

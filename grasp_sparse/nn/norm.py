@@ -13,8 +13,8 @@ from grasp_sparse.ops.dtypes import compute_dtype
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, then plus ``residual`` if one is given, then ReLU if ``relu``; the output has the layout of the input.
 
-    Parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``. One fused operation runs in training
-    on the CPU in float32 and float64; and, in training and evaluation, on CUDA where x lies batch innermost, in bfloat16 and
+    Parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``. One fused operation runs on the CPU in
+    float32, float64 and bfloat16 (in evaluation, where nothing is differentiated), and on CUDA where x lies batch innermost, in
     float16 too. Everything else is computed by torch's own operations.
 
     Args:
@@ -37,7 +37,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 y, mean, var = torch.ops.grasp_sparse.batch_norm_train(x, residual, self.weight, self.bias, self.eps, self.relu)
                 self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
                 return y
-            if not batch_statistics and x.is_cuda:
+            if not batch_statistics and (x.is_cuda or not self._differentiated(x, residual)):
                 return torch.ops.grasp_sparse.batch_norm_eval(x, residual, self.weight, self.bias, *running, self.eps, self.relu)
         y = F.batch_norm(x, *running, self.weight, self.bias, batch_statistics, momentum, self.eps)
         if residual is not None:
@@ -52,7 +52,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _fusible(self, x: Tensor, residual: Tensor | None, running: tuple[Tensor | None, Tensor | None]) -> bool:
-        if x.numel() == 0 or not runs_here(x, cpu=(torch.float32, torch.float64)):
+        if x.numel() == 0 or not runs_here(x, cpu=(torch.float32, torch.float64, torch.bfloat16)):
             return False
         computed = compute_dtype(x.dtype)
         if any(t is not None and t.dtype != computed for t in (self.weight, self.bias, *running)):
@@ -60,6 +60,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         if (running[0] is None) != (running[1] is None):
             return False
         return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+
+    def _differentiated(self, *images: Tensor | None) -> bool:
+        """Whether a gradient of this call is wanted. By given statistics it is several operations here, and one kernel in torch."""
+        wanted = any(t is not None and t.requires_grad for t in (*images, self.weight, self.bias))
+        return wanted and torch.is_grad_enabled()
 
     @staticmethod
     @torch.no_grad()

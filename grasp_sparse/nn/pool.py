@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from grasp_sparse.nn.kernels import runs_here
-from grasp_sparse.ops.layout import is_batch_innermost
+from grasp_sparse.ops.layout import is_batch_innermost, is_channels_last
 
 _MOST_TAPS = 255  # a place in the window is one byte
 
@@ -32,7 +32,7 @@ class MaxPool2d(nn.MaxPool2d):
             return False
         if not runs_here(x, cpu=(torch.float32, torch.float64, torch.bfloat16)):
             return False
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if is_channels_last(x):
             return False
         reaches = [spread * (kernel - 1) + 1 for kernel, spread in zip(kernel_size, dilation, strict=True)]
         fits = all(size + 2 * pad >= reach >= 2 * pad for size, pad, reach in zip(x.shape[2:], padding, reaches, strict=True))

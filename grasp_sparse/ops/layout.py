@@ -1,7 +1,8 @@
 """Layout in = layout out: the rule that fakes, reference and compiled kernels share.
 
-A tensor that is contiguous in several layouts at once (one image, one channel) counts as the first of: NCHW,
-channels_last, batch-innermost. Anything else (slices, expanded gradients) gives an NCHW result.
+A tensor that is contiguous in several layouts at once counts as the first of: NCHW, channels_last, batch-innermost. Images of one
+channel are the exception: there the stride of the channel says what was meant, as it does to torch, 1 for channels_last (what
+``to(memory_format=…)`` sets). Anything else (slices, expanded gradients) gives an NCHW result.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from torch import Tensor
 
 _CHWN = (1, 2, 3, 0)  # NCHW dimensions in the order in which they lie in memory, batch innermost
 _CHWN_BACK = (3, 0, 1, 2)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the 4-D ``x`` counts as channels_last."""
+    if not x.is_contiguous():
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.numel() > 0 and x.shape[1] == 1 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
 
 
 def is_batch_innermost(x: Tensor) -> bool:
@@ -31,11 +39,9 @@ def empty_rows(like: Tensor, size: Sequence[int]) -> Tensor:
 def empty_images(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Empty ``[N, C, H, W]`` in the memory layout of the 4-D ``like``, and in its dtype unless another is given."""
     dtype = dtype or like.dtype
-    if like.is_contiguous():
-        return like.new_empty(tuple(size), dtype=dtype)
-    if like.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(like):
         return torch.empty(tuple(size), dtype=dtype, device=like.device, memory_format=torch.channels_last)
-    if like.permute(_CHWN).is_contiguous():
+    if not like.is_contiguous() and like.permute(_CHWN).is_contiguous():
         return like.new_empty([size[d] for d in _CHWN], dtype=dtype).permute(_CHWN_BACK)
     return like.new_empty(tuple(size), dtype=dtype)
 

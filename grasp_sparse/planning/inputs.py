@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.ops.layout import is_batch_innermost, is_channels_last
 from grasp_sparse.scratch import call_model, scratch_copy
 
 _BATCH_INNERMOST = (1, 2, 3, 0)
@@ -25,7 +26,7 @@ class LayerInput(NamedTuple):
         """Normal numbers in this shape and layout; a leaf that requires a gradient where the real input would have one."""
         x = torch.randn(self.shape, generator=generator).to(device, self.dtype)
         if self.layout == "channels_last":
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.to(memory_format=torch.channels_last)
         elif self.layout == "batch-innermost":
             x = x.permute(_BATCH_INNERMOST).contiguous().permute(3, 0, 1, 2)
         elif self.layout == "feature-major":
@@ -40,11 +41,9 @@ def describe_input(x: Tensor) -> LayerInput:
 
 def _layout(x: Tensor) -> str:
     if x.dim() == 4:
-        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        if is_channels_last(x):
             return "channels_last"
-        if not x.is_contiguous() and x.permute(_BATCH_INNERMOST).is_contiguous():
-            return "batch-innermost"
-        return "nchw"
+        return "batch-innermost" if is_batch_innermost(x) else "nchw"
     return "feature-major" if x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous() else "row-major"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from grasp_sparse import _extension
 from grasp_sparse.nn import BatchNorm2d
+from grasp_sparse.ops.layout import is_batch_innermost
 
 KINDS = {
     "default": {},
@@ -70,11 +71,35 @@ def test_training_runs_the_fused_operation():
     assert not names & {"aten::native_batch_norm", "aten::relu", "aten::threshold_backward"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes_run_torchs_own(dtype):
+def test_other_dtypes_run_torchs_own():
     ours, stock = pair(dtype=torch.float32)
-    x, residual = images(dtype), images(dtype)
+    x, residual = images(torch.float16), images(torch.float16)
     torch.testing.assert_close(ours(x, residual), (stock(x) + residual).relu())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_images_are_rounded_once(training):
+    ours, stock = pair(dtype=torch.float32)
+    ours.train(training), stock.train(training)
+    x, residual = images(torch.bfloat16).detach(), images(torch.bfloat16).detach()
+    with torch.no_grad():
+        y, expected = ours(x, residual), (stock(x.float()) + residual.float()).relu()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=4e-3, atol=1e-6)
+    for name, value in stock.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not _extension.status().loaded, reason="compiled kernels are not loaded")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_batch_stays_innermost(training, dtype):
+    ours = BatchNorm2d(5, relu=True).train(training)
+    x = images(dtype).detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    with torch.no_grad():
+        assert is_batch_innermost(ours(x, x))
+        ours.relu = False
+        assert is_batch_innermost(ours(x))
 
 
 def test_a_residual_that_broadcasts():

@@ -141,19 +141,25 @@ def sweep_large() -> None:
 def sweep_batch_norm() -> None:
     """Rows shorter than a vector, rows with rests, folded rows, several parts; the large one is written past the cache."""
     shapes = ((3, 5, 7, 7), (33, 67, 4, 4), (2, 2, 40, 41), (130, 24, 2, 2), (6, 130, 13, 13))
-    cases = [*product(DTYPES, shapes, NORM_CASES, ("NCHW", "channels_last", "CHWN", "sliced"))]
+    cases = [*product(STORED, shapes, NORM_CASES, ("NCHW", "channels_last", "CHWN", "sliced"))]
     large = (("float32", (33, 64, 48, 44)), ("float64", (33, 32, 48, 44)))
     cases += [(*of, (True, True, True), layout) for of, layout in product(large, ("NCHW", "channels_last", "CHWN"))]
     for dtype, shape, (residual, relu, affine), layout in cases:
         lay, rest = IMAGE_LAYOUTS[layout][0], (1e-5, relu)
         case = f"batch norm, {dtype} {shape} {layout} residual {residual} relu {relu} affine {affine}"
         # Rounded first, and y given to both: otherwise a value next to zero may lie on either side of the ReLU.
-        exact = [t if t is None else t.to(DTYPES[dtype]).double() for t in norm_inputs(shape, residual, affine)]
-        x, r, *affine_parameters = (t if t is None else t.to(DTYPES[dtype]) for t in exact)
+        stored, computed = STORED[dtype], compute_dtype(STORED[dtype])
+        inputs = norm_inputs(shape, residual, affine)
+        x, r, *affine_parameters = (t if t is None else t.to(stored if t.dim() == 4 else computed) for t in inputs)
+        exact = [t if t is None else t.double() for t in (x, r, *affine_parameters)]
         y, mean, var = both_threads("batch_norm_train", case, (lay(x), None if r is None else lay(r), *affine_parameters, *rest))
         for got, want in zip((y, mean, var), reference.batch_norm_train(*exact, *rest), strict=True):
             close(got, want, case)
-        g, y = torch.randn(shape).to(DTYPES[dtype]), y if residual and relu else None
+        given = (lay(x), None if r is None else lay(r), *affine_parameters, mean, var)
+        (evaluated,) = both_threads("batch_norm_eval", case, (*given, *rest))
+        if not torch.equal(evaluated, y):
+            raise AssertionError(f"{case}: evaluation by the statistics of the batch gives other bits than training.")
+        g, y = torch.randn(shape).to(stored), y if residual and relu else None
         saved = (y, *affine_parameters, mean, var, *rest)
         expected = reference.batch_norm_backward(g.double(), exact[0], *(t.double() if isinstance(t, Tensor) else t for t in saved))
         for got, want in zip(both_threads("batch_norm_backward", case, (lay(g), lay(x), *saved)), expected, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import COMPILED, DTYPES, IMAGE_LAYOUTS, NORM_CASES, close, norm_inputs, same_layout_or_ambiguous
+from op_cases import COMPILED, DTYPES, IMAGE_LAYOUTS, NORM_CASES, STORED, close, norm_inputs, same_layout_or_ambiguous
 
 from grasp_sparse.ops import reference
+from grasp_sparse.ops.dtypes import compute_dtype
 
 ops = torch.ops.grasp_sparse
 EPS = 1e-5
@@ -22,8 +23,8 @@ def chain(x, residual, weight, bias, relu):
 
 
 def leaves(tensors, lay, dtype):
-    """In the layout and dtype, asking for gradients; vectors stay vectors."""
-    cast = [t if t is None else (lay(t.to(dtype)) if t.dim() == 4 else t.to(dtype)) for t in tensors]
+    """Images in the layout and dtype, vectors in what it is computed in; asking for gradients."""
+    cast = [t if t is None else (lay(t.to(dtype)) if t.dim() == 4 else t.to(compute_dtype(dtype))) for t in tensors]
     return [t if t is None else t.detach().requires_grad_() for t in cast]
 
 
@@ -33,7 +34,7 @@ def gradients(y, inputs, g):
 
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
 def test_equals_torch(dtype, shape, layout):
     lay, promised = IMAGE_LAYOUTS[layout]
     for residual, relu, affine in NORM_CASES:
@@ -216,7 +217,7 @@ def test_only_the_gradients_asked_for(residual, relu, affine):
 
 
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
 def test_opcheck(dtype, layout):
     lay, _ = IMAGE_LAYOUTS[layout]
     for residual, relu, affine in NORM_CASES:
@@ -239,9 +240,12 @@ def test_wrong_arguments_are_refused():
         ((x, None, vector[:2], None), "weight of 3"),
         ((x, None, vector, vector.double()), "bias"),
         ((x.half(), None, None, None), "float32 or float64"),
+        ((x.bfloat16(), None, vector.bfloat16(), None), "weight"),
     ):
         with torch.no_grad(), pytest.raises(RuntimeError, match=message):
             ops.batch_norm_train(*arguments, EPS, False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="var of 3"):
+        ops.batch_norm_eval(x, None, None, None, vector, vector[:2], EPS, False)
     with pytest.raises(RuntimeError, match="y only where relu"):
         ops.batch_norm_backward(x, x, x, None, None, vector, vector, EPS, False)
     with pytest.raises(RuntimeError, match="g of the shape"):

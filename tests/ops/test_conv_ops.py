@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import (
     BATCHES,
     DENSITIES,
@@ -92,6 +93,27 @@ def test_sizes(stride, size, layout):
     joint = ops.csr_conv2d_backward(v, *indices, lg, lx, *window)
     for got, wanted in zip(joint, reference.csr_conv2d_backward(values, *indices, g, x, *window), strict=True):
         close(got, wanted)
+
+
+@pytest.mark.parametrize("meant", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_images_of_one_channel_lie_as_they_were_meant_to(meant):
+    """Their memory is the same in both layouts; the stride of the channel tells, and what follows keeps it, as in torch."""
+    window = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    values, indices, _ = sparse_matrix(5, 9, 0.5)
+    to_one, one_indices, _ = sparse_matrix(1, 45, 0.5)
+    x = torch.randn(4, 1, 7, 8, dtype=torch.float64)
+    lx = x.to(memory_format=meant)
+    assert F.conv2d(lx, torch.ones(5, 1, 3, 3, dtype=torch.float64)).is_contiguous(memory_format=meant)
+    y = ops.csr_conv2d_fprop(values, *indices, None, lx, *window)
+    again = ops.csr_conv2d_fprop(to_one, *one_indices, None, y, *window)
+    normed, *_ = ops.batch_norm_train(again, None, None, None, 1e-5, True)
+    pooled, places = ops.max_pool2d(normed, (2, 2), (1, 1), (0, 0), (1, 1), False)
+    back = ops.csr_conv2d_fprop(values, *indices, None, pooled, *window)
+    close(y, reference.csr_conv2d_fprop(values, *indices, None, x, *window))
+    for images in (y, back, ops.csr_conv2d_dgrad(to_one, *one_indices, pooled, pooled.shape[2:], *window)):
+        assert images.shape[1] == 5 and images.is_contiguous(memory_format=meant)
+    torch.library.opcheck(ops.csr_conv2d_fprop.default, (values, *indices, None, lx, *window))
+    torch.library.opcheck(ops.batch_norm_train.default, (lx, None, None, None, 1e-5, True))
 
 
 @pytest.mark.parametrize("x_layout", IMAGE_LAYOUTS)

@@ -175,6 +175,8 @@ class TestInputs:
         [
             (torch.empty(4, 3, 5, 6), "nchw"),
             (torch.empty(4, 3, 5, 6).to(memory_format=torch.channels_last), "channels_last"),
+            (torch.empty(4, 1, 5, 6), "nchw"),
+            (torch.empty(4, 1, 5, 6).to(memory_format=torch.channels_last), "channels_last"),
             (torch.empty(3, 5, 6, 4).permute(3, 0, 1, 2), "batch-innermost"),
             (torch.empty(4, 6), "row-major"),
             (torch.empty(6, 4).t(), "feature-major"),
