@@ -21,7 +21,7 @@ from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, batch_loss
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import GroupPattern, Unstructured
-from grasp_sparse.planning.cost_model import LayerCost, layer_costs
+from grasp_sparse.planning.cost_model import layer_costs
 from grasp_sparse.scratch import call_model, first_tensor
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.timing import interleaved
@@ -104,7 +104,9 @@ def fit_speedup(
 
     def attempt(share: float) -> Try:
         masks = masks_for(share)
-        times = measure_steps(model, plan_copy(model, masks, costs), batch, loss_fn)
+        network = copy.deepcopy(model)
+        sparsify_(network, masks, batch.inputs)  # the plan is the one that the caller's sparsify_ will find in the cache of times
+        times = measure_steps(model, network, batch, loss_fn)
         sparse = times.pop(SPARSE)
         return Try(share, kept_seconds(masks), min(times.values()), sparse, masks)
 
@@ -146,17 +148,6 @@ def _chosen(tries: Sequence[Try], speedup: float, at_most: bool) -> MaskSet:
     tried = [{"density": one.masks.density, "dense_s": one.dense, "sparse_s": one.sparse} for one in tries]
     recipe = {"speedup": speedup, "dense_step_s": best.dense, "sparse_step_s": best.sparse, "tries": tried}
     return MaskSet(best.masks, {**best.masks.recipe, **recipe}, best.masks.skipped)
-
-
-def plan_copy(model: nn.Module, masks: Mapping[str, Tensor], costs: Mapping[str, LayerCost]) -> nn.Module:
-    """A sparse copy of ``model``, each layer running as its costs say is faster."""
-    network = copy.deepcopy(model)
-    plan = {}
-    for name, mask in masks.items():
-        kept = int(mask.count_nonzero())
-        plan[name] = "dense" if kept == mask.numel() else costs[name].runs(kept)
-    sparsify_(network, masks, plan=plan)
-    return network
 
 
 def measure_steps(model: nn.Module, sparse: nn.Module | None, batch: Batch, loss_fn: LossFn | None) -> dict[str, float]:

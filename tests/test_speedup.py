@@ -11,8 +11,9 @@ from torch import nn
 
 import grasp_sparse as gs
 from grasp_sparse import pruning, speedup
-from grasp_sparse.nn import SparseLayer
+from grasp_sparse.nn import MaskedConv2d, SparseLayer
 from grasp_sparse.planning import Times, measure
+from grasp_sparse.planning.cost_model import DENSITIES
 from grasp_sparse.train.models import build_model
 
 pytestmark = pytest.mark.skipif(not gs._extension.status().loaded, reason="without compiled kernels nothing is measured")
@@ -87,6 +88,30 @@ def test_the_step_becomes_as_fast_as_asked(on, asked, surprise, criterion):
     assert masks.recipe["speedup"] == asked and masks.recipe["budget"] == "time" and masks.recipe["criterion"] == criterion
     assert masks.recipe["dense_step_s"] / masks.recipe["sparse_step_s"] == pytest.approx(asked, rel=0.1)
     assert 1 <= len(masks.recipe["tries"]) <= 6
+
+
+def test_what_was_timed_is_what_sparsify_makes(on, monkeypatch):
+    """The first layer pays sparse at the few densities of the cost line and not at those of the masks: nobody may go by the line."""
+    machine, seen = Machine(), []
+
+    def bumpy(layer, mask, given, block_size=None):
+        times = machine.layer(layer, mask, given)
+        alone = mask.shape[1] == 2 and not any(abs(mask.float().mean() - share) < 2e-3 for share in DENSITIES)
+        return times._replace(sparse=times.masked) if alone else times
+
+    def look(model, sparse, batch, loss_fn):
+        if sparse is not None:
+            seen.append({name: type(module) for name, module in sparse.named_modules()})
+        return machine.step(model, sparse, batch, loss_fn)
+
+    on(machine)
+    monkeypatch.setattr(measure, "measure_layer", bumpy)
+    monkeypatch.setattr(speedup, "measure_steps", look)
+    network = net()
+    masks = gs.prune(network, batches(), criterion="snip", budget="time", speedup=3.0)
+    gs.sparsify_(network, masks, batches()[0][0])
+    assert {name: type(module) for name, module in network.named_modules()} in seen
+    assert isinstance(network[0], MaskedConv2d) and isinstance(network[2], SparseLayer)
 
 
 def test_without_surprises_the_first_network_is_fast_enough(on):

@@ -38,10 +38,6 @@ class LayerCost(NamedTuple):
             return self.dense
         return min(self.masked, self.fixed + self.slope * kept)
 
-    def runs(self, kept: int) -> str:
-        """That way: "sparse" or "masked"."""
-        return "sparse" if self.fixed + self.slope * kept < self.masked else "masked"
-
 
 def layer_costs(
     model: nn.Module, names: Iterable[str], example_input: Any, pattern: GroupPattern = Unstructured()
