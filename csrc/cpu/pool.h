@@ -2,6 +2,10 @@
 // backward collects the gradients of the windows that picked a pixel. Both write every element once.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "vec.h"
 
 namespace grasp_sparse {
@@ -9,6 +13,31 @@ namespace GRASP_SPARSE_ISA {
 
 template <class T>
 using Bytes = typename ByteLanes<kNativeLanes<T>>::type;
+
+// One byte a lane, as the integer of the lane. By hand: g++ 12 takes the vector of bytes apart and inserts them one by one.
+template <class T>
+GRASP_SPARSE_INLINE typename NativeOf<T>::index load_bytes(const uint8_t* p) {
+  using Places = typename NativeOf<T>::index;
+#if defined(__AVX2__)
+  __m128i low{};
+  std::memcpy(&low, p, sizeof(Bytes<T>));
+#if defined(__AVX512F__)  // maskz, all lanes: of the plain ones g++ 12 warns that they read what nobody set
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Places>(_mm512_maskz_cvtepu8_epi32(0xffff, low));
+  else
+    return reinterpret_cast<Places>(_mm512_maskz_cvtepu8_epi64(0xff, low));
+#else
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Places>(_mm256_cvtepu8_epi32(low));
+  else
+    return reinterpret_cast<Places>(_mm256_cvtepu8_epi64(low));
+#endif
+#else
+  Bytes<T> bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Places);
+#endif
+}
 
 // f(first element) for native vectors that cover [0, length), the last one shifted back; one(element) where there are too few.
 template <class T, class F, class One>
@@ -62,9 +91,7 @@ GRASP_SPARSE_INLINE void max_pool_grad_run(const PoolArgs<S>& p) {
       [&](int64_t i) {
         Native<T> sum{};
         for (int k = 0; k < p.count; ++k) {
-          Bytes<T> bytes;
-          std::memcpy(&bytes, p.places + p.offsets[k] + i, sizeof bytes);
-          const Places picked = __builtin_convertvector(bytes, Places) == Places{} + p.taps[k];
+          const Places picked = load_bytes<T>(p.places + p.offsets[k] + i) == Places{} + p.taps[k];
           sum += picked ? load_native(p.from + p.offsets[k] + i) : Native<T>{};
         }
         put_native<T, false>(p.out + i, sum);
