@@ -19,7 +19,21 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     settings = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
-    return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+    _start_momentum(optimizer)
+    return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros for SGD's momentum, from which the first step has the bits that it has from none.
+
+    Left to itself, torch makes memory that its kernel fills in the first step, and keeps it unfilled when that step is left out
+    because gradients overflowed.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group.get("momentum") and parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -32,6 +46,8 @@ def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, sav
     _check_moments(optimizer, _MOMENTS[config.optimizer], counts=config.optimizer == "adamw")
     if optimizer.state:
         _expect_complete(optimizer)
+    else:
+        _start_momentum(optimizer)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, moments: set[str], counts: bool) -> None:

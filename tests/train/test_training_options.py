@@ -16,7 +16,7 @@ from grasp_sparse.train.data_parallel import compiled
 from grasp_sparse.train.ema import Ema
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.optimizer import make_optimizer
+from grasp_sparse.train.optimizer import make_optimizer, restore_optimizer
 from grasp_sparse.train.prepare import data_and_model
 from grasp_sparse.train.run import resume_run, start_run
 from grasp_sparse.train.signals import Interrupted
@@ -74,6 +74,50 @@ def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> 
     _step(model, options)
     assert all(map(torch.equal, before, model.parameters()))
     assert options.scaler.get_scale() < 2.0**40
+
+
+def _momenta(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
+
+
+def _steps(config, scales: tuple[float, ...], restored: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A net after as many steps as `scales` for their loss; `restored`: as from a checkpoint written before the first."""
+    model, options = _net(), step_options(config)
+    optimizer = make_optimizer(config, model)
+    if restored:
+        restore_optimizer(config, optimizer, {**optimizer.state_dict(), "state": {}})
+    options.scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    for scale in scales:
+        options.scaler.update(scale)
+        x, y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 10
+        training_step(model, optimizer, nn.functional.cross_entropy, x, y, options)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["new", "restored"])
+def test_a_first_step_whose_gradients_overflow_leaves_no_trace(restored: bool) -> None:
+    """Not in the momentum either, where torch's own optimizer then has memory that nobody wrote."""
+    config = small_config(precision="fp16")
+    model, optimizer = _steps(config, (2.0**40, 1.0), restored)
+    other, unaware = _steps(config, (1.0,))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert all(map(torch.equal, _momenta(optimizer), _momenta(unaware))) and len(_momenta(optimizer)) == len([*model.parameters()])
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["classical", "nesterov"])
+def test_momentum_from_zeros_is_momentum_from_none(nesterov: bool) -> None:
+    """Bit for bit, so that runs are what they were with torch's optimizer as it comes."""
+    config = small_config(nesterov=nesterov)
+    models, x, y = [_net(), _net()], torch.randn(12, 3, 8, 8), torch.arange(12) % 10
+    ours = make_optimizer(config, models[0])
+    settings = {name: getattr(config, name) for name in ("lr", "momentum", "nesterov", "weight_decay")}
+    plain = torch.optim.SGD(models[1].parameters(), **settings, fused=True)
+    assert not plain.state and config.momentum > 0
+    for _ in range(2):
+        for model, optimizer in zip(models, (ours, plain)):
+            training_step(model, optimizer, nn.functional.cross_entropy, x, y)
+        assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+        assert all(map(torch.equal, _momenta(ours), _momenta(plain)))
 
 
 @pytest.mark.parametrize(
