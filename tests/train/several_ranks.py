@@ -26,6 +26,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data_parallel import data_parallel
 from grasp_sparse.train.distributed import current_ranks, on_main, start_distributed, stop_distributed
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.prepare import check_same_structure, data_and_model, masks_for, sparsify_for_training
@@ -174,6 +175,20 @@ def other_masks_on_the_last_rank() -> None:
 def _fail() -> None:
     raise UserError("no such thing")
 
+def index_changed_on_the_last_rank() -> bool:
+    """Whether an index buffer that the last rank alone has changed is unchanged there by a forward and a backward pass."""
+    config = small_config()
+    data, model = data_and_model(config)
+    sparsify_for_training(config, model, masks_for(config, model, data), data)
+    wrapped, _ = data_parallel(model)
+    indices = next(buffer for name, buffer in model.named_buffers() if name.endswith("col_indices"))
+    if current_ranks().rank == RANKS - 1:
+        indices.copy_(indices.flip(0))
+    left = indices.clone()
+    wrapped(torch.randn(4, *data.shape)).sum().backward()
+    return torch.equal(indices, left)
+
+
 
 def work(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
@@ -187,6 +202,7 @@ def work(folder: Path) -> dict[str, Any]:
     found["batches of the criterion"] = message_of(lambda: masks_by(criterion_args={"num_batches": 1}))
 
     noisy = small_config(model="several_ranks:noisy_net", ema_decay=0.9)
+    found["index kept"] = index_changed_on_the_last_rank()
     start_run(noisy, folder / "whole")
     interrupted_then_resumed(noisy, folder / "parts", steps=6)
 
