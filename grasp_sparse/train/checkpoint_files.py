@@ -39,15 +39,22 @@ def drop_old_checkpoints(run_dir: Path, keep: int, best_epoch: int | None) -> No
 def newest_good_checkpoint(run_dir: Path) -> Path:
     """The checkpoint furthest in training that holds what was written; warns, in a line, of damaged ones that it passes over.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and for one that the disk does not give: it may be good, and a run that went on from
+    an older one would leave it behind.
     """
     damaged: list[str] = []
     for path in list_checkpoints(run_dir):
         try:
             read_sealed(path)
-        except (DamagedFile, OSError) as error:
+        except DamagedFile as error:
             damaged.append(f"{path.name}: {error}")
             continue
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"cannot read checkpoint {path} ({reason}), which may be good; try again when the disk answers, or move it away to "
+                "go on from the one before"
+            ) from error
         if damaged:
             warnings.warn(f"damaged checkpoint passed over, going back to {path.name} ({'; '.join(damaged)})", stacklevel=2)
         return path

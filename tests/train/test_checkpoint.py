@@ -194,6 +194,23 @@ def _nested(depth: int) -> list:
 
 def _rng_with(left: int, following: int) -> list:
     """A Mersenne Twister that would read its next numbers from behind its 624 words."""
+def test_a_disk_that_does_not_answer_says_nothing_about_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, _at(3))
+    newest, read = save_checkpoint(tmp_path, _at(4)), Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match=f"cannot read checkpoint .*{newest.name} .Input/output error.*; try again") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 4
+
+
     state = torch.get_rng_state()
     struct.pack_into("=iiQ", state.numpy(), 8, left, 1, following)
     return [{"torch": state, "cuda": None}]

@@ -196,6 +196,24 @@ def test_damaged_checkpoints_are_put_aside_and_the_run_ends_as_if_they_had_not_b
         load_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_that_a_network_disk_does_not_give_is_not_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    start_run(_config(keep_checkpoints=3), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        with pytest.raises(UserError, match="cannot read checkpoint .*Stale file handle"):
+            resume_run(tmp_path, _NET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    resume_run(tmp_path, _NET)
+    assert _same_end(tmp_path, whole)
+
+
 def test_auto_starts_goes_on_and_ends_by_one_and_the_same_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
