@@ -24,12 +24,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        move_over(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def move_over(source: Path, target: Path) -> None:
+    """Renames ``source``, whose bytes are on the disk, to ``target`` in the same folder, in place of what is there, for good."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do this to files only; the rename is done
+            raise
     finally:
         os.close(folder)
 

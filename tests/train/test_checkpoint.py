@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import resource
+import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -67,6 +68,56 @@ def test_a_tensor_that_repeats_memory_is_written_out(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {**_STATE, "model": {"w": torch.ones(1).expand(5), "m": torch.arange(6.0).view(2, 3)[:, ::2]}})
     model = load_checkpoint(tmp_path)["model"]
     assert torch.equal(model["w"], torch.ones(5)) and torch.equal(model["m"], torch.tensor([[0.0, 2], [3, 5]]))
+
+
+def _is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def test_bytes_are_on_the_disk_before_they_have_the_name_and_the_name_before_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, replace, path = [], os.replace, tmp_path / "file"
+
+    def synced(descriptor: int) -> None:
+        order.append("fsync folder" if _is_folder(descriptor) else f"fsync {os.fstat(descriptor).st_size} bytes")
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", lambda *names: (order.append("replace"), replace(*names)))
+    files.write_atomically(path, lambda file: (file.write(b"12345"), order.append("write")))
+    assert order == ["write", "fsync 5 bytes", "replace", "fsync folder"]
+    assert path.read_bytes() == b"12345"
+
+
+def _refusing(folders: bool, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not fsync folders, or files."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if _is_folder(descriptor) == folders:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_sync_folders_still_takes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    _refusing(True, number, monkeypatch)
+    save_checkpoint(tmp_path, _STATE)
+    assert _names(tmp_path) == [checkpoint_name(3, 0)] and load_checkpoint(tmp_path)["position"]["epoch"] == 3
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize(("folders", "number"), [(True, errno.EIO), (False, errno.EINVAL), (False, errno.EIO)])
+def test_another_sync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: bool, number: int) -> None:
+    _refusing(folders, number, monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        save_checkpoint(tmp_path, _STATE)
+    assert len(_names(tmp_path)) == folders  # nothing that may not be on the disk has the name of a checkpoint
 
 
 class _FullDisk:
@@ -143,6 +194,23 @@ def test_damage_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage:
     assert len(said) == 1 and "\n" not in str(said[0].message)
 
 
+def test_a_disk_that_does_not_answer_says_nothing_about_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, _at(3))
+    newest, read = save_checkpoint(tmp_path, _at(4)), Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match=f"cannot read checkpoint .*{newest.name} .Input/output error.*; try again") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 4
+
+
 def test_where_none_is_good_each_is_named_in_one_line(tmp_path: Path) -> None:
     paths = [save_checkpoint(tmp_path, _at(epoch)) for epoch in (3, 4)]
     for path in paths:
@@ -194,23 +262,6 @@ def _nested(depth: int) -> list:
 
 def _rng_with(left: int, following: int) -> list:
     """A Mersenne Twister that would read its next numbers from behind its 624 words."""
-def test_a_disk_that_does_not_answer_says_nothing_about_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, _at(3))
-    newest, read = save_checkpoint(tmp_path, _at(4)), Path.read_bytes
-
-    def failing(path: Path) -> bytes:
-        if path == newest:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    with pytest.raises(UserError, match=f"cannot read checkpoint .*{newest.name} .Input/output error.*; try again") as error:
-        load_checkpoint(tmp_path)
-    assert "\n" not in str(error.value)
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path)["position"]["epoch"] == 4
-
-
     state = torch.get_rng_state()
     struct.pack_into("=iiQ", state.numpy(), 8, left, 1, following)
     return [{"torch": state, "cuda": None}]
