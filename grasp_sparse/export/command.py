@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from grasp_sparse.export.onnx import check_packages, read_onnx, write_onnx
 from grasp_sparse.export.source import Source, read_source
 from grasp_sparse.export.weights import read_dense, read_sparse, write_dense, write_sparse
+from grasp_sparse.files import move_over
 from grasp_sparse.train.errors import UserError
 
 _TOLERANCE = 1e-3  # of the largest logit: float32 through another library's kernels; a wrong weight is off by far more
@@ -21,7 +23,7 @@ def export_run(run_dir: Path, form: str, path: Path, which: str = "last", model:
     """Write `path` and read it back; returns by how much its logits differ from the run's, as a share of the largest one.
 
     form: "dense", "sparse" or "onnx". which, model: see `read_source`. Raises UserError for what cannot be exported, and where
-    what was written computes something else: the file is deleted then.
+    what was written computes something else. Whatever goes wrong, a file that was at `path` before stays as it was.
     """
     if path.is_dir():
         raise UserError(f"Expected --out to be a file for the model, got the folder {path}; name a file in it")
@@ -29,8 +31,14 @@ def export_run(run_dir: Path, form: str, path: Path, which: str = "last", model:
         check_packages()
     source = read_source(run_dir, which, model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    {"dense": write_dense, "sparse": write_sparse, "onnx": write_onnx}[form](source, path)
-    return _compare(source, _read(source, form, path), path)
+    unread = path.with_name(f".{os.getpid()}.unread.{path.name}")  # the suffix last: readers go by it
+    try:
+        {"dense": write_dense, "sparse": write_sparse, "onnx": write_onnx}[form](source, unread)
+        difference = _compare(source, _read(source, form, unread), path.name)
+        move_over(unread, path)
+    finally:
+        unread.unlink(missing_ok=True)
+    return difference
 
 
 def _read(source: Source, form: str, path: Path) -> Callable[[Tensor], Tensor]:
@@ -41,13 +49,12 @@ def _read(source: Source, form: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _compare(source: Source, read: Callable[[Tensor], Tensor], path: Path) -> float:
+def _compare(source: Source, read: Callable[[Tensor], Tensor], name: str) -> float:
     images = source.images(_IMAGES)
     expected, got = source.model(images), read(images)
     difference = float("inf")
     if got.shape == expected.shape:
         difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= _TOLERANCE:  # also when it is not a number
-        path.unlink()
-        raise UserError(f"Expected {path.name} to compute what the run does, got logits {difference:.1e} apart; nothing was exported")
+        raise UserError(f"Expected {name} to compute what the run does, got logits {difference:.1e} apart; nothing was exported")
     return difference

@@ -33,9 +33,12 @@ _RUNS = {
     "blocks": _SMALL | {"pattern": "block(8, 8)", "max_density": 1.0},
     "masked": _SMALL | {"max_density": 1e-6},
     "dense": _SMALL | {"dense": True},
-    "torchvision": {"model": "resnet18", "image_size": 32, "train_limit": 16, "batch_size": 8, "memory_format": "channels_last"},
+    "torchvision": {
+        "model": "resnet18", "max_density": 1.0, "image_size": 32, "train_limit": 16, "batch_size": 8,
+        "memory_format": "channels_last",
+    },
     "averaged": _SMALL | {"ema_decay": 0.9, "epochs": 3, "keep_checkpoints": 1},
-    "factory": {"model": f"{__name__}:strange_net"},
+    "factory": {"model": f"{__name__}:strange_net", "max_density": 1.0},
 }  # fmt: skip
 
 needs_onnx = pytest.mark.skipif(
@@ -203,6 +206,39 @@ def test_a_file_that_computes_something_else_is_not_left(runs, tmp_path: Path, m
     with pytest.raises(UserError, match="Expected model.pt to compute what the run does"):
         command.export_run(runs("dense"), "dense", tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
+
+
+class _Stopped(BaseException):
+    """Neither an error of ours nor of anybody: a signal, say."""
+
+
+def _fail(*_: object) -> None:
+    raise _Stopped
+
+
+@pytest.mark.parametrize("failing", ["write_dense", "read_dense", "_compare", "move_over"])
+def test_an_export_that_fails_leaves_the_file_of_the_one_before(
+    runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "model.pt"
+    command.export_run(runs("dense"), "dense", path)
+    good = path.read_bytes()
+    monkeypatch.setattr(command, failing, _fail)
+    with pytest.raises(_Stopped):
+        command.export_run(runs("sparse"), "dense", path)
+    assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_has_the_name_of_the_export_was_read_back(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, compare = tmp_path / "model.pt", command._compare
+
+    def watched(*arguments: object) -> float:
+        assert not path.exists()
+        return compare(*arguments)
+
+    monkeypatch.setattr(command, "_compare", watched)
+    command.export_run(runs("sparse"), "dense", path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_command_writes_beside_the_run_and_says_so(runs, capsys: pytest.CaptureFixture) -> None:
