@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,12 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 
 T = TypeVar("T")
+
+# What rank 0 does for all (scoring for a speedup, measuring layers, timing steps at the end) takes hours on a large network, and
+# torch lets ranks wait half an hour. A day is longer than any of it, and costs little: a rank that dies closes its connections, and
+# those who wait know at once. Between steps torch's own limit stays, for ranks that hang: hence a group of its own.
+_LONGEST_WORK_OF_MAIN = timedelta(days=1)
+_waiting: dist.ProcessGroup | None = None  # of `on_main`; the default one where somebody else has joined the processes
 
 # gloo raises plain RuntimeErrors
 _COLLECTIVE_FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
@@ -58,11 +65,13 @@ def current_ranks() -> Ranks:
 
 def start_distributed() -> Ranks:
     """Join the other processes that torchrun started, if it did. Device "cuda" then is this process's own GPU."""
+    global _waiting
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         gpus = torch.cuda.device_count()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         if current_ranks().local_rank < gpus:
             torch.cuda.set_device(current_ranks().local_rank)
+        _waiting = dist.new_group(backend="gloo", timeout=_LONGEST_WORK_OF_MAIN)
     return current_ranks()
 
 
@@ -100,8 +109,10 @@ def lost_ranks_named() -> Iterator[None]:
 
 def stop_distributed() -> None:
     """Leave the others, at the end of a run that went well."""
+    global _waiting
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _waiting = None
 
 
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
@@ -142,7 +153,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; the others wait for it. When it fails there, it fails everywhere."""
+    """What `work` gives on rank 0, on every rank; the others wait for it, a day. When it fails there, it fails everywhere."""
     ranks = current_ranks()
     if ranks.size == 1:
         return work()
@@ -153,7 +164,7 @@ def on_main(work: Callable[[], T]) -> T:
             answer[0] = work()
         except Exception as error:
             failure, answer[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=_waiting)
     if failure is not None:
         raise failure
     if answer[1] is not None:

@@ -13,12 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 import grasp_sparse
 from grasp_sparse import pruning
@@ -189,6 +192,19 @@ def index_changed_on_the_last_rank() -> bool:
     return torch.equal(indices, left)
 
 
+def long_work_on_main() -> str:
+    """What comes of work on rank 0 that takes longer than ranks wait for one another among steps."""
+    limit = distributed_c10d._set_pg_timeout
+    limit(timedelta(seconds=0.5))
+    try:
+        return message_of(lambda: on_main(lambda: time.sleep(1.5)))
+    finally:
+        limit(distributed_c10d.default_pg_timeout)
+
+
+def _fail() -> None:
+    raise UserError("no such thing")
+
 
 def work(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
@@ -199,6 +215,8 @@ def work(folder: Path) -> dict[str, Any]:
     found["plan"] = plan_that_ranks_measure_differently()
     found["other masks"] = message_of(other_masks_on_the_last_rank)
     found["main fails"] = message_of(lambda: on_main(_fail))
+    found["main takes long"] = long_work_on_main()
+    found["index kept"] = index_changed_on_the_last_rank()
     found["batches of the criterion"] = message_of(lambda: masks_by(criterion_args={"num_batches": 1}))
 
     noisy = small_config(model="several_ranks:noisy_net", ema_decay=0.9)

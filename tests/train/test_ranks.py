@@ -92,6 +92,11 @@ def test_what_fails_on_rank_0_fails_everywhere_and_is_said_once(found: list[dict
     assert [rank["main fails"] for rank in found] == [reason] + [f"MainFailed: rank 0 failed: {reason}"] * 2
 
 
+def test_ranks_wait_for_rank_0_longer_than_for_one_another(found: list[dict]) -> None:
+    """Scoring for a speedup and timing steps at the end take rank 0 alone as long as they take."""
+    assert [rank["main takes long"] for rank in found] == [""] * RANKS
+
+
 def test_indices_do_not_travel_with_each_forward_pass(found: list[dict]) -> None:
     """Rank 0's would be on the last rank otherwise, at a cost of 4 bytes for every kept weight."""
     assert [rank["index kept"] for rank in found] == [True] * RANKS
