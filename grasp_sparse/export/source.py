@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import load_checkpoint, read_checkpoint, require
 from grasp_sparse.train.checkpoint_files import checkpoint_name
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import build_model
-from grasp_sparse.train.resume import check_masks, is_foreign
+from grasp_sparse.train.resume import is_foreign, load_weights, misfits_named
 
 _MOST_INPUT = 1 << 28  # numbers in one image: more than any has
 # Of torchvision's factories: weights to begin with. They would be fetched, and overwritten at once.
@@ -56,11 +55,8 @@ def read_source(run_dir: Path, which: str = "last", model: str | None = None) ->
     require(_describes_images(data), f"data in {where}", "num_classes, and shape as three sizes", data)
     args = {key: value for key, value in config.model_args.items() if key not in _NOT_FOR_EXPORT}
     trained, plain = (build_model(config.model, data["num_classes"], data["shape"][0], args).eval() for _ in range(2))
-    try:
-        trained.load_state_dict(state["model"]) if state["pruning"] is None else load_sparse(trained, state["model"])
-        check_masks(trained, state["pruning"], state["masks_digest"], run_dir)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{where} does not fit model {config.model}: {error}") from error
+    with misfits_named(where, config.model):
+        load_weights(trained, state, run_dir)
     epoch = state["position"].get("epoch")
     about = {"which": which, "epoch": epoch, "config": config.to_dict(), "data": data, "pruning": state["pruning"]}
     return Source(trained, plain, tuple(data["shape"]), about)

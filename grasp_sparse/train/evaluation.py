@@ -10,6 +10,7 @@ from torch import nn
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.distributed import current_ranks, sum_over_ranks
+from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.sharding import evaluation_batches
 from grasp_sparse.train.step import autocast, step_options
 
@@ -20,7 +21,7 @@ def evaluate(
 ) -> tuple[float, float] | None:
     """Mean cross-entropy and accuracy (share right) of `model` on the test images; every rank looks at its part of them.
 
-    None, on every rank, if one had to `stop` on the way.
+    None, on every rank, if one had to `stop` on the way. Raises UserError, on every rank, where no test image is readable.
     """
     model.eval()
     device = torch.device(config.device)
@@ -37,4 +38,10 @@ def evaluate(
         images += len(y)
     model.train()
     loss, correct, images, stopped = sum_over_ranks(loss, correct, images, stop())
-    return None if stopped else (loss / images, correct / images)
+    if stopped:
+        return None
+    if not images:
+        raise UserError(
+            f"Expected at least one readable test image, got none of {len(data.test)}; mend some, then start with --resume auto"
+        )
+    return loss / images, correct / images

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import require
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
@@ -62,10 +64,32 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
     return f"grasp-sparse train --resume {run_dir}{model}"
 
 
-def check_masks(model: nn.Module, pruning: dict[str, Any] | None, digest: str | None, path: Path) -> None:
-    """UserError unless the weights that `model`, loaded from `path`, keeps are those that its run chose."""
-    found = None if pruning is None else _kept(model, [layer["name"] for layer in pruning["layers"]]).digest()
-    require(found == digest, f"masks_digest in {path}", f"that of its weights, {found}", digest)
+@contextlib.contextmanager
+def misfits_named(where: Path | str, model: str) -> Iterator[None]:
+    """Inside, only what the checkpoint `where` holds is taken over: what goes wrong does because it does not fit.
+
+    But for a device that has no room, or is lost, which no checkpoint mends.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{where} does not fit model {model}: {error}") from error
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], where: Path | str) -> None:
+    """Make the fresh `model` the one in the checkpoint `where`, which holds `state`.
+
+    Raises UserError unless the weights it then keeps are those that its run chose; what torch raises where nothing fits.
+    """
+    found = None
+    if state["pruning"] is None:
+        model.load_state_dict(state["model"])
+    else:
+        load_sparse(model, state["model"])
+        found = _kept(model, [layer["name"] for layer in state["pruning"]["layers"]]).digest()
+    require(found == state["masks_digest"], f"masks_digest in {where}", f"that of its weights, {found}", state["masks_digest"])
 
 
 def _kept(model: nn.Module, names: list[str]) -> MaskSet:

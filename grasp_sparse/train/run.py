@@ -12,7 +12,6 @@ from typing import Any
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.files import FolderInUse, locked_folder, write_atomically
 from grasp_sparse.masks import MaskSet
-from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import read_checkpoint, require
 from grasp_sparse.train.checkpoint_files import (
     delete_checkpoints, delete_partial_files, has_run, list_checkpoints, newest_good_checkpoint, set_damaged_aside,
@@ -31,7 +30,7 @@ from grasp_sparse.train.prepare import (
     sparsify_for_training,
 )
 from grasp_sparse.train.recorder import delete_events
-from grasp_sparse.train.resume import check_masks, resume_command, resumed_config
+from grasp_sparse.train.resume import load_weights, misfits_named, resume_command, resumed_config
 from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
@@ -94,18 +93,13 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         config = regrouped(config, len(state["rng"]), ranks)
         data, model = data_and_model(config)
         model = synchronize_norms(config, model)
-        try:
-            if config.dense:
-                model.load_state_dict(state["model"])
-            else:
-                load_sparse(model, state["model"])
-            check_masks(model, state["pruning"], state["masks_digest"], path)
-            check_same_structure(model)
-            extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")} | {"data": data.describe()}
-            trainer = Trainer(config, model, data, run_dir, extra)
+        with misfits_named(path, config.model):
+            load_weights(model, state, path)
+        check_same_structure(model)
+        extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")} | {"data": data.describe()}
+        trainer = Trainer(config, model, data, run_dir, extra)
+        with misfits_named(path, config.model):
             trainer.restore(state)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} does not fit model {config.model}: {error}") from error
         if ranks.size != len(state["rng"]):
             now = f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches"
             say(f"{now} in place of {len(state['rng'])} ranks: the same images a step, not the same bits")

@@ -114,6 +114,18 @@ def test_a_run_counts_them_in_its_history(tmp_path: Path) -> None:
     assert [row["corrupt_images"] for row in rows] == [2, 2]
 
 
+def test_a_run_without_one_readable_test_image_says_so(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "images")
+    for path in (tmp_path / "images" / "val").rglob("*.png"):
+        path.write_text("")
+    config = TrainConfig(
+        data="imagefolder", data_dir=str(tmp_path / "images"), image_size=8, workers=0, batch_size=8, epochs=1, dense=True,
+        model="vgg_small", model_args={"stem": 4, "widths": [4], "depth": 1}, timing_rounds=0, tensorboard="off",
+    )  # fmt: skip
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="Expected at least one readable test image, got none of 8"):
+        start_run(config, tmp_path / "run")
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux only")
 def test_workers_go_on_when_a_scheduler_signals_every_process(tmp_path: Path) -> None:
     write_class_folders(tmp_path, count=24)

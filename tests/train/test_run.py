@@ -16,10 +16,11 @@ from benchmarks.run_states import same
 from grasp_sparse import _extension
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, measure
-from grasp_sparse.train import engine
+from grasp_sparse.train import engine, resume, run
 from grasp_sparse.train.checkpoint import load_checkpoint, save_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, has_run
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.engine import Trainer
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.position import ROW_NUMBERS, Position, position_from
 from grasp_sparse.train.run import resume_run, start_run
@@ -332,3 +333,35 @@ def test_a_choice_that_cannot_work_is_refused_before_training(tmp_path: Path, ch
     with pytest.raises((UserError, ValueError), match=message):
         start_run(_config(**changes), tmp_path)
     assert not has_run(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["check_same_structure", "Trainer"])
+def test_what_goes_wrong_beside_the_checkpoint_is_not_put_down_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A lost connection, a device without memory."""
+    start_run(_config(epochs=1), tmp_path)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("something about this machine")
+
+    monkeypatch.setattr(run, where, fail)
+    with pytest.raises(RuntimeError, match="^something about this machine$"):
+        resume_run(tmp_path, _TRUSTED)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(resume, "load_sparse"), (Trainer, "restore")], ids=["weights", "the rest"])
+def test_a_device_without_room_is_not_a_checkpoint_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    start_run(_config(epochs=1), tmp_path)
+    errors = [torch.OutOfMemoryError("no room"), RuntimeError("sizes differ")]
+
+    def fail(*_: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(torch.OutOfMemoryError, match="^no room$"):
+        resume_run(tmp_path, _TRUSTED)
+    with pytest.raises(UserError, match="checkpoint-.* does not fit model .*: sizes differ"):
+        resume_run(tmp_path, _TRUSTED)
