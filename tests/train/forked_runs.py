@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -116,10 +115,7 @@ _FLAGS = {
 
 def ranks(folder: Path, name: str, work: Callable[[], int]) -> list[int]:
     """The process ids of ranks, started as torchrun starts them, that do `work`; what they say goes to FOLDER/NAME-RANK.txt."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(_RANKS)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(several_ranks.free_port()), "WORLD_SIZE": str(_RANKS)}
     return [forked(work, folder / f"{name}-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(_RANKS)]
 
 

@@ -144,25 +144,61 @@ def test_ranks_that_cannot_share_a_step_are_refused() -> None:
         regrouped(small_config(batch_size=16), 2, Ranks(size=3))
 
 
-def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained(tmp_path: Path) -> None:
-    flags = [
-        "--data", "fake", "--image-size", "8", "--train-limit", "96", "--test-limit", "20", "--epochs", "2", "--lr", "0.05",
-        "--sparsity", "0.7", "--samples-per-class", "2", "--score-batch", "5", "--timing-rounds", "0", "--plan", "density", "--tensorboard", "off",
-        "--model", "several_ranks:plain_net", "--batch-size", "8",
+_FLAGS = [
+    "--data", "fake", "--image-size", "8", "--train-limit", "96", "--test-limit", "20", "--epochs", "2", "--lr", "0.05",
+    "--sparsity", "0.7", "--samples-per-class", "2", "--score-batch", "5", "--timing-rounds", "0", "--plan", "density",
+    "--tensorboard", "off", "--model", "several_ranks:plain_net", "--batch-size", "8",
+]  # fmt: skip
+
+
+def _torchrun(*agents: list[str], out: Path) -> str:
+    """Train into the folder `out` by an agent of torchrun for each of these lists of flags; what they said on stdout."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    processes = [
+        subprocess.Popen(
+            [*command, *flags, "-m", "grasp_sparse", "train", *_FLAGS, "--out", str(out)], text=True,
+            env={**os.environ, **several_ranks.python_path()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for flags in agents
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "grasp_sparse", "train", *flags, "--out", str(tmp_path / "two")], env={**os.environ, **several_ranks.python_path()},
-        capture_output=True, text=True, timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   1/2") == 1  # said by one rank
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors for _, errors in said)
+    return "".join(output for output, _ in said)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run by torchrun on two ranks of one machine: its folder, and what was said."""
+    folder = tmp_path_factory.mktemp("torchrun") / "two"
+    return folder, _torchrun(["--standalone", "--nproc-per-node", "2"], out=folder)
+
+
+def test_two_machines_train_what_two_ranks_of_one_do(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    """Two agents with a rank each, which both have the local rank 0."""
+    shared = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{several_ranks.free_port()}"]
+    said = _torchrun(*([*shared, "--node-rank", str(number)] for number in range(2)), out=tmp_path / "run")
+    assert said.count("epoch   1/2") == 1  # by one rank of both machines
+    apart, together = load_checkpoint(tmp_path / "run"), load_checkpoint(two_ranks[0])
+    for part in ("model", "optimizer", "rng", "masks_digest"):
+        assert same(apart[part], together[part]), part
+    assert len(apart["rng"]) == 2 and apart["position"]["finished"]
+
+
+def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained(
+    two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, said = two_ranks
+    assert said.count("epoch   1/2") == 1  # said by one rank
     config = small_config(batch_size=16)
-    results = [json.loads((tmp_path / "two" / "result.json").read_text()), start_run(config, tmp_path / "one")]
+    results = [json.loads((folder / "result.json").read_text()), start_run(config, tmp_path / "one")]
     results.append(start_run(small_config(accumulate=2), tmp_path / "accumulated"))
     assert [result["scale"]["images_per_step"] for result in results] == [16] * 3
 
-    states = [load_checkpoint(tmp_path / name) for name in ("two", "one", "accumulated")]
+    states = [load_checkpoint(path) for path in (folder, tmp_path / "one", tmp_path / "accumulated")]
     for state in states[1:]:
         for name, tensor in states[0]["model"].items():
             torch.testing.assert_close(state["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
@@ -176,7 +212,7 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
     scale = results[0]["scale"]
     assert values > 0 and (scale["values"], scale["dense_parameters"]) == (values, dense)
     assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
-    assert f"{4 * (values + dense):,} bytes all-reduced a step" in done.stdout
+    assert f"{4 * (values + dense):,} bytes all-reduced a step" in said
     assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
 
 
