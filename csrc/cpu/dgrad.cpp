@@ -19,12 +19,13 @@ void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const
   parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
     T* buffer = TaskScratch::mine().packed_g.template reserve<T>(product.size());
     const T* packed = nullptr;
-    int64_t held = -1;
+    int64_t band_held = -1;
+    MovingBand::Held held;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands;
       const int64_t place = product.h().first + band % bands * product.rows();
-      if (band != held) packed = product.band(g, slice, place, buffer);
-      held = band;
+      if (band != band_held) packed = product.band(g, slice, place, buffer, held);
+      band_held = band;
       product.run(packed, slice, place, cut[part], cut[part + 1], Ahead{});
     }
   });

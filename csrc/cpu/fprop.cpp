@@ -14,7 +14,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
   const ChannelBlocks blocks(x.c, window, walk);
-  PackedInput<T> input(blocks.size, window);
+  PackedInput<T> input(x, blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   input.read_in_place(x);
   const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
@@ -33,13 +33,14 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
     T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
     int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * walk.rows : 0);
     const T* at = nullptr;
-    int64_t held = -1;
+    int64_t band_held = -1;
+    MovingBand::Held held;
     bool all = true;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
       ProductArgs<S> args{};
       args.row_step = input.row_step();
-      if (input.in_place() && band != held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
+      if (input.in_place() && band != band_held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
       args.values = values, args.bias = bias, args.blocks = input.blocks(walk, y.c);
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];
@@ -48,13 +49,13 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
       args.lanes = static_cast<int>(std::min(L, y.n - slice * L)), args.stream = streams(y);
       args.partial = partial;
       for (int64_t b = 0; b < blocks.count; ++b) {
-        if (blocks.count > 1 || band != held) at = input.band(blocks.channels(x, b), slice, row, packed);
+        if (blocks.count > 1 || band != band_held) at = input.band(blocks.channels(x, b), slice, row, packed, held);
         args.packed = at;
         args.entries = blocks.entries(entries, b, walk.rows, stops, &all);
         args.last = b == blocks.count - 1, args.relu = relu && args.last;
         kernels<S>().product(args);
       }
-      held = band;
+      band_held = band;
     }
     if (!all) complete = false;
   });

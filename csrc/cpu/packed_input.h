@@ -4,6 +4,7 @@
 #include "bands.h"
 #include "in_place.h"
 #include "lists.h"
+#include "moving_band.h"
 #include "scratch.h"
 
 namespace grasp_sparse {
@@ -13,10 +14,12 @@ class PackedInput {
  public:
   static constexpr int64_t L = kLanes<T>;
 
-  PackedInput(int64_t channels, const Window& window)
+  // `channels` of x at a time.
+  template <class S>
+  PackedInput(const Image<const S>& x, int64_t channels, const Window& window)
       : channels_(channels), window_(window), row_phases_(window.h.used_phases()), col_phases_(window.w.used_phases()),
         width_(window.w.output + window.w.halo()) {
-    set_rows(band_rows(window.h.output, window.h.halo(), row_bytes()));
+    set_rows(band_rows(window.h.output, window.h.halo(), row_bytes(), band_bytes(x, window), least_rows(window)));
   }
 
   // No packing where x lies as a packed image does. First of all: bands are then small.
@@ -59,23 +62,28 @@ class PackedInput {
     return walk.has_blocks ? blocks_of(walk.block, outputs, channels_, channel_size_, walk.permutation) : Blocks{};
   }
 
-  // What output rows [row, row + rows()) of one slice read, packed into `buffer` if need be.
+  // What output rows [row, row + rows()) of one slice read, packed into `buffer`, which holds `held`, if need be.
   template <class S>
-  const T* band(const Image<const S>& x, int64_t slice, int64_t row, T* buffer) const {
+  const T* band(const Image<const S>& x, int64_t slice, int64_t row, T* buffer, MovingBand::Held& held) const {
     if (in_place_) return band_in_place(x, slice, row);
-    pack(x, slice, row, buffer);
+    pack(x, slice, row, buffer, held);
     return buffer;
   }
 
  private:
   template <class S>
-  void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst) const {
+  void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst, MovingBand::Held& held) const {
     static thread_local std::vector<int64_t> row_places, col_places;
-    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, height_, row_step(), row_places);
-    axis_places(window_.w, col_phases_, phase_size_, 0, width_, L, col_places);
+    const MovingBand::Shape shape{x.c, channel_size_, phases_h(), phases_w(), phase_size_, height_, row_step()};
+    const bool fresh = held.nothing();
+    const int64_t first = MovingBand::advance(shape, held, slice, row, rows_, dst);
+    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), row_places);
+    axis_places(window_.w, col_phases_, phase_size_, 0, 0, width_, L, col_places);
     // Without padding and phases every packed place has its source, unless the last band is short.
-    const int64_t places = height_ * width_ * static_cast<int64_t>(row_phases_.size()) * phases_w();
-    pack_slice(x, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, dst);
+    const int64_t places = height_ * width_ * phases_h() * phases_w();
+    const bool zero = fresh && used(row_places) * used(col_places) < places;
+    if (!fresh) MovingBand::zero_rows(shape, first, row_places, dst);
+    pack_slice(x, slice, row_places, col_places, zero, channel_size_, dst);
   }
 
   // Place of every tap within a packed channel, relative to an output pixel.
@@ -107,16 +115,15 @@ class PackedInput {
     places.push_back(0);
     return places;
   }
+  int64_t phases_h() const { return static_cast<int64_t>(row_phases_.size()); }
   int64_t phases_w() const { return static_cast<int64_t>(col_phases_.size()); }
-  int64_t row_bytes() const {
-    return channels_ * static_cast<int64_t>(row_phases_.size()) * phases_w() * width_ * kSliceBytes;
-  }
+  int64_t row_bytes() const { return channels_ * phases_h() * phases_w() * width_ * kSliceBytes; }
   void set_rows(int64_t rows) {
     rows_ = rows;
     if (in_place_) return;
     height_ = rows + window_.h.halo();
     row_step_ = width_ * L, phase_size_ = height_ * row_step_;
-    channel_size_ = spread(static_cast<int64_t>(row_phases_.size()) * phases_w() * phase_size_, L);
+    channel_size_ = spread(phases_h() * phases_w() * phase_size_, L);
     check_band(size());
   }
   static int64_t index_of(const std::vector<int64_t>& phases, int64_t phase) {

@@ -6,6 +6,7 @@
 #include "bands.h"
 #include "in_place.h"
 #include "lists.h"
+#include "moving_band.h"
 #include "scratch.h"
 
 namespace grasp_sparse {
@@ -23,11 +24,11 @@ struct GradAxis {
   int64_t count() const { return end - first; }
   // Where output `place` lies in a packed band that begins at place `begin`.
   int64_t index(int64_t place, int64_t begin) const { return place - begin + axis.halo(); }
-  // Source places of packed rows [begin - halo, begin + count) of g.
-  void places(int64_t begin, int64_t count, int64_t step, std::vector<int64_t>& out) const {
+  // Where the outputs go that packed rows [first, end) of a band from place `begin` on hold.
+  void places(int64_t begin, int64_t first, int64_t end, int64_t step, std::vector<int64_t>& out) const {
     out.assign(axis.output, -1);
-    for (int64_t i = std::max<int64_t>(0, begin - axis.halo()); i < std::min(axis.output, begin + count); ++i)
-      out[i] = index(i, begin) * step;
+    const int64_t top = begin - axis.halo();
+    for (int64_t i = std::max<int64_t>(0, top + first); i < std::min(axis.output, top + end); ++i) out[i] = index(i, begin) * step;
   }
   Axis axis;
   std::vector<int64_t> phases;  // those that some input pixel has
@@ -68,7 +69,8 @@ class TransposedProduct {
   TransposedProduct(const Window& window, const Image<S>& dx, int64_t g_channels)
       : window_(window), dx_(dx), h_(window.h), w_(window.w), groups_(h_, w_), g_channels_(g_channels),
         row_step_((w_.count() + window.w.halo()) * L) {
-    set_rows(band_rows(h_.count(), window.h.halo(), g_channels * row_step_ * static_cast<int64_t>(sizeof(T))));
+    set_rows(band_rows(h_.count(), window.h.halo(), g_channels * row_step_ * static_cast<int64_t>(sizeof(T)), band_bytes(dx, window),
+                       least_rows(window)));
   }
 
   const GradAxis& h() const { return h_; }
@@ -122,10 +124,10 @@ class TransposedProduct {
     return balanced_rows(row_ptr_ + (groups_.count() > 1) * (lists_rows_ + 1), lists_rows_, parts);
   }
 
-  // What places [begin, begin + rows()) of one slice read, packed into `buffer` if need be.
-  const T* band(const Image<const S>& g, int64_t slice, int64_t begin, T* buffer) const {
+  // What places [begin, begin + rows()) of one slice read, packed into `buffer`, which holds `held`, if need be.
+  const T* band(const Image<const S>& g, int64_t slice, int64_t begin, T* buffer, MovingBand::Held& held) const {
     if (in_place_) return band_in_place(g, slice, begin);
-    pack(g, slice, begin, buffer);
+    pack(g, slice, begin, buffer, held);
     return buffer;
   }
 
@@ -186,12 +188,17 @@ class TransposedProduct {
     }
   }
 
-  void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed) const {
+  void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed, MovingBand::Held& held) const {
     static thread_local std::vector<int64_t> row_places, col_places;
-    h_.places(begin, rows_, row_step_, row_places);
-    w_.places(w_.first, w_.count(), L, col_places);
-    const int64_t places = (rows_ + window_.h.halo()) * (w_.count() + window_.w.halo());
-    pack_slice(g, slice, row_places, col_places, used(row_places) * used(col_places) < places, channel_size_, packed);
+    const int64_t height = rows_ + window_.h.halo();
+    const MovingBand::Shape shape{g.c, channel_size_, 1, 1, channel_size_, height, row_step_};
+    const bool fresh = held.nothing();
+    const int64_t first = MovingBand::advance(shape, held, slice, begin, rows_, packed);
+    h_.places(begin, first, height, row_step_, row_places);
+    w_.places(w_.first, 0, w_.count() + window_.w.halo(), L, col_places);
+    const bool zero = fresh && used(row_places) * used(col_places) < height * (w_.count() + window_.w.halo());
+    if (!fresh) MovingBand::zero_rows(shape, first, row_places, packed);
+    pack_slice(g, slice, row_places, col_places, zero, channel_size_, packed);
   }
 
   void set_rows(int64_t rows) {

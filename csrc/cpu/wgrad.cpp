@@ -79,6 +79,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(g_size);
     int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * csr.rows : 0);
+    MovingBand::Held held, held_g;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, part = item % parts;
       T* mine = group ? partial + (group - 1) * width : sums;
@@ -94,7 +95,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
         }
         if (product) {
           const int64_t place = product->h().first + row;
-          const T* band = product->band(g, slice, place, packed_g);
+          const T* band = product->band(g, slice, place, packed_g, held_g);
           product->run(band, slice, place, dx_cut[part], dx_cut[part + 1], ahead_g);
           args.g = band + product->pixel(row, place);
           args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
@@ -109,7 +110,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
         args.sums = mine, args.start = start, args.blocks = input.blocks(by_row(csr), g.c);
         for (int64_t b = 0; b < blocks.count; ++b) {
-          args.packed = input.band(blocks.channels(x, b), slice, row, packed);
+          args.packed = input.band(blocks.channels(x, b), slice, row, packed, held);
           args.entries = blocks.entries(entries, b, csr.rows, stops, &all);
           args.channel_sums = b == 0 ? mine_channels : nullptr;
           kernels<T>().sampled(args);
@@ -145,7 +146,7 @@ void image_wgrad(const CsrView& csr, const Image<const S>& g, const Image<const 
     return;
   }
   const ChannelBlocks blocks(x.c, window, by_row(csr));
-  PackedInput<Compute<S>> input(blocks.size, window);
+  PackedInput<Compute<S>> input(x, blocks.size, window);
   input.read_in_place(x);
   sampled_passes<S>(csr, g, x, blocks, input, nullptr, sums, bias_sums, add);
 }
@@ -164,7 +165,7 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
     return image_wgrad<S>(csr, g, x, window, sums, bias_sums, add);
   }
   const ChannelBlocks blocks(x.c, window, by_row(csr));
-  PackedInput<Compute<S>> input(blocks.size, window);
+  PackedInput<Compute<S>> input(x, blocks.size, window);
   TransposedProduct<S> product(window, dx, g.c);
   input.read_in_place(x);
   product.read_in_place(g);

@@ -1,0 +1,53 @@
+// How a task goes from one band of a slice to the next.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace grasp_sparse {
+
+// A packed band, [channels][phases][height rows] of row_step elements, and what a task leaves in its buffer between two of them: rows
+// that both read are moved, not packed again, and only the rows where padding takes the place of pixels are zeroed.
+class MovingBand {
+ public:
+  struct Shape {
+    int64_t channels, channel_size, row_phases, col_phases, phase_size, height, row_step;
+  };
+  // The band in the buffer: rows from `row` on of a slice, or nothing yet.
+  struct Held {
+    int64_t slice = -1, row = 0;
+    bool nothing() const { return slice < 0; }
+  };
+
+  // Moves what the band `rows` rows on shares with the one that is held. Returns the first row left to pack.
+  template <class T>
+  static int64_t advance(const Shape& s, Held& held, int64_t slice, int64_t row, int64_t rows, T* packed) {
+    const int64_t shared = held.slice == slice && held.row + rows == row ? s.height - rows : 0;
+    held = {slice, row};
+    for (int64_t c = 0; shared > 0 && c < s.channels; ++c)
+      for (int64_t phase = 0; phase < s.row_phases * s.col_phases; ++phase) {
+        T* to = packed + c * s.channel_size + phase * s.phase_size;
+        std::memmove(to, to + rows * s.row_step, shared * s.row_step * sizeof(T));
+      }
+    return shared;
+  }
+
+  // Zeroes the rows from `first` on that are nobody's place. Columns without a source were zeroed with the first band, and stay so.
+  template <class T>
+  static void zero_rows(const Shape& s, int64_t first, const std::vector<int64_t>& row_places, T* packed) {
+    static thread_local std::vector<char> has_source;
+    has_source.assign(s.row_phases * s.height, 0);
+    const int64_t row_phase_size = s.col_phases * s.phase_size;
+    for (int64_t place : row_places)
+      if (place >= 0) has_source[place / row_phase_size * s.height + place % row_phase_size / s.row_step] = 1;
+    for (int64_t phase = 0; phase < s.row_phases; ++phase)
+      for (int64_t row = first; row < s.height; ++row)
+        for (int64_t c = 0; !has_source[phase * s.height + row] && c < s.channels; ++c)
+          for (int64_t col = 0; col < s.col_phases; ++col)
+            std::fill_n(packed + c * s.channel_size + phase * row_phase_size + col * s.phase_size + row * s.row_step, s.row_step, T(0));
+  }
+};
+
+}  // namespace grasp_sparse

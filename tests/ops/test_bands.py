@@ -1,0 +1,45 @@
+"""Convolutions whose packed images are cut into bands: what a band keeps of the one before is what it would have packed itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import IMAGE_LAYOUTS, close, dense_conv, dense_matrix, sparse_matrix
+
+from grasp_sparse.ops.dtypes import compute_dtype
+
+ops = torch.ops.grasp_sparse
+CHANNELS, FILTERS, BATCH = 400, 5, 18  # a packed row of 10 pixels takes 256 KB: several bands to an image, two slices to a batch
+WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, image
+    "3x3": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (31, 8)),
+    "no padding": ((3, 3), (1, 1), (0, 0, 0, 0), (1, 1), (31, 8)),
+    "one-sided padding": ((4, 2), (1, 1), (0, 3, 1, 0), (1, 1), (23, 8)),
+    "halo of more than a band": ((3, 1), (1, 1), (9, 9, 0, 0), (9, 1), (40, 8)),
+    "stride 2": ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), (41, 15)),
+    "stride 2, rows only": ((5, 3), (2, 1), (2, 2, 1, 1), (1, 1), (41, 15)),
+    "stride 3, dilated": ((3, 3), (3, 2), (2, 2, 2, 2), (2, 2), (50, 15)),
+    "more padding than kernel": ((3, 3), (1, 1), (5, 5, 4, 4), (1, 1), (20, 6)),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "CHWN"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_every_band_reads_what_it_should(window, layout):
+    kernel, stride, padding, dilation, image = window
+    dtype = torch.bfloat16 if stride == (2, 1) else torch.float32
+    lay, _ = IMAGE_LAYOUTS[layout]
+    values, indices, mask = sparse_matrix(FILTERS, CHANNELS * kernel[0] * kernel[1], 0.05, compute_dtype(dtype))
+    weight = dense_matrix(values.double(), mask).view(FILTERS, CHANNELS, *kernel).requires_grad_()
+    bias = torch.randn(FILTERS, dtype=compute_dtype(dtype))
+    x = torch.randn(BATCH, CHANNELS, *image).to(dtype).double().requires_grad_()
+    expected = dense_conv(x, weight, bias.double(), stride, padding, dilation)
+    g = torch.randn(expected.shape).to(dtype)
+    expected_dx, expected_dw = torch.autograd.grad(expected, (x, weight), g.double())
+    expected_dv = expected_dw.flatten(1)[mask].unsqueeze(0)
+    x, g = lay(x.detach().to(dtype)), lay(g)
+    close(ops.csr_conv2d_fprop(values, *indices, bias, x, kernel, stride, padding, dilation), expected, "fprop")
+    close(ops.csr_conv2d_dgrad(values, *indices, g, image, kernel, stride, padding, dilation), expected_dx, "dgrad")
+    close(ops.csr_conv2d_wgrad(*indices, g, x, kernel, stride, padding, dilation), expected_dv, "wgrad")
+    found = ops.csr_conv2d_backward(values, *indices, g, x, kernel, stride, padding, dilation)
+    for got, wanted in zip(found, (expected_dx, expected_dv, g.double().sum((0, 2, 3))), strict=True):
+        close(got, wanted, "backward")
