@@ -72,7 +72,11 @@ def measure_layer(
 
 
 def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[], None]:
-    """One forward and backward of ``layer`` on ``x``, with random gradients in the layout of its output."""
+    """One forward and backward of ``layer`` on ``x``, with random gradients in the layout of its output.
+
+    Autocast casts a weight that is a leaf once for as long as it is on: the dense layer's, not what the others make of theirs.
+    A training step enters autocast anew, so every call here casts.
+    """
     parameters = [x, *layer.parameters()]
     y = layer(x)
     grad = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) if y.requires_grad else None
@@ -80,6 +84,7 @@ def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[]
     def run() -> None:
         for parameter in parameters:
             parameter.grad = None
+        torch.clear_autocast_cache()
         y = layer(x)
         if grad is not None:
             y.backward(grad)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grasp_sparse as gs
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
@@ -32,6 +33,19 @@ class Net(nn.Module):
 @pytest.fixture
 def net():
     return Net()
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of what is made bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
 
 
 def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
@@ -207,6 +221,18 @@ class TestMeasuring:
         net.first.requires_grad_(False)
         plan = gs.plan(net, masks_of(net), X)
         assert all(row.times and row.runs in ("sparse", "masked") for row in plan.rows)
+
+    @pytest.mark.parametrize("kind", [nn.Linear, MaskedLinear, SparseLinear])
+    def test_under_autocast_every_call_casts_its_weight(self, kind):
+        dense = nn.Linear(100, 90)
+        layer = dense if kind is nn.Linear else kind.from_dense(dense, torch.rand(90, 100) < 0.5)
+        weights = [parameter.shape for parameter in layer.parameters() if parameter.dim() > 1]
+        with torch.autocast("cpu", torch.bfloat16):
+            run = measure._arm(layer, torch.randn(3, 100, dtype=torch.bfloat16), torch.Generator())
+            with Casts() as casts:
+                run(), run()
+        # To the kernels values of single weights are float32.
+        assert casts.shapes.count(weights[0]) == (0 if kind is SparseLinear else 2)
 
     @pytest.mark.parametrize(
         "milliseconds, ends",
