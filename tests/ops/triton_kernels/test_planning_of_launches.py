@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
-from grasp_sparse.ops.triton import kernels, tuning
+from grasp_sparse.ops.triton import kernels, launch, tuning
 from grasp_sparse.ops.triton.window import divisor, window
 
 
@@ -89,7 +89,7 @@ def test_what_kernels_do_not_take_the_reference_computes(why, monkeypatch):
 def test_what_would_lead_kernels_out_of_their_tensors_is_refused():
     values, indices = block_matrix((40, 70), (16, 16), 1.0, torch.float32)
     x, g, images = torch.randn(9, 70), torch.randn(9, 40), torch.randn(2, 70, 4, 4)
-    run = kernels.linear
+    run, point = kernels.linear, ((1, 1), (1, 1), (0,) * 4, (1, 1))
     for call in (
         lambda: run.bsr_spmm(values, *indices, None, torch.randn(9, 90), 40),
         lambda: run.bsr_spmm(values, *indices, None, x, 70),
@@ -103,6 +103,41 @@ def test_what_would_lead_kernels_out_of_their_tensors_is_refused():
         run.bsr_spmm(values[1:], *indices, None, x, 40)
     with pytest.raises(ValueError, match="Expected g and x of one batch, got 8 and 9"):
         run.bsr_sddmm(*indices, g[1:], x, (16, 16))
+    for bias in (torch.zeros(39), torch.zeros(48), torch.zeros(1, 40)):
+        with pytest.raises(ValueError, match=r"Expected bias of shape \[40\], got"):
+            run.bsr_spmm(values, *indices, bias, x, 40)
+    for short in ("col_indices", "row_indices", "permutation"):
+        lists = indices._replace(**{short: getattr(indices, short)[:-1]})
+        for call in (
+            lambda: run.bsr_spmm(values, *lists, None, x, 40),
+            lambda: run.bsr_spmm_t(values, *lists, g, 70),
+            lambda: run.bsr_sddmm(*lists, g, x, (16, 16)),
+            lambda: kernels.conv2d.bsr_conv2d_dgrad(values, *lists, g[..., None, None], 70, (1, 1), *point),
+        ):
+            with pytest.raises(ValueError, match="Expected row_indices and permutation of 1[45] entries like col_indices"):
+                call()
+
+
+@pytest.mark.parametrize("tokens, features, message", [
+    (2**31, 40, "Expected at most .* tokens .*, got 2147483648; split the batch"),
+    (2**30, 16 * 128, "Expected work for fewer than 2\\^31 programs"),
+])  # fmt: skip
+def test_more_than_kernels_can_count_is_refused(tokens, features, message):
+    """On tensors without memory."""
+    values, indices = block_matrix((features, 16), (16, 16), 1.0, torch.float32)
+    x, g = torch.empty(tokens, 16, device="meta"), torch.empty(tokens, features, device="meta")
+    with pytest.raises(ValueError, match=message):
+        kernels.linear.bsr_spmm(values, *indices, None, x, features)
+    if tokens > launch.MOST_TOKENS:
+        with pytest.raises(ValueError, match=message):
+            kernels.linear.bsr_sddmm(*indices, g, x, (16, 16))
+
+
+def test_no_tile_is_smaller_than_launches_are_checked_for():
+    for dtype, precision, produced, images, wgmma in product(
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), tuning.BLOCK_SIDES, (False, True), (False, True)
+    ):
+        assert all(tile.size >= launch.SMALLEST_TILE for tile in tuning.product_tiles(dtype, precision, produced, images, wgmma))
 
 
 def test_registered_for_cuda_when_triton_is_there_and_imported_when_it_runs():
