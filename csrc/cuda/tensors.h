@@ -164,6 +164,12 @@ inline Sizes sizes_of(const Tensor& t) {
   return sizes;
 }
 
+inline Sizes strides_of(const Tensor& t) {
+  Sizes strides;
+  for (int64_t d = 0; d < t.dim(); ++d) strides.push_back(t.stride(d));
+  return strides;
+}
+
 inline Layout of(const Tensor& t) {
   if (t.dim() == 4) return layout_of(t);
   const int64_t n = t.size(0), features = t.size(1);
