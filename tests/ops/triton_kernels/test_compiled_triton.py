@@ -19,8 +19,7 @@ pytest.importorskip("triton")
 
 from compiling import Compiled, Launch, chosen_tile, compiled, recorded
 
-from grasp_sparse.ops.triton import conv2d, linear
-from grasp_sparse.ops.triton.tuning import BLOCK_SIDES
+from grasp_sparse.ops.triton import BLOCK_SIDES, conv2d, linear
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 FIRST_SHARED_LIMIT = 99 * 1024  # of the first tile, which is taken unmeasured: the least of the devices from sm_80 on

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
-from grasp_sparse.ops.triton import kernels, launch, tuning
+from grasp_sparse.ops.triton import BLOCK_SIDES, kernels, launch, tuning
 from grasp_sparse.ops.triton.window import divisor, window
 
 
@@ -57,7 +57,7 @@ def test_divisors_divide_exactly():
 
 def test_tiles_of_sampled_products_share_what_decides_the_order_of_the_sum():
     for dtype, precision, size, wgmma in product(
-        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(tuning.BLOCK_SIDES, repeat=2), (False, True)
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(BLOCK_SIDES, repeat=2), (False, True)
     ):
         tiles = tuning.sampled_tiles(dtype, precision, size, wgmma)
         assert len({tile.step for tile in tiles}) == 1
@@ -65,7 +65,7 @@ def test_tiles_of_sampled_products_share_what_decides_the_order_of_the_sum():
 
 def test_a_window_never_runs_with_eight_warps():
     for dtype, precision, size, wgmma in product(
-        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(tuning.BLOCK_SIDES, repeat=2), (False, True)
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), product(BLOCK_SIDES, repeat=2), (False, True)
     ):
         tiles = tuning.product_tiles(dtype, precision, size[0], True, wgmma) + tuning.sampled_tiles(dtype, precision, size, wgmma)
         assert all(tile.warps <= 4 for tile in tiles)
@@ -135,7 +135,7 @@ def test_more_than_kernels_can_count_is_refused(tokens, features, message):
 
 def test_no_tile_is_smaller_than_launches_are_checked_for():
     for dtype, precision, produced, images, wgmma in product(
-        (torch.float32, torch.bfloat16), ("ieee", "tf32"), tuning.BLOCK_SIDES, (False, True), (False, True)
+        (torch.float32, torch.bfloat16), ("ieee", "tf32"), BLOCK_SIDES, (False, True), (False, True)
     ):
         assert all(tile.size >= launch.SMALLEST_TILE for tile in tuning.product_tiles(dtype, precision, produced, images, wgmma))
 
