@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.formats import CsrIndices, storage_of
+from grasp_sparse.nn.kernels import batch_innermost
 from grasp_sparse.nn.linear import check_mask
 from grasp_sparse.nn.sparse import SparseLayer
 from grasp_sparse.ops import bsr_conv2d, csr_conv2d
@@ -16,7 +17,8 @@ _NO_PADDING = (0, 0, 0, 0)
 class SparseConv2d(SparseLayer):
     """``nn.Conv2d`` with one group, of whose filters only ``values`` exist.
 
-    Input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``; the output has its memory layout.
+    Input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``; the output has its memory layout, but on CUDA, where single weights
+    are stored, that with the batch innermost.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as ``nn.Conv2d``, sizes as pairs.
@@ -105,6 +107,7 @@ class SparseConv2d(SparseLayer):
             top, bottom, left, right = border
             x, border = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), _NO_PADDING
         if self.block_size is None:
+            x = batch_innermost(x)
             return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
         return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation)
 

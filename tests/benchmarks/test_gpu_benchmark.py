@@ -16,7 +16,7 @@ from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms
 from grasp_sparse.bench.precision import precision
 from grasp_sparse.bench.results import write_rows
-from grasp_sparse.nn import SparseConv2d, SparseLinear
+from grasp_sparse.nn import SparseLinear
 from grasp_sparse.train.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_one_table_of_layers_peers_and_steps(tmp_path, capsys):
         _row("sparse unstructured float32 rows", 6, "0.99", group="linear", roofline="0.5"),
         _row("peer torch 2:4 float32 rows", 1.25, group="linear", best=""),
     ]
-    steps = [_row("sparse float32 chwn", 1.5, model="resnet50", **{"pass": "training step"})]
+    steps = [_row("sparse float32 channels_last", 1.5, model="resnet50", **{"pass": "training step"})]
     for name, rows in zip(gpu_summary.FILES, (layers, steps), strict=True):
         write_rows(tmp_path / name, rows)
     assert gpu_summary.main(["--results", str(tmp_path)]) == 0
@@ -96,16 +96,6 @@ def test_steps_write_every_arm(tmp_path):
     assert {row["arm"] for row in csv.DictReader(out.open())} == {
         "dense float32 nchw", "dense float32 channels_last", "sparse float32 channels_last"
     }  # fmt: skip
-
-
-def test_images_lie_batch_innermost_from_the_first_sparse_convolution_on():
-    conv = SparseConv2d.from_dense(nn.Conv2d(4, 6, 3), torch.rand(6, 4, 3, 3) < 0.5)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.ReLU())
-    x = torch.randn(5, 3, 9, 9)
-    expected = model(x)
-    gpu_steps.batch_innermost_(model)
-    assert model(x).permute(1, 2, 3, 0).is_contiguous()
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_wrong_layer_is_not_measured():
