@@ -23,6 +23,10 @@ class SparseConv2d(SparseLayer):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as ``nn.Conv2d``, sizes as pairs.
         values, indices, bias: as :class:`SparseLayer`.
+        relu: whether the result is ``max(…, 0)``; of whole blocks only. A dense copy of the layer does not know of it.
+
+    Raises:
+        ValueError: as :class:`SparseLayer`, or ``relu`` with single weights.
     """
 
     groups = 1
@@ -40,8 +44,12 @@ class SparseConv2d(SparseLayer):
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         padding_mode: str = "zeros",
+        relu: bool = False,
     ) -> None:
         super().__init__((out_channels, in_channels, *kernel_size), values, indices, bias)
+        if relu and self.block_size is None:
+            raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
+        self.relu = relu
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = tuple(kernel_size)
@@ -109,7 +117,7 @@ class SparseConv2d(SparseLayer):
         if self.block_size is None:
             x = batch_innermost(x)
             return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
-        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation)
+        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation, self.relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -121,7 +129,7 @@ class SparseConv2d(SparseLayer):
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return f"{text}, {self._kept()}"
+        return f"{text}, {self._kept()}{', relu=True' if self.relu else ''}"
 
 
 def resolve_padding(
