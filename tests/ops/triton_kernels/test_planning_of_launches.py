@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from itertools import product
@@ -11,6 +12,8 @@ import torch
 from op_cases import WINDOWS, block_matrix
 
 pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
 
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
@@ -53,6 +56,74 @@ def test_divisors_divide_exactly():
         most = 2**31 - 1
         for m in {*range(200), number - 1, number, number + 1, most - most % number - 1, most - most % number, most}:
             assert 0 > m or m > most or (2 * m * (magic + 2**32) >> 32) >> shift == m // number, f"{m} / {number}"
+
+
+class Clock:
+    """Stands in for the device: a launch takes what ``seconds`` says of its tile, and the first one of each a compilation more."""
+
+    CUDA, TILES = torch.device("cuda"), tuple(tuning.Tile(size, 64, 4, 3) for size in (64, 128, 256, 512))
+
+    def __init__(self, monkeypatch, seconds: dict[int, float]) -> None:
+        self.now, self.seconds, self.launched, self.capturing = 0.0, seconds, [], False
+
+        class Event:
+            def __init__(event, enable_timing: bool) -> None:
+                event.at = math.nan
+
+            def record(event) -> None:
+                event.at = self.now
+
+            def elapsed_time(event, end) -> float:
+                return end.at - event.at
+
+            def synchronize(event) -> None:
+                pass
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(tuning, "_chosen", {})
+
+    def launch(self, tile: tuning.Tile) -> None:
+        if self.seconds[tile.size] == math.inf:
+            raise OutOfResources(300_000, 227_000, "shared memory")
+        self.now += self.seconds[tile.size] + (1000 if tile not in self.launched else 0)
+        self.launched.append(tile)
+
+    def fastest(self, key: str) -> int:
+        return tuning.fastest(key, self.TILES, self.launch, self.CUDA).size
+
+
+def test_the_fastest_tile_is_found_once_and_remembered(monkeypatch):
+    clock = Clock(monkeypatch, {64: 4.0, 128: 2.0, 256: 3.0, 512: math.inf})
+    assert clock.fastest("a call") == 128 and len(clock.launched) == 3 * (1 + tuning.RUNS)
+    clock.seconds[128] = 9.0
+    clock.launched.clear()
+    assert clock.fastest("a call") == 128 and not clock.launched
+    assert clock.fastest("another call") == 256
+    assert tuning.fastest("one tile", clock.TILES[:1], pytest.fail, clock.CUDA) == clock.TILES[0]
+
+
+def test_one_slow_run_decides_nothing(monkeypatch):
+    clock = Clock(monkeypatch, {64: 4.0, 128: 2.0, 256: 3.0, 512: 5.0})
+    launch, calls = clock.launch, []
+
+    def disturbed(tile: tuning.Tile) -> None:
+        launch(tile)
+        calls.append(tile.size)
+        clock.now += 50 * (calls.count(128) == 3 and tile.size == 128)
+
+    clock.launch = disturbed
+    assert clock.fastest("a call") == 128
+
+
+def test_inside_a_graph_the_first_tile_is_taken_unless_one_is_known(monkeypatch):
+    clock = Clock(monkeypatch, {64: 4.0, 128: 2.0, 256: 3.0, 512: 5.0})
+    clock.capturing = True
+    assert clock.fastest("a call") == 64 and not clock.launched
+    clock.capturing = False
+    assert clock.fastest("a call") == 128
+    clock.capturing = True
+    assert clock.fastest("a call") == 128
 
 
 def test_tiles_of_sampled_products_share_what_decides_the_order_of_the_sum():
