@@ -18,7 +18,7 @@ DATA_DIR ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?=
-GPU_LAYERS ?= --group linear vgg16 --sparsity 0.9 0.95 0.98
+GPU_LAYERS ?= --group linear vgg16 --sparsity 0.9 0.95 0.98 0.99
 GPU_STEPS ?= --model vgg16_bn resnet50 vit_b_16 --sparsity 0.95 --precision tf32 bfloat16
 
 PACKAGE := $(VENV)/.package-installed
@@ -67,6 +67,7 @@ gpu: $(if $(GPU_PYTHON),,$(PACKAGE))
 	@$(DEVICE_PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
 	@$(DEVICE_PYTHON) -m benchmarks.gpu_layers $(GPU_LAYERS)
 	@$(DEVICE_PYTHON) -m benchmarks.gpu_steps $(GPU_STEPS)
+	@$(DEVICE_PYTHON) -m benchmarks.gpu_summary
 
 # Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
 data:

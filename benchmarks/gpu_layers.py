@@ -7,12 +7,11 @@
 Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms of a shape
 in turns. Nothing of a shape is written unless every arm agrees with the dense layer in float64. `roofline` is the share of what
 the device can do: the larger of multiply-adds over its measured rate and bytes over its measured bandwidth, divided by the time.
-Writes benchmarks/results/gpu-layers.csv after every shape, and prints a table of geometric means at the end.
+Writes benchmarks/results/gpu-layers.csv after every shape, and prints a table at the end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_peers import products, semi_structured
 from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY
+from benchmarks.gpu_summary import table
 from benchmarks.runner import (
     RESULTS,
     Results,
@@ -38,7 +38,7 @@ from benchmarks.shapes import LinearShape, Shape
 from grasp_sparse.bench.ceilings import Ceilings, measure_ceilings
 from grasp_sparse.bench.cuda_arms import CudaArm, check, dense_arms, pruned_arms
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
-from grasp_sparse.bench.results import DENSE, Row, geometric_mean, kind_of, timing_columns
+from grasp_sparse.bench.results import DENSE, Row, kind_of, timing_columns
 from grasp_sparse.nn import SparseConv2d, SparseLinear
 from grasp_sparse.pruning import make_masks
 from grasp_sparse.timing import Timing
@@ -151,20 +151,6 @@ def describe(rows: list[Row]) -> list[str]:
     return lines
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """Geometric means over the shapes of a group, forward with backward, against the dense layer of the same precision."""
-    ratios: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for row in rows:
-        if kind_of(row["arm"]) == "sparse" and row["best"] and row["pass"] == PASSES[1]:
-            key = tuple(row[column] for column in ("group", "pattern", "precision", "sparsity"))
-            ratios[key].append(float(row["vs dense of this precision"]))
-    table: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for (group, pattern, used, sparsity), found in sorted(ratios.items()):
-        table[group, pattern, used].append(f"{float(sparsity):.0%} {geometric_mean(found):.2f}x")
-    width = max((len(" ".join(key)) for key in table), default=0)
-    return [f"{' '.join(key):{width}}  {'  '.join(cells)}" for key, cells in table.items()]
-
-
 def main(arguments: list[str] | None = None) -> int:
     flags = parser("gpu_layers", __doc__)
     add_device(flags)
@@ -194,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             tell(line)
 
     wrong = measure_all(cases, lambda case: str(case[1]), run_one)
-    print("\n".join(summary(results.rows)))
+    print("\n".join(table(results.rows)))
     print(f"wrote {results.path}")
     return 1 if wrong else 0
 

@@ -30,11 +30,13 @@ def recorded(run: Callable[[], object]) -> Callable[[], object] | None:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=_pool()):
             run()
     except RuntimeError:
+        torch.cuda.set_stream(current)  # a recording that cannot be ended leaves its own behind
+        _pool.cache_clear()  # and its pool may still be recorded into
         torch.cuda.synchronize()
         return None
     return graph.replay

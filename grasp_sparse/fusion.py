@@ -1,5 +1,5 @@
 """What follows a layer done on the way out of it, in a whole model, in place: batch norms are replaced by fused ones that also
-add the residual and apply the ReLU behind them, sparse linear layers apply theirs. Pooling keeps the layout from then on.
+add the residual and apply the ReLU behind them, sparse linear layers and convolutions of blocks apply theirs. Pooling keeps the layout from then on.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
 are, and so does the state_dict. A ReLU is taken into what lies before it only where the structure says that nothing else
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaxPool2d, SparseLinear
+from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaxPool2d, SparseConv2d, SparseLinear
 
 
 class FusedBatchNorm2d(BatchNorm2d):
@@ -48,8 +48,8 @@ def fuse_(model: nn.Module) -> list[str]:
     """Replaces every plain ``nn.BatchNorm2d`` and pooling layer in ``model``; returns the names of the norms.
 
     The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
-    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); the ReLU behind a
-    :class:`~grasp_sparse.nn.SparseLinear` in ``nn.Sequential``. Not where a forward or backward hook, a ``forward`` set on the
+    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); in ``nn.Sequential`` also the ReLU behind a
+    :class:`~grasp_sparse.nn.SparseLinear`, and behind a :class:`~grasp_sparse.nn.SparseConv2d` that stores whole blocks. Not where a forward or backward hook, a ``forward`` set on the
     instance or a second use of the module might see the difference. Code that takes single layers out of an ``nn.Sequential``
     would: hooks and features that want the value before the ReLU need the model as it was.
 
@@ -59,7 +59,7 @@ def fuse_(model: nn.Module) -> list[str]:
     uses = Counter(child for module in model.modules() for child in module._modules.values() if child is not None)
     names = {module: name for name, module in model.named_modules() if _is_stock(module, nn.BatchNorm2d)}
     with_relu: dict[nn.Module, bool] = dict.fromkeys(names, False)
-    linears, relus, blocks = [], [], {}
+    layers, relus, blocks = [], [], {}
     counterparts = {stock: ours for ours, stock in _torchvision_classes().items()}
 
     def may_change(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -75,8 +75,8 @@ def fuse_(model: nn.Module) -> list[str]:
                 if may_change(layer, nn.BatchNorm2d):
                     with_relu[layer] = True
                     relus.append(relu)
-                elif may_change(layer, SparseLinear) and not layer.relu:
-                    linears.append(layer)
+                elif _may_apply_relu(layer) and may_change(layer, type(layer)) and not layer.relu:
+                    layers.append(layer)
                     relus.append(relu)
             continue
         kind = counterparts.get(type(module), type(module))
@@ -92,8 +92,8 @@ def fuse_(model: nn.Module) -> list[str]:
     for module in model.modules():
         if type(module) in _POOLS and _is_stock(module, type(module)):
             module.__class__ = _POOLS[type(module)]
-    for linear in linears:
-        linear.relu = True
+    for layer in layers:
+        layer.relu = True
     for relu in relus:
         relu.__class__ = PassedReLU
     for block, kind in blocks.items():
@@ -108,7 +108,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module).forward is nn.Sequential.forward:
             for layer, relu in pairwise(module._modules.values()):
-                if isinstance(layer, SparseLinear) and type(relu) is PassedReLU:
+                if _may_apply_relu(layer) and type(relu) is PassedReLU:
                     layer.relu = False
     for module in model.modules():
         if type(module) in stock_classes:
@@ -116,6 +116,11 @@ def unfuse_(model: nn.Module) -> nn.Module:
             if type(module) is nn.BatchNorm2d:
                 del module.relu
     return model
+
+
+def _may_apply_relu(layer: nn.Module | None) -> bool:
+    """Whether its kernels can, on the way out of them."""
+    return type(layer) is SparseLinear or (type(layer) is SparseConv2d and layer.block_size is not None)
 
 
 def _is_stock(module: nn.Module | None, kind: type[nn.Module]) -> bool:

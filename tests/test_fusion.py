@@ -13,7 +13,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
 from grasp_sparse.fusion import FusedBatchNorm2d, LayoutAdaptiveAvgPool2d, LayoutAvgPool2d, LayoutMaxPool2d, PassedReLU, fuse_, unfuse_
-from grasp_sparse.nn import BatchNorm2d, SparseLinear
+from grasp_sparse.nn import BatchNorm2d, SparseConv2d, SparseLinear
+from grasp_sparse.pruning import make_masks
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 from grasp_sparse.train.models import ResNet32, vgg_small
 
@@ -335,3 +336,41 @@ def test_relu_stays_where_something_would_see_the_difference(why):
     sparsify_(model, masks, plan=runs)
     assert not getattr(mlp[0], "relu", False) and type(mlp[1]) is nn.ReLU
     assert mlp[2].relu and type(mlp[3]) is PassedReLU
+
+
+def test_sparse_convolution_of_blocks_takes_its_relu_in():
+    """One of single weights does not: its kernels have no ReLU."""
+    def model() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(72, 4)
+        ).double()  # fmt: skip
+
+    x = torch.randn(3, 4, 7, 7, dtype=torch.float64)
+    for pattern, fused in (("block(2, 2)", 2), ("unstructured", 0)):
+        sparse, stock = model(), model()
+        masks = make_masks({name: p.detach().abs() for name, p in stock.named_parameters() if p.dim() == 4}, 0.5, pattern)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                stock.get_parameter(name).mul_(mask)
+        sparsify_(sparse, masks, max_density=1.0)
+        convs = [module for module in sparse if isinstance(module, SparseConv2d)]
+        assert [conv.relu for conv in convs] == [fused > 0] * 2
+        assert sum(type(module) is PassedReLU for module in sparse) == fused and ("relu=True" in repr(convs[0])) == (fused > 0)
+        got, want = step(sparse, x), step(stock, x)
+        torch.testing.assert_close((got[0], got[1], got[-1]), (want[0], want[1], want[-1]))
+        loaded = load_sparse(model(), sparse.state_dict())
+        torch.testing.assert_close(loaded(x), want[0])
+        assert [type(module) for module in loaded] == [type(module) for module in sparse]
+        unfused = unfuse_(copy.deepcopy(sparse))
+        torch.testing.assert_close(unfused(x), want[0])
+        assert not any(type(module) is PassedReLU or getattr(module, "relu", False) for module in unfused)
+        densify_(sparse)
+        assert classes(sparse) == classes(stock) and "relu" not in vars(sparse[0])
+        torch.testing.assert_close(sparse(x), want[0])
+
+
+def test_relu_of_single_weights_is_refused():
+    conv = SparseConv2d.from_dense(nn.Conv2d(3, 4, 3), torch.ones(4, 3, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="Expected relu with values of whole blocks only"):
+        SparseConv2d(3, 4, (3, 3), conv.values, conv.indices, relu=True)

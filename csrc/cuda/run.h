@@ -48,9 +48,12 @@ inline Tensor run_wgrad(const CsrView& csr, const Window& window, const Tensor& 
   return sums;
 }
 
-// With y, g counts where it is positive. Without input_grad the first gradient is empty.
-inline Gradients run_backward(const CsrView& csr, const Window& window, const Tensor& values, const Tensor& g, const Tensor& x,
+// With y, g counts where it is positive; where the strides of the two differ, g is taken as contiguous, and dx becomes so. Without
+// input_grad the first gradient is empty.
+inline Gradients run_backward(const CsrView& csr, const Window& window, const Tensor& values, const Tensor& grad, const Tensor& x,
                               const Tensor* y, bool input_grad, const Call& call) {
+  const bool alike = !y || layout::strides_of(*y) == layout::strides_of(grad);
+  const Tensor g = alike || grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
   const Tensor v = checked(values, csr.nnz, x, "values");
   const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   Tensor dx = empty(g, {0}, {1}, layout::dtype(g));

@@ -5,6 +5,8 @@
 // in this chunk: one staged line each, V multiply-adds a lane, and 8 weights at a time are summed over the lanes by halving. A sum
 // is added up by one lane of one warp in a fixed order; the shares meet in a workspace and are summed in order, so results are the
 // same at every run.
+//
+// Corrupt indices show: the sum of a weight whose index points outside the chunk, or that no row has, is NaN.
 #pragma once
 
 #include "lists.cuh"
@@ -70,6 +72,11 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
   T* const sums = a.sums + static_cast<int64_t>(share) * lists.nnz;
   const int64_t plane = static_cast<int64_t>(a.h.output) * a.w.output * t.batch;
   const bool whole = t.batch % V == 0 && reinterpret_cast<uintptr_t>(a.g) % sizeof(Pack<S, V>) == 0;
+
+  if (row_block == 0 && chunk == 0) {  // pointers that begin after the first weight or end before the last
+    for (int j = threadIdx.x; j < lists.begin(0); j += blockDim.x) sums[j] = not_a_number<T>();
+    for (int j = lists.end(lists.rows - 1) + threadIdx.x; j < lists.nnz; j += blockDim.x) sums[j] = not_a_number<T>();
+  }
 
   const int line_bytes = static_cast<int>(sizeof(S)) << t.images_log2;
   const auto stage_tile = [&](int64_t tile) {

@@ -35,6 +35,8 @@ class __attribute__((visibility("hidden"))) Indices {
     STD_TORCH_CHECK(held_[0].numel() > 0 && held_[2].numel() > 0, "Expected crow_indices and ccol_indices of at least one entry.");
     STD_TORCH_CHECK(held_[3].numel() == nnz && held_[4].numel() == nnz, "Expected row_indices and permutation of ", nnz,
                     " entries like col_indices, got ", held_[3].numel(), " and ", held_[4].numel(), ".");
+    const int64_t places = (held_[0].numel() - 1) * (held_[2].numel() - 1);
+    STD_TORCH_CHECK(nnz <= places, "Expected at most ", places, " col_indices, one for each place of the weight, got ", nnz, ".");
     view_ = {static_cast<int>(held_[0].numel() - 1), static_cast<int>(held_[2].numel() - 1), static_cast<int>(nnz),
              data(0), data(1), data(2), data(3), data(4)};
   }
@@ -162,6 +164,12 @@ inline Sizes sizes_of(const Tensor& t) {
   Sizes sizes;
   for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
   return sizes;
+}
+
+inline Sizes strides_of(const Tensor& t) {
+  Sizes strides;
+  for (int64_t d = 0; d < t.dim(); ++d) strides.push_back(t.stride(d));
+  return strides;
 }
 
 inline Layout of(const Tensor& t) {

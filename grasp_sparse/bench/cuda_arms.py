@@ -99,11 +99,11 @@ def check(arms: Mapping[str, CudaArm], dense: nn.Module, mask: Tensor) -> None:
 
 
 def laid(what, layout: str):
-    """A layer or tensor in that memory format; `chwn` is the batch innermost."""
+    """A layer or tensor in that memory format; of images `chwn`, of rows `feature-major` is the batch innermost."""
     if what is None or layout == "rows":
         return what
-    if layout == "chwn":
-        return what if isinstance(what, nn.Module) else what.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    if layout in ("chwn", "feature-major"):
+        return what if isinstance(what, nn.Module) else what.movedim(0, -1).contiguous().movedim(-1, 0)
     if isinstance(what, nn.Module):
         return what.to(memory_format=LAYOUTS[layout])
     return what.contiguous(memory_format=LAYOUTS[layout])
@@ -112,11 +112,12 @@ def laid(what, layout: str):
 def pruned_arms(
     pruned: Mapping[str, nn.Module], x: Tensor, grad: Tensor | None, precisions: tuple[str, ...], *, input_grad: bool = True
 ) -> dict[str, CudaArm]:
-    """"sparse <label> <precision> <layout>" for each label of `pruned`: images channels_last, and with the batch innermost where
-    single weights are stored."""
+    """"sparse <label> <precision> <layout>" for each label of `pruned`: images channels_last, rows as they are, and both with the
+    batch innermost where single weights are stored."""
     arms = {}
+    usual, innermost = ("channels_last", "chwn") if x.dim() == 4 else ("rows", "feature-major")
     for label, layer in pruned.items():
-        layouts = ("rows",) if x.dim() != 4 else ("channels_last",) if layer.block_size else ("channels_last", "chwn")
+        layouts = (usual,) if layer.block_size else (usual, innermost)
         for name in precisions:
             for layout in layouts:
                 own = copy.deepcopy(layer)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.formats import CsrIndices, storage_of
+from grasp_sparse.nn.kernels import batch_innermost
 from grasp_sparse.nn.linear import check_mask
 from grasp_sparse.nn.sparse import SparseLayer
 from grasp_sparse.ops import bsr_conv2d, csr_conv2d
@@ -16,11 +17,16 @@ _NO_PADDING = (0, 0, 0, 0)
 class SparseConv2d(SparseLayer):
     """``nn.Conv2d`` with one group, of whose filters only ``values`` exist.
 
-    Input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``; the output has its memory layout.
+    Input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``; the output has its memory layout, but on CUDA, where single weights
+    are stored, that with the batch innermost.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as ``nn.Conv2d``, sizes as pairs.
         values, indices, bias: as :class:`SparseLayer`.
+        relu: whether the result is ``max(…, 0)``; of whole blocks only. A dense copy of the layer does not know of it.
+
+    Raises:
+        ValueError: as :class:`SparseLayer`, or ``relu`` with single weights.
     """
 
     groups = 1
@@ -38,8 +44,12 @@ class SparseConv2d(SparseLayer):
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         padding_mode: str = "zeros",
+        relu: bool = False,
     ) -> None:
         super().__init__((out_channels, in_channels, *kernel_size), values, indices, bias)
+        if relu and self.block_size is None:
+            raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
+        self.relu = relu
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = tuple(kernel_size)
@@ -105,8 +115,9 @@ class SparseConv2d(SparseLayer):
             top, bottom, left, right = border
             x, border = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), _NO_PADDING
         if self.block_size is None:
+            x = batch_innermost(x)
             return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
-        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation)
+        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation, self.relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -118,7 +129,7 @@ class SparseConv2d(SparseLayer):
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return f"{text}, {self._kept()}"
+        return f"{text}, {self._kept()}{', relu=True' if self.relu else ''}"
 
 
 def resolve_padding(

@@ -1,4 +1,4 @@
-"""Where the kernels that keep a layout run: what norm and pooling ask before they call one."""
+"""Where the kernels that keep a layout run, what norm and pooling ask before they call one; and where a chain in it begins and ends."""
 
 from __future__ import annotations
 
@@ -21,3 +21,18 @@ def runs_here(x: Tensor, cpu: Collection[torch.dtype]) -> bool:
     if x.is_cuda:
         return _ON_CUDA and x.dtype in _CUDA_DTYPES and x.dim() == 4 and is_batch_innermost(x)
     return _ON_CPU and x.device.type == "cpu" and x.dtype in cpu
+
+
+def batch_innermost(x: Tensor) -> Tensor:
+    """``x`` as the CUDA kernels of single weights want images. They turn others in, and the result out; what is turned here stays
+    so through everything that keeps a layout, up to the next layer that wants another, and the backward finds it turned."""
+    if not (x.is_cuda and _ON_CUDA and x.dim() == 4) or is_batch_innermost(x):
+        return x
+    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` as tensor cores want images where it lies batch innermost on CUDA, of which cuDNN makes NCHW."""
+    if x.is_cuda and x.dim() == 4 and is_batch_innermost(x):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from grasp_sparse.nn.kernels import channels_last
 from grasp_sparse.nn.linear import check_mask
 
 
@@ -177,7 +178,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self._trained_weight(), self.bias)
+        return self._conv_forward(channels_last(x), self._trained_weight(), self.bias)
 
 
 def _conv_arguments(module: nn.Conv2d) -> dict:

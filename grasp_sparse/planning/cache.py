@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import backends, nn
 
 from grasp_sparse import _extension
 from grasp_sparse.environment import allocator, cpu_model, version_of
@@ -106,7 +106,7 @@ def _device(kind: str) -> tuple:
     """A GPU by name, with what decides the precision of its float32 products."""
     if kind != "cuda":
         return (kind,)
-    return torch.cuda.get_device_name(), _kernels("_cuda"), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return torch.cuda.get_device_name(), _kernels("_cuda"), backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
 
 
 def _kernels(library: str = "_C") -> str:

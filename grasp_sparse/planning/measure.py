@@ -44,8 +44,9 @@ def measure_layer(
     """Times of ``layer``, a dense ``nn.Linear`` or ``nn.Conv2d`` with one group, under ``mask`` on inputs like ``given``.
 
     The layer is copied; its gradients and hooks stay out of it. Data are random: zeros would be cheaper. With ``block_size``
-    the sparse one stores whole blocks.
+    the sparse one stores whole blocks. What it costs to turn images at the ends of a chain of sparse layers is not counted.
     """
+    inputs = {"dense": given, "masked": given, "sparse": _input_of_sparse(layer, given, block_size)}
     masked_kind, sparse_kind = (
         (MaskedLinear, SparseLinear) if isinstance(layer, nn.Linear) else (MaskedConv2d, SparseConv2d)
     )
@@ -55,7 +56,7 @@ def measure_layer(
     device, generator = dense.weight.device, torch.Generator().manual_seed(0)
     with torch.enable_grad():
         arms = {
-            name: _arm(arm, given.random(device, generator), generator)
+            name: _arm(arm, inputs[name].random(device, generator), generator)
             for name, arm in (
                 ("dense", dense),
                 ("masked", masked_kind.from_dense(dense, mask)),
@@ -71,8 +72,18 @@ def measure_layer(
     return Times(*(timings[name].best for name in Times._fields))
 
 
+def _input_of_sparse(layer: nn.Module, given: LayerInput, block_size: tuple[int, int] | None) -> LayerInput:
+    """In a chain of sparse convolutions of single weights on CUDA images lie batch innermost, whatever they do in the dense model."""
+    turned = layer.weight.is_cuda and block_size is None and isinstance(layer, nn.Conv2d) and len(given.shape) == 4
+    return given._replace(layout="batch-innermost") if turned else given
+
+
 def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[], None]:
-    """One forward and backward of ``layer`` on ``x``, with random gradients in the layout of its output."""
+    """One forward and backward of ``layer`` on ``x``, with random gradients in the layout of its output.
+
+    Autocast casts a weight that is a leaf once for as long as it is on: the dense layer's, not what the others make of theirs.
+    A training step enters autocast anew, so every call here casts.
+    """
     parameters = [x, *layer.parameters()]
     y = layer(x)
     grad = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) if y.requires_grad else None
@@ -80,6 +91,7 @@ def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[]
     def run() -> None:
         for parameter in parameters:
             parameter.grad = None
+        torch.clear_autocast_cache()
         y = layer(x)
         if grad is not None:
             y.backward(grad)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse import _extension
+from grasp_sparse.ops import triton
 from grasp_sparse.planning import cache, measure
 from grasp_sparse.planning.inputs import LayerInput, layer_inputs
 from grasp_sparse.planning.measure import Times
@@ -108,7 +109,9 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
     for target in targets:
         times, runs, reason = None, target.runs, target.reason
         called = calls_of(target, inputs)
-        if runs is None and (obstacle := _no_kernels(target) or (None if called else "not called on the example")):
+        if runs is None and (lack := _no_block_kernels(target)):
+            runs, reason = "masked", lack
+        elif runs is None and (obstacle := _no_kernels(target) or (None if called else "not called on the example")):
             runs, reason = by_density(target, MAX_DENSITY)
             reason = "; ".join(filter(None, (reason, f"not measured: {obstacle}")))
         elif runs is None:
@@ -124,7 +127,12 @@ def density_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerIn
     """The plan by a limit on density, nothing measured."""
     rows = []
     for target in targets:
-        runs, reason = (target.runs, target.reason) if target.runs else by_density(target, max_density)
+        if target.runs:
+            runs, reason = target.runs, target.reason
+        elif lack := _no_block_kernels(target):
+            runs, reason = "masked", lack
+        else:
+            runs, reason = by_density(target, max_density)
         rows.append(_row(target, inputs, None, runs, reason))
     return _as_plan(targets, rows)
 
@@ -187,8 +195,15 @@ def _no_kernels(target: Target) -> str | None:
     device = target.mask.device.type
     status = _extension.status()
     if device == "cuda":
-        return status.cuda_reason if target.block_size is None else None  # blocks are Triton's, which comes with torch for CUDA
+        return status.cuda_reason if target.block_size is None else None
     return None if device == "cpu" and status.loaded else f"no compiled kernels for {device}"
+
+
+def _no_block_kernels(target: Target) -> str | None:
+    """Why these blocks must not run sparse on CUDA, dense or not: the reference would make a dense weight of them in every call."""
+    if target.block_size is None or target.mask.device.type != "cuda":
+        return None
+    return triton.why_not(target.block_size)
 
 
 def _row(target: Target, inputs: Mapping[str, Counter[LayerInput]], times: Times | None, runs: str, reason: str) -> PlanRow:

@@ -26,7 +26,7 @@ from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tens
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
-from grasp_sparse.train.step import memory_format
+from grasp_sparse.train.step import autocast, memory_format, step_options
 
 
 def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
@@ -145,13 +145,15 @@ def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet,
     """Make the layers of `model` sparse in place, print the table, return its pruning summary.
 
     Rank 0 measures how each layer runs, for all: values must mean the same weights everywhere. Raises UserError unless they do.
+    Layers are measured in the precision that they will train in.
     """
     costs = weight_costs(model, example_input(config, data), include=list(masks))
     example, ranks = example_batch(config, data), current_ranks()
-    if ranks.size > 1 and config.plan == "auto" and config.max_density is None:
-        report = sparsify_(model, masks, example, on_main(lambda: plan(model, masks, example)))
-    else:
-        report = sparsify_(model, masks, example, config.plan, config.max_density)
+    with autocast(example.device, step_options(config).dtype):
+        if ranks.size > 1 and config.plan == "auto" and config.max_density is None:
+            report = sparsify_(model, masks, example, on_main(lambda: plan(model, masks, example)))
+        else:
+            report = sparsify_(model, masks, example, config.plan, config.max_density)
     check_same_structure(model)
     runs = {f"{row.name}.weight": row.runs for row in report.rows}
     summary = pruning_summary(masks, costs, runs)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu_layers, gpu_steps
-from benchmarks.gpu_shapes import GROUPS
+from benchmarks import gpu_layers, gpu_steps, gpu_summary
+from benchmarks.gpu_shapes import GROUPS, GpuNetwork
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms
-from grasp_sparse.nn import SparseConv2d, SparseLinear
+from grasp_sparse.bench.precision import precision
+from grasp_sparse.bench.results import write_rows
+from grasp_sparse.nn import SparseLinear
+from grasp_sparse.train.errors import UserError
 
 
 def test_layers_write_every_arm(tmp_path, capsys):
@@ -30,7 +34,58 @@ def test_layers_write_every_arm(tmp_path, capsys):
     }  # fmt: skip
     assert all(float(row["vs dense of this precision"]) > 0 and 0 < float(row["roofline"]) for row in sparse)
     assert all(int(row["nnz"]) == (8192 if row["group"] == "linear" else 9216) for row in rows)
-    assert "linear block(32, 32) bfloat16" in capsys.readouterr().out
+    assert {row["layout"] for row in sparse} == {"rows", "feature-major", "channels_last", "chwn"}
+    assert re.search(r"linear +block\(32, 32\) +bfloat16 +forward\+backward +\d", capsys.readouterr().out)
+
+
+def _row(arm: str, ratio: float, sparsity: str = "0.95", **others: str) -> dict[str, str]:
+    *_, precision, layout = arm.split()
+    known = {"pattern": "unstructured", "pass": "forward", "best": "yes", "roofline": "", "cuda": "a device", "torch": "2"}
+    return known | {"arm": arm, "precision": precision, "layout": layout, "sparsity": sparsity,
+                    "vs dense of this precision": str(ratio)} | others  # fmt: skip
+
+
+def test_one_table_of_layers_peers_and_steps(tmp_path, capsys):
+    layers = [
+        _row("dense float32 rows", 1, group="linear"),
+        _row("sparse unstructured float32 rows", 1, group="linear", best=""),
+        _row("sparse unstructured float32 feature-major", 2, group="linear", roofline="0.4"),
+        _row("sparse unstructured float32 rows", 8, group="linear", roofline="0.4"),
+        _row("sparse unstructured float32 rows", 6, "0.99", group="linear", roofline="0.5"),
+        _row("peer torch 2:4 float32 rows", 1.25, group="linear", best=""),
+    ]
+    steps = [_row("sparse float32 channels_last", 1.5, model="resnet50", **{"pass": "training step"})]
+    for name, rows in zip(gpu_summary.FILES, (layers, steps), strict=True):
+        write_rows(tmp_path / name, rows)
+    assert gpu_summary.main(["--results", str(tmp_path)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "on a device, torch 2:"
+    assert [line.split() for line in lines] == [
+        ["pattern", "by", "precision", "pass", "95%", "99%"],
+        ["linear", "unstructured", "float32", "forward", "4.00x", "40%", "6.00x", "50%"],
+        ["linear", "unstructured", "torch", "2:4", "float32", "forward", "1.25x", "-"],
+        ["resnet50", "unstructured", "float32", "training", "step", "1.50x", "-"],
+    ]
+    with pytest.raises(UserError, match="Expected gpu-layers.csv or gpu-steps.csv"):
+        gpu_summary.main(["--results", str(tmp_path / "nowhere")])
+
+
+def test_steps_are_compared_in_full_float32(monkeypatch):
+    """Where TF32 is on, the comparison must not see it."""
+    seen = []
+    monkeypatch.setattr(gpu_steps, "prune", lambda *arguments, **options: {})
+    monkeypatch.setattr(gpu_steps, "masked_copy", lambda *arguments: None)
+    monkeypatch.setattr(gpu_steps, "dense_steps", lambda *arguments: {})
+    monkeypatch.setattr(gpu_steps, "sparse_steps", lambda *arguments: ({}, {}))
+
+    def check_steps(*arguments):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        raise WrongResultError
+
+    monkeypatch.setattr(gpu_steps, "check_steps", check_steps)
+    with precision("tf32"), pytest.raises(WrongResultError):
+        gpu_steps.measure(GpuNetwork("", 1), None, (torch.ones(1), torch.ones(1)), "unstructured", 0.9, [], "cpu", 2)
+    assert seen == [("highest", False)]
 
 
 @pytest.mark.slow
@@ -41,16 +96,6 @@ def test_steps_write_every_arm(tmp_path):
     assert {row["arm"] for row in csv.DictReader(out.open())} == {
         "dense float32 nchw", "dense float32 channels_last", "sparse float32 channels_last"
     }  # fmt: skip
-
-
-def test_images_lie_batch_innermost_from_the_first_sparse_convolution_on():
-    conv = SparseConv2d.from_dense(nn.Conv2d(4, 6, 3), torch.rand(6, 4, 3, 3) < 0.5)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.ReLU())
-    x = torch.randn(5, 3, 9, 9)
-    expected = model(x)
-    gpu_steps.batch_innermost_(model)
-    assert model(x).permute(1, 2, 3, 0).is_contiguous()
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_wrong_layer_is_not_measured():

@@ -25,6 +25,19 @@ def test_more_work_takes_longer():
     assert times["large"].median > 4 * times["small"].median > 0
 
 
+def test_it_records_after_one_that_failed():
+    """On the stream that was current, into memory that is not that of the failed one."""
+    x, stream = torch.zeros(1 << 20, device="cuda"), torch.cuda.current_stream()
+    for _ in range(2):
+        assert recorded(lambda: (x + 1).sum().item()) is None
+        assert torch.cuda.current_stream() == stream
+        replay = recorded(lambda: x.add_((x + 1) * 0 + 1))
+        before = x[0].item()
+        replay()
+        torch.cuda.synchronize()
+        assert x[0].item() == before + 1
+
+
 def test_a_call_that_waits_for_the_device_is_timed_too():
     x = torch.randn(1 << 20, device="cuda")
     assert recorded(lambda: x.sum().item()) is None

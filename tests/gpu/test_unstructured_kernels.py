@@ -122,3 +122,25 @@ def test_more_than_32_bits_of_elements():
     g = torch.zeros_like(y)
     g[-64:] = y[-64:]
     close(ops.csr_sddmm(*gpu, g, x).cpu(), reference.csr_sddmm(*indices, g[-64:].cpu().double(), x[-64:].cpu().double()))
+
+
+def test_convolutions_of_more_than_32_bits_of_elements():
+    """As above, with images: those at the end are right, and their gradients."""
+    channels, side = 64, 64
+    batch = 2**31 // (channels * side * side) + 40
+    if torch.cuda.get_device_properties(0).total_memory < 5 * batch * channels * side * side * 2:
+        pytest.skip("needs 22 GB of memory")
+    values, indices, _ = sparse_matrix(channels, channels * 9, 0.02, torch.float32)
+    v, gpu, place = values.cuda(), on("cuda", indices), ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    x = torch.randn(channels, side, side, batch, device="cuda", dtype=torch.bfloat16).permute(3, 0, 1, 2)
+    y = ops.csr_conv2d_fprop(v, *gpu, None, x, *place)
+    for part in (slice(0, 2), slice(batch // 2, batch // 2 + 2), slice(batch - 2, batch)):
+        close(y[part].cpu(), reference.csr_conv2d_fprop(values.double(), *indices, None, x[part].cpu().double(), *place))
+    dx = ops.csr_conv2d_dgrad(v, *gpu, y, (side, side), *place)
+    close(dx[-2:].cpu(), reference.csr_conv2d_dgrad(values.double(), *indices, y[-2:].cpu().double(), (side, side), *place))
+    del dx
+    ends = y[-2:].clone()
+    y.zero_()
+    y[-2:] = ends
+    wanted = reference.csr_conv2d_wgrad(*indices, ends.cpu().double(), x[-2:].cpu().double(), *place)
+    torch.testing.assert_close(ops.csr_conv2d_wgrad(*gpu, y, x, *place).cpu().double(), wanted, rtol=1e-4, atol=1e-2)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaxPool2d, SparseConv2d, kernels
+from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaskedConv2d, MaxPool2d, SparseConv2d, kernels
 from grasp_sparse.nn.norm import norm_relu
 
 POOLED = {"avg_pool2d", "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward"}
@@ -93,6 +93,39 @@ def test_and_so_do_its_gradients():
         y.backward(torch.ones_like(y))
     assert is_chwn(x.grad) and {"grasp_sparse::batch_norm_backward", "grasp_sparse::max_pool2d_backward"} <= set(called.names)
     check(called)
+
+
+@pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_chain_begins_at_its_first_sparse_convolution_and_ends_before_a_dense_one(fake_cuda, lies):
+    """One turn in, one out, and the dense kernel has what it is fastest on."""
+    block, dense = Block(), nn.Conv2d(8, 8, 3)
+    masked = MaskedConv2d.from_dense(dense, torch.ones_like(dense.weight, dtype=torch.bool))
+    chain = nn.Sequential(block, masked)
+    tensors = dict(chain.named_parameters()) | dict(chain.named_buffers())
+    with fake_cuda:
+        state = {name: fake_cuda.from_tensor(tensor).to("cuda") for name, tensor in tensors.items()}
+        x = torch.empty(16, 8, 24, 24, device="cuda").contiguous(memory_format=lies)
+        with Called() as called:
+            y = torch.func.functional_call(chain, state, x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert called.names.count("aten::clone") == 2
+    assert called.names.index("aten::clone") < called.names.index("grasp_sparse::csr_conv2d_fprop")
+    inside = called.names[called.names.index("grasp_sparse::csr_conv2d_fprop") : called.names.index("aten::convolution")]
+    assert inside.count("aten::clone") == 1 and {"grasp_sparse::batch_norm_train", "grasp_sparse::max_pool2d"} <= set(inside)
+
+
+def test_without_compiled_kernels_and_for_blocks_nothing_is_turned(fake_cuda, monkeypatch):
+    single = SparseConv2d.from_dense(nn.Conv2d(16, 16, 3), torch.rand(16, 16, 3, 3) < 0.2)
+    blocks = SparseConv2d.from_dense(nn.Conv2d(16, 16, 3), torch.ones(16, 16, 3, 3, dtype=torch.bool), (16, 16))
+    for conv, compiled in ((single, False), (blocks, True)):
+        monkeypatch.setattr(kernels, "_ON_CUDA", compiled)
+        tensors = dict(conv.named_parameters()) | dict(conv.named_buffers())
+        with fake_cuda:
+            state = {name: fake_cuda.from_tensor(tensor).to("cuda") for name, tensor in tensors.items()}
+            x = torch.empty(4, 16, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last)
+            with Called() as called:
+                y = torch.func.functional_call(conv, state, x)
+        assert y.is_contiguous(memory_format=torch.channels_last) and "aten::clone" not in called.names
 
 
 @pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=str)

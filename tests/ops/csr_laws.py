@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices
 from grasp_sparse.ops.dtypes import compute_dtype
+from grasp_sparse.ops.layout import empty_rows
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -51,6 +52,8 @@ def check_linear(
     for gate in (y, y.contiguous()):
         dx, dv, db = ops.csr_spmm_backward(v, *indices, lg, lx, gate, True)
         close(dx.cpu(), gated @ weight, f"gated dx, {case}")
+        like = lg if gate.stride() == lg.stride() else lg.contiguous()
+        assert dx.numel() == 0 or dx.stride() == empty_rows(like, x.shape).stride(), f"gated dx, {case}: {dx.stride()}"
         expect("gated dvalues", dv, (gated.t() @ wide_x)[mask].unsqueeze(0)), expect("gated dbias", db, gated.sum(0))
     dx, dv, _ = ops.csr_spmm_backward(v, *indices, lg, lx, y, False)
     assert dx.numel() == 0

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grasp_sparse as gs
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
-from grasp_sparse.planning import Times, cache, layer_inputs, measure
+from grasp_sparse.ops import triton as ops_triton
+from grasp_sparse.patterns import get_pattern
+from grasp_sparse.planning import Times, cache, density_plan, layer_inputs, measure, measured_plan
 from grasp_sparse.planning.inputs import LayerInput, describe_input
+from grasp_sparse.targets import Target
 
 
 class Net(nn.Module):
@@ -32,6 +38,19 @@ class Net(nn.Module):
 @pytest.fixture
 def net():
     return Net()
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of what is made bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
 
 
 def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
@@ -107,6 +126,33 @@ class TestDecision:
     def test_density_decides_when_asked_and_without_an_example(self, net, stopwatch, arguments):
         report = gs.sparsify_(net, masks_of(net), **arguments)
         assert {row.runs for row in report.rows} == {"sparse"} and not stopwatch.measured
+
+
+class TestBlocksOnCuda:
+    """On tensors of a device that is not there: nothing is computed before the answer."""
+
+    @staticmethod
+    def target(pattern: str) -> Target:
+        with FakeTensorMode():
+            mask = torch.empty(128, 128, dtype=torch.bool, device="cuda")
+        return Target(("weight",), {"": nn.Linear(128, 128)}, mask, 1024, None, "", get_pattern(pattern))
+
+    @pytest.mark.parametrize("pattern, runs", [("block(32, 16)", "sparse"), ("block(8, 8)", "masked"), ("block(48, 16)", "masked")])
+    def test_without_a_kernel_they_run_masked_and_the_reason_says_so(self, pattern, runs):
+        pytest.importorskip("triton")
+        row = density_plan([self.target(pattern)], {}, 0.3).rows[0]
+        assert row.runs == runs and ("have no kernel on cuda; sides of 16, 32, 64, 128 do" in row.reason) == (runs == "masked")
+
+    def test_nor_are_they_measured(self, stopwatch):
+        pytest.importorskip("triton")
+        target = self.target("block(8, 8)")
+        inputs = {"": Counter([LayerInput((3, 128), "row-major", torch.float32, True)])}
+        assert measured_plan([target], inputs).rows[0].runs == "masked" and not stopwatch.measured
+
+    def test_nor_is_any_block_without_triton(self, monkeypatch):
+        monkeypatch.setattr(ops_triton, "_INSTALLED", False)
+        row = density_plan([self.target("block(32, 32)")], {}, 0.3).rows[0]
+        assert (row.runs, row.reason) == ("masked", "Triton is not installed")
 
 
 class TestGivenPlan:
@@ -202,11 +248,32 @@ class TestMeasuring:
         assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
         assert all(parameter.grad is None for parameter in layer.parameters()) and torch.equal(torch.get_rng_state(), state)
 
+    def test_convolutions_of_single_weights_are_measured_as_they_run_on_cuda(self):
+        given = LayerInput((4, 6, 5, 5), "channels_last", torch.float32, True)
+        with FakeTensorMode():
+            conv, linear = nn.Conv2d(6, 8, 3, device="cuda"), nn.Linear(6, 8, device="cuda")
+        assert measure._input_of_sparse(conv, given, None) == given._replace(layout="batch-innermost")
+        assert measure._input_of_sparse(conv, given, (16, 16)) == given == measure._input_of_sparse(nn.Conv2d(6, 8, 3), given, None)
+        rows = LayerInput((4, 6), "row-major", torch.float32, True)
+        assert measure._input_of_sparse(linear, rows, None) == rows
+
     def test_half_precision_and_frozen_layers_can_be_measured(self, net):
         net.bfloat16()
         net.first.requires_grad_(False)
         plan = gs.plan(net, masks_of(net), X)
         assert all(row.times and row.runs in ("sparse", "masked") for row in plan.rows)
+
+    @pytest.mark.parametrize("kind", [nn.Linear, MaskedLinear, SparseLinear])
+    def test_under_autocast_every_call_casts_its_weight(self, kind):
+        dense = nn.Linear(100, 90)
+        layer = dense if kind is nn.Linear else kind.from_dense(dense, torch.rand(90, 100) < 0.5)
+        weights = [parameter.shape for parameter in layer.parameters() if parameter.dim() > 1]
+        with torch.autocast("cpu", torch.bfloat16):
+            run = measure._arm(layer, torch.randn(3, 100, dtype=torch.bfloat16), torch.Generator())
+            with Casts() as casts:
+                run(), run()
+        # To the kernels values of single weights are float32.
+        assert casts.shapes.count(weights[0]) == (0 if kind is SparseLinear else 2)
 
     @pytest.mark.parametrize(
         "milliseconds, ends",
@@ -256,6 +323,18 @@ class TestCache:
             model[0].stride = (2, 2)
         gs.plan(model, masks, x)
         assert len(stopwatch.measured) == 2
+
+    @pytest.mark.parametrize("of", [torch.backends.cuda.matmul, torch.backends.cudnn.conv], ids=["products", "convolutions"])
+    def test_times_on_a_gpu_are_those_of_one_precision(self, monkeypatch, of):
+        """Set in the way of today, beside which torch refuses to be asked in the older one."""
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+        before, keys = of.fp32_precision, []
+        try:
+            for of.fp32_precision in ("ieee", "tf32"):
+                keys.append(cache._device("cuda"))
+        finally:
+            of.fp32_precision = before
+        assert keys[0] != keys[1]
 
     @pytest.fixture
     def on_disk(self, tmp_path, monkeypatch):

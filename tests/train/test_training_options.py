@@ -11,6 +11,8 @@ import torch
 from several_ranks import after_steps, small_config
 from torch import nn
 
+from grasp_sparse import _extension
+from grasp_sparse.planning import Times, cache, measure
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.data_parallel import compiled
 from grasp_sparse.train.ema import Ema
@@ -64,6 +66,20 @@ def test_autocast_computes_low_and_keeps_float32_weights(precision: str, dtype: 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2) and loss.item() != exact.item()
     assert options.scaler.is_enabled() == (precision == "fp16")
+
+
+@pytest.mark.skipif(not _extension.status().loaded, reason="without compiled kernels nothing is measured")
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_layers_are_planned_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch, precision: str, inside: torch.dtype) -> None:
+    """Between layers activations are what autocast makes of them, and what was measured is remembered under its dtype."""
+    given, keys, remember = [], [], cache.remember
+    monkeypatch.setattr(cache, "remember", lambda key, *rest: keys.append(key) or remember(key, *rest))
+    monkeypatch.setattr(measure, "measure_layer", lambda layer, mask, x, *rest: given.append(x.dtype) or Times(2e-3, 2e-3, 1e-3))
+    config = small_config(plan="auto", precision=precision)
+    data, model = data_and_model(config)
+    several_ranks.sparsify_for_training(config, model, several_ranks.masks_for(config, model, data), data)
+    assert given == [torch.float32, inside, inside]  # images come as they are
+    assert {str(torch.bfloat16) in key for key in keys} == {precision == "bf16"} and not torch.is_autocast_enabled("cpu")
 
 
 def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grasp_sparse.ops.layout import empty_images
 from grasp_sparse.ops.triton.launch import Images, Lists, product, regrouped, sampled
-from grasp_sparse.ops.triton.linear import check_grid, contiguous_like, written_back
+from grasp_sparse.ops.triton.linear import check_indices, contiguous_like, written_back
 from grasp_sparse.ops.triton.window import Window, window
 
 
@@ -20,7 +20,8 @@ def bsr_conv2d_fprop(
     kernel_size, stride, padding, dilation, relu=False,
 ):  # fmt: skip
     of = window(kernel_size, stride, padding, dilation)
-    check_grid(crow_indices, ccol_indices, out_channels, x.shape[1], values.shape[1:], of.taps)
+    indices = crow_indices, col_indices, ccol_indices, row_indices, permutation
+    check_indices(indices, out_channels, x.shape[1], values.shape[1:], of.taps)
     grid = of.output_size(x.shape[2:])
     out = _pixels_last(empty_images(x, (x.shape[0], out_channels, *grid)))
     y, pixels = contiguous_like(out), _pixels_last(x).contiguous()
@@ -38,7 +39,8 @@ def bsr_conv2d_dgrad(
     kernel_size, stride, padding, dilation,
 ):  # fmt: skip
     of = window(kernel_size, stride, padding, dilation)
-    check_grid(crow_indices, ccol_indices, g.shape[1], in_channels, values.shape[1:], of.taps)
+    indices = crow_indices, col_indices, ccol_indices, row_indices, permutation
+    check_indices(indices, g.shape[1], in_channels, values.shape[1:], of.taps)
     size = tuple(int(i) for i in input_size)
     out = _pixels_last(empty_images(g, (g.shape[0], in_channels, *size)))
     dx, pixels = contiguous_like(out), _pixels_last(g).contiguous()
@@ -56,7 +58,8 @@ def bsr_conv2d_wgrad(
     crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, block_size, kernel_size, stride, padding, dilation
 ):
     of = window(kernel_size, stride, padding, dilation)
-    check_grid(crow_indices, ccol_indices, g.shape[1], x.shape[1], block_size, of.taps)
+    indices = crow_indices, col_indices, ccol_indices, row_indices, permutation
+    check_indices(indices, g.shape[1], x.shape[1], block_size, of.taps)
     grads, pixels = _pixels_last(g).contiguous(), _pixels_last(x).contiguous()
     if of.is_product:
         grads, pixels, images = grads.flatten(0, 2), pixels.flatten(0, 2), None

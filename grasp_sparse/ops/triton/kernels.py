@@ -8,8 +8,7 @@ import torch
 
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.reference import without_autocast
-from grasp_sparse.ops.triton import conv2d, linear
-from grasp_sparse.ops.triton.tuning import BLOCK_SIDES
+from grasp_sparse.ops.triton import conv2d, linear, why_not
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FAMILIES = {  # the kernels, and where among the arguments the activations stand
@@ -31,7 +30,7 @@ def run(name: str, *arguments):
     if (
         len(dtypes) == 1
         and dtypes <= set(_DTYPES)
-        and all(side in BLOCK_SIDES for side in block_size)
+        and why_not(block_size) is None
         and all(index.dtype == torch.int32 and index.is_contiguous() for index in indices)
         and len({argument.device for argument in arguments if isinstance(argument, torch.Tensor)}) == 1
         and _has_tensor_cores(activations[0].device)

@@ -17,6 +17,8 @@ from grasp_sparse.ops.triton.sampled import ROWS_AT_ONCE, sampled_kernel
 from grasp_sparse.ops.triton.tuning import Tile, fastest, has_wgmma, parts_of_tokens, processors, product_tiles, sampled_tiles
 from grasp_sparse.ops.triton.window import POINT, Window, divisor
 
+# Kernels count tokens, and programs, in 32 bits; what they add to a token (a tile, a part's rest) must fit too.
+MOST_TOKENS, SMALLEST_TILE = 2**31 - 4096, 64
 # Programs of equal length need no order; where each processor has many, short ones fill the gaps of long ones anyway.
 ORDERED_BELOW = 8
 
@@ -77,6 +79,9 @@ def product(
     read_blocks, written_blocks = math.ceil(read_channels / reduced), math.ceil(written_channels / produced)
     if values.shape[0] != lists.entries.shape[0]:
         raise ValueError(f"Expected {lists.entries.shape[0]} blocks of values, got {values.shape[0]}.")
+    if bias is not None and bias.shape != (written_channels,):
+        raise ValueError(f"Expected bias of shape [{written_channels}], got {list(bias.shape)}; give one number for each channel.")
+    _check_size(tokens, groups)
     if y.numel() == 0:
         return
     if read_channels % reduced:
@@ -123,6 +128,7 @@ def sampled(
     if g.shape[0] != x.shape[0]:
         raise ValueError(f"Expected g and x of one batch, got {g.shape[0]} and {x.shape[0]}.")
     tokens = g.shape[0] * (math.prod(geometry.grid) if images else 1)
+    _check_size(tokens)
     if tokens == 0 or nblocks == 0:
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
     g, x = _whole_blocks(g, bh), _whole_blocks(x, bw)
@@ -146,6 +152,14 @@ def sampled(
     with on_device(x):
         launch(fastest((shape, _magnitude(tokens), _magnitude(nblocks)), tiles, launch, x.device))
     return partial.sum(0) if parts > 1 else partial
+
+
+def _check_size(tokens: int, groups: int = 1) -> None:
+    """Raises ValueError where a kernel, or a launch with the smallest tiles, would count past 32 bits."""
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"Expected at most {MOST_TOKENS} tokens (rows, or pixels of all images), got {tokens}; split the batch.")
+    if (programs := math.ceil(tokens / SMALLEST_TILE) * groups) >= 2**31:
+        raise ValueError(f"Expected work for fewer than 2^31 programs, got {programs} of {tokens} tokens; split the batch.")
 
 
 def regrouped(ccol_indices: Tensor, row_indices: Tensor, permutation: Tensor, rows: int, window: Window) -> Lists:

@@ -17,10 +17,17 @@ import triton.language as tl
 
 
 @triton.jit
-def divided(m, magic, shift):
-    """m // d in three instructions, for 0 <= m < 2^31; see window.Divisor."""
+def divided(m, magic, shift, RUN: tl.constexpr = 1):
+    """m // d in three instructions, for 0 <= m < 2^31; see window.Divisor.
+
+    RUN: so many lanes have one m. The compiler knows it of m, not of a high product, and makes wide loads only of what it knows. The
+    hint stands on the operation itself: one on the result or the argument of a function is gone once that is inlined.
+    """
     doubled = m.to(tl.uint32) << 1
-    return (tl.umulhi(doubled, magic.to(tl.uint32, bitcast=True) + tl.zeros_like(doubled)) >> shift.to(tl.uint32)).to(tl.int32)
+    quotient = tl.umulhi(doubled, magic.to(tl.uint32, bitcast=True) + tl.zeros_like(doubled)) >> shift.to(tl.uint32)
+    if RUN > 1:
+        quotient = tl.max_constancy(quotient, [RUN])
+    return quotient.to(tl.int32)
 
 
 @triton.jit
@@ -33,18 +40,14 @@ def on_grid(m, pixels, pixels_magic, pixels_shift, width, width_magic, width_shi
 
 
 @triton.jit
-def tap_and_chunk(block, chunks, magic, shift, KERNEL_W: tl.constexpr):
-    """A block column, tap-major: the row and column of its tap in the window, and which piece of the channels it is."""
-    tap = divided(block, magic, shift)
+def tap_and_chunk(block, chunks, magic, shift, KERNEL_W: tl.constexpr, RUN: tl.constexpr = 1):
+    """A block column, tap-major: the row and column of its tap in the window, and which piece of the channels it is.
+
+    RUN: so many lanes have one block.
+    """
+    tap = divided(block, magic, shift, RUN)
     row = tap // KERNEL_W
     return row, tap - row * KERNEL_W, block - tap * chunks
-
-
-@triton.jit
-def tap_and_chunk_of_runs(block, chunks, magic, shift, KERNEL_W: tl.constexpr, LENGTH: tl.constexpr):
-    """The same where runs of LENGTH lanes have one block, which the compiler must know to make wide masked loads of them."""
-    row, column, chunk = tap_and_chunk(block, chunks, magic, shift, KERNEL_W)
-    return tl.max_constancy(row, LENGTH), tl.max_constancy(column, LENGTH), tl.max_constancy(chunk, LENGTH)
 
 
 @triton.jit
@@ -53,9 +56,3 @@ def between(row, column, height, width):
     unsigned: tl.constexpr = tl.uint32
     rows = row.to(unsigned, bitcast=True) < height.to(unsigned)
     return rows & (column.to(unsigned, bitcast=True) < width.to(unsigned))
-
-
-@triton.jit
-def runs(offsets, LENGTH: tl.constexpr):
-    """Tells the compiler what it cannot see through loaded indices: offsets come in aligned runs of LENGTH, so loads are wide."""
-    return tl.max_contiguous(tl.multiple_of(offsets, LENGTH), LENGTH)

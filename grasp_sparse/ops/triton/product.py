@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk, tap_and_chunk_of_runs
+from grasp_sparse.ops.triton.places import between, on_grid, tap_and_chunk
 
 
 @triton.jit
@@ -129,10 +129,8 @@ def product_kernel(
         next_block, next_place = _entry(entries, places, start, end, step + 1, k, KB, BK)
 
         if IMAGES:
-            if PARTS == 0:
-                tap_h, tap_w, chunk = tap_and_chunk_of_runs(block, read_blocks, blocks_magic, blocks_shift, KERNEL_W, KB)
-            else:
-                tap_h, tap_w, chunk = tap_and_chunk(block, read_blocks, blocks_magic, blocks_shift, KERNEL_W)
+            RUN: tl.constexpr = KB if PARTS == 0 else 1
+            tap_h, tap_w, chunk = tap_and_chunk(block, read_blocks, blocks_magic, blocks_shift, KERNEL_W, RUN)
             if TRANSPOSED:
                 down = (phase_h + pad_top - tap_h * DILATION_H) // STRIDE_H
                 right = (phase_w + pad_left - tap_w * DILATION_W) // STRIDE_W
@@ -149,9 +147,6 @@ def product_kernel(
         down_block = place.to(tl.int64) * (KB * NB) + inner * (1 if READ_INNER else NB)
         if PARTS == 0:
             inside = inside & listed[None, :]
-            along = runs(along, KB)
-            if READ_INNER:
-                down_block = runs(down_block, KB)
         w = values + down_block[:, None] + across[None, :]
         if PARTS == 0:
             weights = tl.load(w, mask=listed[:, None], other=0.0)

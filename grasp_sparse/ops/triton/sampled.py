@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_sparse.ops.triton.places import between, on_grid, runs, tap_and_chunk, tap_and_chunk_of_runs
+from grasp_sparse.ops.triton.places import between, on_grid, tap_and_chunk
 
 ROWS_AT_ONCE = 256  # of crow_indices, compared in one go
 
@@ -85,16 +85,12 @@ def sampled_kernel(
             block = tl.load(col_indices + start)
         down, right, chunk = 0, 0, block
         if IMAGES:
-            if TOGETHER > 1:
-                tap_h, tap_w, chunk = tap_and_chunk_of_runs(block, chunks, chunks_magic, chunks_shift, KERNEL_W, BW)
-            else:
-                tap_h, tap_w, chunk = tap_and_chunk(block, chunks, chunks_magic, chunks_shift, KERNEL_W)
+            RUN: tl.constexpr = BW if TOGETHER > 1 else 1
+            tap_h, tap_w, chunk = tap_and_chunk(block, chunks, chunks_magic, chunks_shift, KERNEL_W, RUN)
             down, right = tap_h * DILATION_H - pad_top, tap_w * DILATION_W - pad_left
         along = (chunk * BW + inner).to(tl.int64)
         if IMAGES:
             along += (down.to(tl.int64) * image_w + right) * in_channels
-        if TOGETHER > 1:
-            along = runs(along, BW)
 
         acc = tl.zeros((TOGETHER * BW, BH), tl.float32)
         begin = split * part

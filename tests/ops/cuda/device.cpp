@@ -1,5 +1,9 @@
-// The device that the emulator pretends to be, and launches that must fail.
+// The device that the emulator pretends to be, launches that must fail, and kernels that tests call without the operations.
+#include <cstdlib>
+
 #include "launch.h"
+#include "lists.cuh"
+#include "passes.h"
 
 namespace grasp_sparse::cuda {
 
@@ -56,6 +60,23 @@ const char* launch_faulty(int which) {
     message = error.what();
   }
   return message.c_str();
+}
+
+// dealt [tiles, slots]: the row of each slot, or -1, of a matrix with these row pointers.
+void deal_rows(const int* pointers, int rows, int tiles, int slots, int* dealt) {
+  Lists lists{};
+  lists.ptr = pointers, lists.rows = rows, lists.nnz = pointers[rows], lists.taps = 1;
+  std::vector<int> by_count(rows);
+  launch(nullptr, rank_rows, blocks_for(rows, kRankThreads), kRankThreads, kRankThreads * sizeof(int), lists, by_count.data());
+  for (int i = 0; i < tiles * slots; ++i) dealt[i] = dealt_row(by_count.data(), rows, tiles, i / slots, i % slots);
+}
+
+// The sampled product of a linear layer, g [rows, batch] and x [cols, batch], into memory that may hold anything.
+void sample_into(int rows, int cols, int nnz, const int* crow, const int* col, int64_t batch, const float* g, const float* x,
+                 float* sums) {
+  const Queue queue{0, nullptr, [](int64_t bytes) { return std::shared_ptr<void>(std::malloc(bytes), std::free); }};
+  const grasp_sparse::Window point{{1, 1, 1, 0, 1, 1}, {1, 1, 1, 0, 1, 1}};
+  wgrad<float>(queue, {rows, cols, nnz, crow, col, nullptr, nullptr, nullptr}, point, batch, g, x, sums);
 }
 
 void read_early(const int* from, int* to) { launch(nullptr, read_before_waiting, 1, 32, 32 * sizeof(int), from, to); }

@@ -74,14 +74,18 @@ def built(tmp_path_factory) -> tuple[Path, float]:
     return library, _child_seconds() - began
 
 
-@pytest.fixture(scope="module")
-def resources(built) -> dict[tuple[str, str], dict[str, int]]:
-    """(architecture, kernel) -> registers, stack, shared and local memory of each, as cuobjdump prints them."""
+def _cuobjdump() -> str:
     tool = shutil.which("cuobjdump")
     if tool is None:
         triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA or of triton's package")
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    text = subprocess.run([tool, "--dump-resource-usage", str(built[0])], capture_output=True, text=True, check=True).stdout
+    return tool
+
+
+@pytest.fixture(scope="module")
+def resources(built) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> registers, stack, shared and local memory of each, as cuobjdump prints them."""
+    text = subprocess.run([_cuobjdump(), "--dump-resource-usage", str(built[0])], capture_output=True, text=True, check=True).stdout
     found, architecture = {}, ""
     for line in text.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
@@ -97,13 +101,31 @@ def test_it_compiles_in_time(built):
     assert built[1] < SECONDS
 
 
+def _threads(kernel: str) -> int:
+    """Of a block, or of the blocks that are meant to be on a multiprocessor together, by the mangled name."""
+    if rows := re.search(r"fill_groupsI\w+?Li(\d+)E", kernel):
+        return 32 * int(rows[1])
+    return 512 if re.search("product|sampled", kernel) else 3 * 256 if re.search("norm_|max_pool_", kernel) else 256
+
+
+def test_staged_kernels_copy_without_waiting(built):
+    """Of every storage type; LDGSTS is what cp.async becomes."""
+    command = [_cuobjdump(), "-sass", "-arch", ARCHITECTURES[-1], str(built[0])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    staged = {}
+    for kernel, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL):
+        if named := re.search(r"\d(product|sampled)I(NS0_\d\w+?E|f|d)", kernel):
+            staged.setdefault(named.groups(), []).append("LDGSTS" in code)
+    assert len(staged) == 2 * 4 and all(all(copies) for copies in staged.values()), staged
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills(resources, architecture):
     kernels = {name: usage for (target, name), usage in resources.items() if target == architecture}
     assert all(any(known in name for name in kernels) for known in KERNELS), kernels.keys()
     for name, usage in kernels.items():
         assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{name}: {usage}"
-        threads = 512 if re.search("product|sampled", name) else 3 * 256 if re.search("norm_|max_pool_", name) else 256
+        threads = _threads(name)
         assert usage["REG"] * threads <= REGISTERS, f"{name}: {usage}"
 
 

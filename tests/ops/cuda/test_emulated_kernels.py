@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from csr_laws import STORED, check_conv, check_linear
@@ -129,6 +131,35 @@ def test_a_corrupt_index_reads_nothing_and_shows(emulated, which, place, number)
         close(y[:, ~wrong], wanted[:, ~wrong])
 
 
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize("batch", [10, 300], ids=["one share", "several"])
+def test_sums_that_no_row_has_are_nan_whatever_memory_held(emulator, emulated, batch):
+    values, indices, _ = sparse_matrix(20, 30, 0.2, torch.float32)
+    g, x = torch.randn(20, batch), torch.randn(30, batch)
+    wanted = reference.csr_sddmm(*indices, g.t().double(), x.t().double())[0]
+    crow, nnz = indices.crow_indices.clone(), wanted.numel()
+    crow[0], crow[-1] = 1, nnz - 2
+    sums = torch.full((nnz,), 7.0)
+    emulator.sample_into(20, 30, nnz, _pointer(crow), _pointer(indices.col_indices), ctypes.c_int64(batch), *map(_pointer, (g, x, sums)))
+    assert torch.equal(sums.isnan().nonzero()[:, 0], torch.tensor([0, nnz - 2, nnz - 1]))
+    close(sums[1:-2], wanted[1:-2])
+
+
+@pytest.mark.parametrize("rows, tiles", [(64, 2), (300, 10), (17, 3), (5, 5), (3, 8)])
+def test_rows_are_dealt_so_that_tiles_have_as_many_weights(emulator, rows, tiles):
+    """A few rows with most of the weights, all at the beginning: in their own order the first tile would have nearly everything."""
+    counts = (4000 / torch.arange(1, rows + 1) ** 1.5).int()
+    pointers, slots = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int())), -(-rows // tiles)
+    dealt = torch.empty(tiles, slots, dtype=torch.int32)
+    emulator.deal_rows(_pointer(pointers), rows, tiles, slots, _pointer(dealt))
+    assert sorted(dealt[dealt >= 0].tolist()) == list(range(rows))
+    totals = torch.where(dealt < 0, 0, counts[dealt.clamp(min=0).long()]).sum(1)
+    assert totals.max() - totals.min() <= counts.max()  # no row can be cut
+
+
 def test_wrong_arguments_are_refused(emulated):
     values, indices, _ = sparse_matrix(6, 10, 0.5, torch.float32)
     x, g = torch.randn(4, 10), torch.randn(4, 6)
@@ -141,6 +172,7 @@ def test_wrong_arguments_are_refused(emulated):
         lambda: emulated.csr_spmm(values, *indices, None, x.int()),
         lambda: emulated.csr_spmm_t(values, *indices, g[:, :-1]),
         lambda: emulated.csr_sddmm(*indices, g[:-1], x),
+        lambda: emulated.csr_sddmm(*indices._replace(ccol_indices=torch.zeros(1, dtype=torch.int32)), g, x[:, :0]),
         lambda: emulated.csr_sddmm(*indices, g.double(), x),
         lambda: emulated.csr_spmm_backward(values, *indices, g, x, g[:, :-1]),
         lambda: emulated.csr_conv2d_fprop(values, *indices, None, x[:, :, None, None], [2, 2], [1, 1], [0] * 4, [1, 1]),

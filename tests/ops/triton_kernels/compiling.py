@@ -35,7 +35,8 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    registers: int
+    registers: int  # a thread
+    warps: int
     local: int  # bytes a thread
     spills: int  # instructions that go to local memory; a stack of some bytes that nothing touches is none
     shared: int  # bytes a program, with what the launch adds
@@ -109,10 +110,12 @@ def compiled(of: Launch, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        resources, code = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    usage = {name: int(number) for name, number in re.findall(r"(REG|LOCAL|SHARED):(\d+)", resources)}
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return Compiled(usage["REG"], usage["LOCAL"], spills, usage["SHARED"] + made.metadata.shared, made.asm["ptx"])
+        resources = _printed(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", resources)}
+        code = _printed(tools / "nvdisasm", "-c", file.name) if usage["STACK"] or usage["LOCAL"] else ""
+    spills, shared = len(re.findall(r"\b(?:LDL|STL)\b", code)), usage["SHARED"] + made.metadata.shared
+    return Compiled(usage["REG"], of.options.get("num_warps", 4), usage["LOCAL"], spills, shared, made.asm["ptx"])
+
+
+def _printed(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

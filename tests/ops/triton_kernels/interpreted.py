@@ -40,6 +40,7 @@ def sweep_linear() -> None:
         LinearCase(65, 70, 130, (32, 64), bias=False),
         LinearCase(9, 130, 150, (64, 128), relu=True),
         LinearCase(17, 150, 129, (128, 16)),
+        LinearCase(40, 130, 260, (128, 128), density=0.8),
         LinearCase(1, 64, 128, (64, 64), density=1.0),
         LinearCase(5, 64, 96, (32, 32), density=0.0, relu=True),
         LinearCase(130, 128, 256, (16, 16), density=0.1),

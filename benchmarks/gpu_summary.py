@@ -1,0 +1,71 @@
+"""What was measured on a GPU, layers and whole steps, as one table.
+
+    python -m benchmarks.gpu_summary
+
+Reads benchmarks/results/gpu-layers.csv and gpu-steps.csv, which benchmarks.gpu_layers and benchmarks.gpu_steps write. A cell
+is how many times as fast as the dense layer or network of the same precision, in the faster of its memory formats; of layers
+the geometric mean over the shapes of their group and, for what is ours, the share of the roofline that was reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.runner import RESULTS, run
+from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_of, read_rows
+from grasp_sparse.train.errors import UserError
+
+FILES = ("gpu-layers.csv", "gpu-steps.csv")
+LABELS = ("", "pattern", "by", "precision", "pass")
+
+
+def _labels(row: Row) -> tuple[str, ...]:
+    """What names a line of the table; peers by their own names."""
+    peer = row["arm"].removeprefix("peer ").removesuffix(f" {row['precision']} {row['layout']}")
+    by = "" if kind_of(row["arm"]) == SPARSE else peer
+    return row.get("group") or row["model"], row["pattern"], by, row["precision"], row["pass"]
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """Of the rows of one line and sparsity: ours in the fastest layout, a peer as it is."""
+    text = f"{geometric_mean([float(row['vs dense of this precision']) for row in rows]):.2f}x"
+    reached = [float(row["roofline"]) for row in rows if row.get("roofline")]
+    return f"{text} {geometric_mean(reached):.0%}" if reached else text
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line for each group or network, pattern, precision and pass, a column for each sparsity; nothing for no rows."""
+    found: dict[tuple[str, ...], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        kind = kind_of(row["arm"])
+        if kind != DENSE and (kind != SPARSE or row["best"]):
+            found[_labels(row)][float(row["sparsity"])].append(row)
+    if not found:
+        return []
+    sparsities = sorted({sparsity for cells in found.values() for sparsity in cells})
+    lines = [(*LABELS, *(f"{sparsity:.0%}" for sparsity in sparsities))]
+    for labels, cells in found.items():
+        lines.append((*labels, *(_cell(cells[sparsity]) if sparsity in cells else "-" for sparsity in sparsities)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of the CSV files (default: %(default)s)")
+    folder = flags.parse_args(arguments).results
+    rows = [row for name in FILES if (folder / name).exists() for row in read_rows(folder / name)]
+    if not rows:
+        raise UserError(f"Expected {' or '.join(FILES)} in {folder}, got neither; make gpu writes them on a machine with a GPU")
+    print(f"on {', '.join(sorted({row['cuda'] or row['cpu'] for row in rows}))}, torch {rows[0]['torch']}:")
+    print("\n".join(table(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
