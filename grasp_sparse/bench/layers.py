@@ -50,8 +50,8 @@ def measure_layers(
 ) -> list[Row]:
     """Rows of every layer that `report` says was pruned; `masked` is the dense network, `sparse` the one after surgery.
 
-    seconds: for each layer. progress: wraps the layers, e.g. a tqdm. The network's first layer needs no gradient of its input. Neither
-    has the ReLU behind it, which a sparse layer may have taken in.
+    seconds: for each layer. progress: wraps the layers, e.g. a tqdm. The network's first layer needs no gradient of its input.
+    Layers are compared without the ReLU behind them, which a sparse one may have taken in.
     """
     sparse = unfuse_(copy.deepcopy(sparse))
     first = next((row.name for row in report.rows if row.input_shape is not None), None)
