@@ -1,5 +1,6 @@
 """What follows a layer done on the way out of it, in a whole model, in place: batch norms are replaced by fused ones that also
-add the residual and apply the ReLU behind them, sparse linear layers and convolutions of blocks apply theirs. Pooling keeps the layout from then on.
+add the residual and apply the ReLU behind them, sparse linear layers and convolutions of blocks apply theirs. Pooling keeps the
+layout from then on.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
 are, and so does the state_dict. A ReLU is taken into what lies before it only where the structure says that nothing else
@@ -49,9 +50,10 @@ def fuse_(model: nn.Module) -> list[str]:
 
     The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
     in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); in ``nn.Sequential`` also the ReLU behind a
-    :class:`~grasp_sparse.nn.SparseLinear`, and behind a :class:`~grasp_sparse.nn.SparseConv2d` that stores whole blocks. Not where a forward or backward hook, a ``forward`` set on the
-    instance or a second use of the module might see the difference. Code that takes single layers out of an ``nn.Sequential``
-    would: hooks and features that want the value before the ReLU need the model as it was.
+    :class:`~grasp_sparse.nn.SparseLinear`, and behind a :class:`~grasp_sparse.nn.SparseConv2d` that stores whole blocks. Not where
+    a forward or backward hook, a ``forward`` set on the instance or a second use of the module might see the difference. Code that
+    takes single layers out of an ``nn.Sequential`` would: hooks and features that want the value before the ReLU need the model
+    as it was.
 
     Subclasses of ``nn.BatchNorm2d`` and other norms are left alone. Whoever replaces layers afterwards (SyncBatchNorm) calls
     :func:`unfuse_` first: the ReLU would go with them.

@@ -1,4 +1,4 @@
-"""Where the kernels that keep a layout run, what norm and pooling ask before they call one; and where a chain in it begins and ends."""
+"""Where the kernels that keep a layout run: what norm and pooling ask before they call one; and the ends of a chain of them."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def measure_layer(
 
 
 def _input_of_sparse(layer: nn.Module, given: LayerInput, block_size: tuple[int, int] | None) -> LayerInput:
-    """In a chain of sparse convolutions of single weights on CUDA images lie batch innermost, whatever they do in the dense model."""
+    """In a chain of sparse convolutions of single weights on CUDA images lie batch innermost, whatever the dense model's layout."""
     turned = layer.weight.is_cuda and block_size is None and isinstance(layer, nn.Conv2d) and len(given.shape) == 4
     return given._replace(layout="batch-innermost") if turned else given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from small_shapes import SMALL
+from torch import nn
 
 from benchmarks import layers, runner
 from benchmarks.shapes import GROUPS, ConvShape, conv3x3, linear, resnet50
 from grasp_sparse.bench import arms
+from grasp_sparse.bench.layers import measure_layers
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.nn import SparseConv2d
+from grasp_sparse.pruning import make_masks
+from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.errors import UserError
 
 _FLAGS = ["--quick", "--threads", "1", "--sparsity", "0.5", "0.75", "--seconds-per-shape", "0.001"]
@@ -27,6 +32,20 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(out: Path, *flags: str) -> int:
     return layers.main([*_FLAGS, *flags, "--out", str(out)])
+
+
+def test_layers_that_apply_their_relu_are_compared_without_it():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, 4))
+    scores = {f"{i}.weight": torch.rand(model[i].weight.shape) for i in (0, 3)}
+    masks, x = make_masks(scores, 0.5, "block(4, 4)"), torch.randn(3, 4, 5, 5)
+    sparse = copy.deepcopy(model)
+    report = sparsify_(sparse, masks, x, dict.fromkeys(masks, "sparse"))
+    assert sparse[0].relu and sparse[3].relu
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    assert {row["layer"] for row in measure_layers(model, sparse, report, seconds=1e-3)} == {"0", "3"}
+    assert sparse[0].relu and sparse[3].relu
 
 
 def test_a_row_an_arm_with_what_it_takes_to_read_it(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""plan and sparsify_ on a device: each layer is measured there both ways, the faster one is taken, and the network computes what the
-dense one with zeros in place computes."""
+"""plan and sparsify_ on a device: each layer is measured there both ways, the faster one is taken, and the network computes what
+the dense one with zeros in place computes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def test_autocast_computes_low_and_keeps_float32_weights(precision: str, dtype: 
 
 @pytest.mark.skipif(not _extension.status().loaded, reason="without compiled kernels nothing is measured")
 @pytest.mark.parametrize(("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_layers_are_planned_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch, precision: str, inside: torch.dtype) -> None:
+def test_layers_are_planned_in_the_precision_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, precision: str, inside: torch.dtype
+) -> None:
     """Between layers activations are what autocast makes of them, and what was measured is remembered under its dtype."""
     given, keys, remember = [], [], cache.remember
     monkeypatch.setattr(cache, "remember", lambda key, *rest: keys.append(key) or remember(key, *rest))

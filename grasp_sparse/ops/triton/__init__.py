@@ -3,8 +3,8 @@
 Blocks with sides of 16, 32, 64 or 128 (of which any two make a block), activations in float32, bfloat16 or float16, on devices of
 compute capability 8.0 and above. Everything else the reference computes.
 
-Kernels walk indices as they are: the lengths of all arguments are checked, what indices say is not, for that would be a wait for the
-device in every call or a mask in every load. Layers and checkpoints have theirs from ``formats.csr_from_indices``, which checks.
+Kernels walk indices as they are: the lengths of all arguments are checked, what indices say is not, for that would be a wait for
+the device in every call or a mask in every load. Layers have theirs from masks, or checkpoints that ``csr_from_indices`` checks.
 
 Nothing of Triton is imported before a first CUDA tensor comes by, and where Triton is not installed nothing is registered.
 """

@@ -20,8 +20,8 @@ import triton.language as tl
 def divided(m, magic, shift, RUN: tl.constexpr = 1):
     """m // d in three instructions, for 0 <= m < 2^31; see window.Divisor.
 
-    RUN: so many lanes have one m. The compiler knows it of m, not of a high product, and makes wide loads only of what it knows. The
-    hint stands on the operation itself: one on the result or the argument of a function is gone once that is inlined.
+    RUN: so many lanes have one m. The compiler knows it of m, not of a high product, and makes wide loads only of what it knows.
+    The hint stands on the operation itself: one on the result or the argument of a function is gone once that is inlined.
     """
     doubled = m.to(tl.uint32) << 1
     quotient = tl.umulhi(doubled, magic.to(tl.uint32, bitcast=True) + tl.zeros_like(doubled)) >> shift.to(tl.uint32)

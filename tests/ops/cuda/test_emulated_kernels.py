@@ -143,7 +143,8 @@ def test_sums_that_no_row_has_are_nan_whatever_memory_held(emulator, emulated, b
     crow, nnz = indices.crow_indices.clone(), wanted.numel()
     crow[0], crow[-1] = 1, nnz - 2
     sums = torch.full((nnz,), 7.0)
-    emulator.sample_into(20, 30, nnz, _pointer(crow), _pointer(indices.col_indices), ctypes.c_int64(batch), *map(_pointer, (g, x, sums)))
+    index = _pointer(crow), _pointer(indices.col_indices)
+    emulator.sample_into(20, 30, nnz, *index, ctypes.c_int64(batch), *map(_pointer, (g, x, sums)))
     assert torch.equal(sums.isnan().nonzero()[:, 0], torch.tensor([0, nnz - 2, nnz - 1]))
     close(sums[1:-2], wanted[1:-2])
 
