@@ -8,8 +8,8 @@
 
 namespace grasp_sparse {
 
-// A packed band, [channels][phases][height rows] of row_step elements, and what a task leaves in its buffer between two of them: rows
-// that both read are moved, not packed again, and only the rows where padding takes the place of pixels are zeroed.
+// A packed band, [channels][phases][height rows] of row_step elements, and what a task leaves in its buffer between two of them:
+// rows that both read are moved, not packed again, and only the rows where padding takes the place of pixels are zeroed.
 class MovingBand {
  public:
   struct Shape {
@@ -43,10 +43,13 @@ class MovingBand {
     for (int64_t place : row_places)
       if (place >= 0) has_source[place / row_phase_size * s.height + place % row_phase_size / s.row_step] = 1;
     for (int64_t phase = 0; phase < s.row_phases; ++phase)
-      for (int64_t row = first; row < s.height; ++row)
-        for (int64_t c = 0; !has_source[phase * s.height + row] && c < s.channels; ++c)
-          for (int64_t col = 0; col < s.col_phases; ++col)
-            std::fill_n(packed + c * s.channel_size + phase * row_phase_size + col * s.phase_size + row * s.row_step, s.row_step, T(0));
+      for (int64_t row = first; row < s.height; ++row) {
+        if (has_source[phase * s.height + row]) continue;
+        for (int64_t c = 0; c < s.channels; ++c) {
+          T* const at = packed + c * s.channel_size + phase * row_phase_size + row * s.row_step;
+          for (int64_t col = 0; col < s.col_phases; ++col) std::fill_n(at + col * s.phase_size, s.row_step, T(0));
+        }
+      }
   }
 };
 

@@ -69,8 +69,8 @@ class TransposedProduct {
   TransposedProduct(const Window& window, const Image<S>& dx, int64_t g_channels)
       : window_(window), dx_(dx), h_(window.h), w_(window.w), groups_(h_, w_), g_channels_(g_channels),
         row_step_((w_.count() + window.w.halo()) * L) {
-    set_rows(band_rows(h_.count(), window.h.halo(), g_channels * row_step_ * static_cast<int64_t>(sizeof(T)), band_bytes(dx, window),
-                       least_rows(window)));
+    const int64_t row_bytes = g_channels * row_step_ * static_cast<int64_t>(sizeof(T));
+    set_rows(band_rows(h_.count(), window.h.halo(), row_bytes, band_bytes(dx, window), least_rows(window)));
   }
 
   const GradAxis& h() const { return h_; }
