@@ -31,19 +31,25 @@ _MAX_KEYS = 4096  # a file that many have written into starts anew
 _Store = dict[str, list[tuple[int, Times]]]
 _memory: _Store = {}
 _unsaved: set[str] = set()
+_answers: dict[tuple[str, int], Times] = {}  # what was said once is said again, whatever has been measured nearby since
 
 
 def recall(key: str, kept: int) -> Times | None:
     """The times measured for ``key`` at ``kept`` weights or within 2 % of them, or None."""
     if key not in _memory:
         _memory[key] = _read().get(key, [])
-    near = [(abs(other - kept), times) for other, times in _memory[key] if abs(other - kept) <= _NEAR * kept]
-    return min(near)[1] if near else None
+    if (key, kept) not in _answers:
+        near = [(abs(other - kept), times) for other, times in _memory[key] if abs(other - kept) <= _NEAR * kept]
+        if not near:
+            return None
+        _answers[key, kept] = min(near)[1]
+    return _answers[key, kept]
 
 
 def remember(key: str, kept: int, times: Times) -> None:
     """Keeps ``times`` for this process; :func:`save` keeps them for the next ones."""
     _memory.setdefault(key, []).append((kept, times))
+    _answers[key, kept] = times
     _unsaved.add(key)
 
 

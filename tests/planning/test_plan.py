@@ -58,6 +58,12 @@ def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
     return {name: (torch.randperm(p.numel()) < density * p.numel()).view(p.shape) for name, p in weights.items()}
 
 
+def forget() -> None:
+    """What another process does not know."""
+    cache._memory.clear()
+    cache._answers.clear()
+
+
 @pytest.fixture
 def stopwatch(monkeypatch):
     """Measuring by rule: a call of `stopwatch.set(rule)` makes rule(layer, kept, given) the times; `measured` is what was asked."""
@@ -306,6 +312,14 @@ class TestCache:
             gs.plan(model, {"0.weight": (torch.randperm(4096) < count).view(64, 64)}, torch.randn(8, 64))
         assert len(stopwatch.measured) == 1 + again
 
+    def test_what_was_decided_once_is_decided_again(self, stopwatch):
+        """prune measures a step under one plan; sparsify_ must find it, though later tries have measured nearer counts."""
+        model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
+        masks = {count: {"0.weight": (torch.arange(4096) < count).view(64, 64)} for count in (1000, 1015, 1030)}
+        stopwatch.set(lambda layer, kept, given: Times(1.0, 1.0, 0.5 if kept == 1000 else 2.0))
+        ways = [gs.plan(model, masks[count], x)["0.weight"] for count in (1000, 1015, 1030, 1015)]
+        assert ways == ["sparse", "sparse", "masked", "sparse"]
+
     @pytest.mark.parametrize("change", ["batch", "threads", "layout", "gradient", "stride"])
     def test_anything_else_is_measured_anew(self, stopwatch, change):
         model = nn.Sequential(nn.Conv2d(4, 4, 3))
@@ -344,13 +358,13 @@ class TestCache:
     def test_another_process_does_not_measure_again(self, net, stopwatch, on_disk):
         masks = masks_of(net)
         first = gs.plan(net, masks, X)
-        cache._memory.clear()
+        forget()
         assert gs.plan(net, masks, X).rows == first.rows and len(stopwatch.measured) == 3
         assert [path.name for path in on_disk.parent.iterdir()] == [on_disk.name]
 
     def test_files_of_two_processes_are_joined(self, stopwatch, on_disk):
         for model in (nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 6))):
-            cache._memory.clear()
+            forget()
             gs.plan(model, masks_of(model), torch.randn(2, 8))
         assert len(json.loads(on_disk.read_text())["times"]) == 2
 
