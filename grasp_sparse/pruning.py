@@ -176,14 +176,15 @@ class _Maker:
     score_once: Callable[[nn.Module], Mapping[str, Tensor]]
     recipe: Mapping[str, Any]
     skipped: Iterable[tuple[str, str]]
-    # Scores of the last round and the masks they were taken within, by sparsity; one entry, None, if there is but one round.
+    # Scores of the last round and the masks they were taken within, by sparsity, or None if there is but one round. Of the
+    # sparsity asked for last alone: a search asks for many, and each is as large as the network.
     scored: dict[float | None, tuple[Mapping[str, Tensor], dict[str, Tensor] | None]] = field(default_factory=dict)
 
     def masks_at(self, share: float, prices: Mapping[str, float] | None) -> MaskSet:
         goal = replace(self.choice, sparsity=share)
         key = None if self.rounds == 1 else share  # in one round the scores do not depend on how much goes
         if key not in self.scored:
-            self.scored[key] = self._score(goal, prices)
+            self.scored = {key: self._score(goal, prices)}
         scores, within = self.scored[key]
         return _make(goal, scores, prices, within, self.recipe, self.skipped)
 

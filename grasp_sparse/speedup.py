@@ -95,15 +95,15 @@ def fit_speedup(
     def kept_seconds(masks: Mapping[str, Tensor]) -> float:
         return sum(cost.seconds(int(masks[name].count_nonzero())) for name, cost in costs.items())
 
-    made: dict[float, MaskSet] = {}
+    priced: dict[float, float] = {}  # of every share that was looked at; their masks would be as large as the network, each
 
-    def masks_for(share: float) -> MaskSet:
-        if share not in made:
-            made[share] = masks_at(share, prices)
-        return made[share]
+    def kept_at(share: float) -> float:
+        if share not in priced:
+            priced[share] = kept_seconds(masks_at(share, prices))
+        return priced[share]
 
     def attempt(share: float) -> Try:
-        masks = masks_for(share)
+        masks = masks_at(share, prices)
         network = copy.deepcopy(model)
         sparsify_(network, masks, batch.inputs)  # the plan is the one that the caller's sparsify_ will find in the cache of times
         times = measure_steps(model, network, batch, loss_fn)
@@ -116,7 +116,7 @@ def fit_speedup(
         reference = min([reference, *(one.dense for one in tries)])
         scale, offset = _fit(tries, reference, rest)
         wanted = (reference / speedup - offset) / scale
-        share = _bracketed(_solve(lambda share: kept_seconds(masks_for(share)), wanted, most), tries, speedup)
+        share = _bracketed(_solve(kept_at, wanted, most), tries, speedup)
         last = attempt(share)
         tries.append(last)
         if abs(last.speedup / speedup - 1) <= _GOOD_ENOUGH:

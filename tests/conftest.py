@@ -34,7 +34,6 @@ def no_times_from_elsewhere(monkeypatch):
     monkeypatch.setenv("GRASP_SPARSE_CACHE", "0")
     monkeypatch.setattr(cache, "_memory", {})
     monkeypatch.setattr(cache, "_unsaved", set())
-    monkeypatch.setattr(cache, "_answers", {})
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ constexpr int64_t kMostBytes = 4 << 20;  // of a block all the same
 
 struct ChannelBlocks {
   // Entries that are blocks of weights take all channels at once: they load a pixel once for several outputs, and gain little here.
-  ChannelBlocks(int64_t channels, const Window& window, const Walk& walk) {
+  ChannelBlocks(int64_t channels, const Window& window, const Walk& walk) : all_channels(channels) {
     const int64_t bytes = channels * window.w.output * kSliceBytes;
     const int64_t worth = walk.nnz / std::max<int64_t>(1, kFewestEntries * walk.rows);
     const int64_t blocks = std::clamp(worth, ceil_div(bytes, kMostBytes), ceil_div(bytes, kBandBytes));
@@ -33,6 +33,7 @@ struct ChannelBlocks {
   Entries entries(Entries all, int64_t b, int64_t rows, int32_t* stops, bool* complete) const {
     if (count > 1) {
       all.first = static_cast<int32_t>(b * size);
+      all.count = static_cast<uint32_t>(std::min(size, all_channels - b * size));  // the last block may be a smaller one
       if (b > 0) all.begin = stops + (b - 1) % 2 * rows;
       if (b < count - 1) all.stopped = stops + b % 2 * rows;
     }
@@ -40,7 +41,7 @@ struct ChannelBlocks {
     return all;
   }
 
-  int64_t size, count;  // channels of a block, blocks
+  int64_t all_channels, size, count;  // channels, those of a block, blocks
 };
 
 }  // namespace grasp_sparse

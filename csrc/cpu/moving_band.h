@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bands.h"
+
 namespace grasp_sparse {
 
 // A packed band, [channels][phases][height rows] of row_step elements, and what a task leaves in its buffer between two of them:
@@ -52,5 +54,16 @@ class MovingBand {
       }
   }
 };
+
+// Packs what a band lacks: all of a `fresh` one, else its rows from `first` on.
+template <class S>
+void pack_rest(const Image<const S>& x, int64_t slice, const MovingBand::Shape& shape, bool fresh, int64_t first,
+               const std::vector<int64_t>& row_places, const std::vector<int64_t>& col_places, Compute<S>* packed) {
+  // Without padding and phases every packed place has its source, unless the last band is short.
+  const int64_t places = shape.row_phases * shape.col_phases * shape.height * shape.row_step / kLanes<Compute<S>>;
+  const bool zero = fresh && used(row_places) * used(col_places) < places;
+  if (!fresh) MovingBand::zero_rows(shape, first, row_places, packed);
+  pack_slice(x, slice, row_places, col_places, zero, shape.channel_size, packed);
+}
 
 }  // namespace grasp_sparse

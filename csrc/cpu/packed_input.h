@@ -53,7 +53,7 @@ class PackedInput {
       return {walk.col, walk.ptr, walk.ptr + 1, walk.ptr, false, 0, static_cast<uint32_t>(channels_), channel_size_, nullptr, nullptr};
     }
     int32_t* places = list.reserve<int32_t>(walk.nnz);
-    build_row_list(walk, (walk.has_blocks ? chunk_places(walk.block.inputs) : column_places()).data(), places);
+    build_row_list(walk, walk.has_blocks ? chunk_places(walk.block.inputs) : column_places(), places);
     return checked_entries(places, walk.ptr);
   }
 
@@ -79,11 +79,7 @@ class PackedInput {
     const int64_t first = MovingBand::advance(shape, held, slice, row, rows_, dst);
     axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), row_places);
     axis_places(window_.w, col_phases_, phase_size_, 0, 0, width_, L, col_places);
-    // Without padding and phases every packed place has its source, unless the last band is short.
-    const int64_t places = height_ * width_ * phases_h() * phases_w();
-    const bool zero = fresh && used(row_places) * used(col_places) < places;
-    if (!fresh) MovingBand::zero_rows(shape, first, row_places, dst);
-    pack_slice(x, slice, row_places, col_places, zero, channel_size_, dst);
+    pack_rest(x, slice, shape, fresh, first, row_places, col_places, dst);
   }
 
   // Place of every tap within a packed channel, relative to an output pixel.
@@ -97,23 +93,24 @@ class PackedInput {
     return places;
   }
   // Of every column of the weight matrix [out, in * kh * kw].
-  std::vector<int32_t> column_places() const {
-    std::vector<int32_t> places;
-    places.reserve(channels_ * window_.taps() + 1);
+  const int32_t* column_places() const {
+    int32_t *const places = reserve_places(channels_), *to = places;
     const std::vector<int64_t> taps = tap_places();
     for (int64_t channel = 0; channel < channels_; ++channel)
-      for (int64_t tap : taps) places.push_back(static_cast<int32_t>(channel * channel_size_ + tap));
-    places.push_back(0);  // an index that fails its check reads place 0 of an empty weight
+      for (int64_t tap : taps) *to++ = static_cast<int32_t>(channel * channel_size_ + tap);
+    *to = 0;  // an index that fails its check reads place 0 of an empty weight
     return places;
   }
   // Of the first channel of every chunk of `inputs` channels, tap after tap.
-  std::vector<int32_t> chunk_places(int64_t inputs) const {
-    std::vector<int32_t> places;
+  const int32_t* chunk_places(int64_t inputs) const {
+    int32_t *const places = reserve_places(ceil_div(channels_, inputs)), *to = places;
     for (int64_t tap : tap_places())
-      for (int64_t channel = 0; channel < channels_; channel += inputs)
-        places.push_back(static_cast<int32_t>(channel * channel_size_ + tap));
-    places.push_back(0);
+      for (int64_t channel = 0; channel < channels_; channel += inputs) *to++ = static_cast<int32_t>(channel * channel_size_ + tap);
+    *to = 0;
     return places;
+  }
+  int32_t* reserve_places(int64_t chunks) const {
+    return CallScratch::mine().places.reserve<int32_t>(chunks * window_.taps() + 1);
   }
   int64_t phases_h() const { return static_cast<int64_t>(row_phases_.size()); }
   int64_t phases_w() const { return static_cast<int64_t>(col_phases_.size()); }

@@ -63,6 +63,7 @@ struct TaskScratch {
 struct CallScratch {
   AlignedBuffer offsets, values;
   AlignedBuffer transposed_offsets, transposed_values, transposed_row_ptr;
+  AlignedBuffer places;  // what a column, a row or a tap of the weight matrix is an offset of; needed while lists are built
   AlignedBuffer sums;
   static CallScratch& mine() {
     static thread_local CallScratch scratch;

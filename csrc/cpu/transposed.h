@@ -94,19 +94,21 @@ class TransposedProduct {
 
   // Builds the lists, in the scratch of the calling thread; checks every index.
   void build(const CsrView& csr, const T* values) {
-    std::vector<int32_t> row_place(csr.rows + 1), tap_place(window_.taps());
+    CallScratch& call = CallScratch::mine();
+    int32_t* const row_place = call.places.template reserve<int32_t>(csr.rows + 1 + window_.taps());
+    int32_t* const tap_place = row_place + csr.rows + 1;
     for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * csr.bh * channel_size_);
+    row_place[csr.rows] = 0;
     for (int64_t r = 0; r < window_.h.kernel; ++r)
       for (int64_t s = 0; s < window_.w.kernel; ++s)
         tap_place[r * window_.w.kernel + s] = static_cast<int32_t>((window_.h.halo() - window_.h.shift(r)) * row_step_ +
                                                                    (window_.w.halo() - window_.w.shift(s)) * L);
-    CallScratch& call = CallScratch::mine();
     width_ = csr.bw, lists_rows_ = csr.cols / window_.taps();
     offsets_ = call.transposed_offsets.template reserve<int32_t>(csr.nnz);
     row_ptr_ = call.transposed_row_ptr.template reserve<int32_t>(groups_.count() * (lists_rows_ + 1));
     const auto build = [&](auto* from, auto* to) {
-      build_transposed_lists(csr, from, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(), row_place.data(),
-                             tap_place.data(), {to, offsets_, row_ptr_});
+      build_transposed_lists(csr, from, window_.taps(), groups_.count(), groups_.ptr.data(), groups_.taps.data(), row_place, tap_place,
+                             {to, offsets_, row_ptr_});
     };
     if (csr.has_blocks) {
       int32_t* index = call.transposed_values.template reserve<int32_t>(csr.nnz);
@@ -196,9 +198,7 @@ class TransposedProduct {
     const int64_t first = MovingBand::advance(shape, held, slice, begin, rows_, packed);
     h_.places(begin, first, height, row_step_, row_places);
     w_.places(w_.first, 0, w_.count() + window_.w.halo(), L, col_places);
-    const bool zero = fresh && used(row_places) * used(col_places) < height * (w_.count() + window_.w.halo());
-    if (!fresh) MovingBand::zero_rows(shape, first, row_places, packed);
-    pack_slice(g, slice, row_places, col_places, zero, channel_size_, packed);
+    pack_rest(g, slice, shape, fresh, first, row_places, col_places, packed);
   }
 
   void set_rows(int64_t rows) {

@@ -33,7 +33,7 @@ def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | No
     rows, cols = indices.shape
     _check_features(x, cols)
     (x, values, bias), result = _compute_dtype(x, values, bias)
-    flat = x if x.dim() == 2 else x.reshape(-1, cols)
+    flat = _rows(x)
     y = torch.ops.grasp_sparse.csr_spmm(values, *indices, bias, flat, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
@@ -56,7 +56,7 @@ def bsr_linear(
     _check_grid(values, indices, weight_shape)
     _check_features(x, cols)
     (x, values, bias), result = _compute_dtype(x, values, bias)
-    flat = x if x.dim() == 2 else x.reshape(-1, cols)
+    flat = _rows(x)
     y = torch.ops.grasp_sparse.bsr_spmm(values, *indices, bias, flat, rows, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
@@ -130,6 +130,11 @@ def bsr_conv2d(
     if x.dim() == 3:
         y = y.squeeze(0)
     return y if y.dtype == result else y.to(result)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix, also where it has no features: reshape(-1, 0) would not know how many rows."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _check_features(x: Tensor, features: int) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import backends, nn
@@ -23,33 +24,51 @@ from grasp_sparse.files import write_atomically
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.planning.measure import Times
 
-_FORMAT = 1
+_FORMAT = 2
 _NEAR = 0.02  # times at a count of kept weights this near, as a share, are taken for those of this one
 _MAX_KEYS = 4096  # a file that many have written into starts anew
+_MAX_ROWS = 512  # of a key; the oldest go
 
-# key -> [(kept weights, times)]
-_Store = dict[str, list[tuple[int, Times]]]
+
+class _Row(NamedTuple):
+    """The times of a layer with so many weights: measured, or those of a count nearby, which then speak for this count alone."""
+
+    kept: int
+    times: Times
+    measured: bool
+
+
+_Store = dict[str, list[_Row]]
 _memory: _Store = {}
 _unsaved: set[str] = set()
-_answers: dict[tuple[str, int], Times] = {}  # what was said once is said again, whatever has been measured nearby since
 
 
 def recall(key: str, kept: int) -> Times | None:
-    """The times measured for ``key`` at ``kept`` weights or within 2 % of them, or None."""
+    """The times measured for ``key`` at ``kept`` weights or within 2 % of them, or None.
+
+    What was said once is said again, whatever has been measured nearby since: a plan that was timed is the plan that is made.
+    """
     if key not in _memory:
         _memory[key] = _read().get(key, [])
-    if (key, kept) not in _answers:
-        near = [(abs(other - kept), times) for other, times in _memory[key] if abs(other - kept) <= _NEAR * kept]
-        if not near:
-            return None
-        _answers[key, kept] = min(near)[1]
-    return _answers[key, kept]
+    rows = _memory[key]
+    near = [(abs(row.kept - kept), row.times) for row in rows if row.kept == kept or row.measured and abs(row.kept - kept) <= _NEAR * kept]
+    if not near:
+        return None
+    distance, times = min(near)
+    if distance:
+        _add(key, _Row(kept, times, measured=False))
+    return times
 
 
 def remember(key: str, kept: int, times: Times) -> None:
     """Keeps ``times`` for this process; :func:`save` keeps them for the next ones."""
-    _memory.setdefault(key, []).append((kept, times))
-    _answers[key, kept] = times
+    _add(key, _Row(kept, times, measured=True))
+
+
+def _add(key: str, row: _Row) -> None:
+    rows = _memory.setdefault(key, [])
+    rows.append(row)
+    del rows[:-_MAX_ROWS]
     _unsaved.add(key)
 
 
@@ -128,7 +147,10 @@ def _read() -> _Store:
         content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             return {}
-        return {key: [(int(kept), _times(times)) for kept, times in rows] for key, rows in content["times"].items()}
+        return {
+            key: [_Row(int(kept), _times(times), bool(measured)) for kept, times, measured in rows]
+            for key, rows in content["times"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

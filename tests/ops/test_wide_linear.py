@@ -63,6 +63,27 @@ def test_corrupt_column_in_any_block_is_refused(place, wrong):
             call()
 
 
+@pytest.mark.skipif(not COMPILED, reason="the reference does not walk in blocks")
+@pytest.mark.parametrize("feature_major", [False, True])
+def test_corrupt_column_just_past_a_last_block_that_is_smaller_is_refused(feature_major):
+    """3001 columns are blocks of 1001, 1001 and 999; a batch of whole vectors leaves no rest that would be walked in one block."""
+    mask = torch.rand(NARROW, 3001) < 0.05
+    mask[:, -1] = True
+    values, indices, bias, x, g = _arguments(mask)
+    x, g = x[:192], g[:192]
+    x = x.t().contiguous().t() if feature_major else x
+    col = indices.col_indices.clone()
+    assert col[-1] == 3000
+    col[-1] = 3001
+    for call in (
+        lambda: ops.csr_spmm(values, *indices._replace(col_indices=col), bias, x),
+        lambda: ops.csr_sddmm(*indices._replace(col_indices=col), g, x),
+        lambda: ops.csr_spmm_backward(values, *indices._replace(col_indices=col), g, x),
+    ):
+        with pytest.raises(RuntimeError, match="corrupt"):
+            call()
+
+
 @pytest.mark.skipif(not COMPILED, reason="the reference takes columns in any order")
 def test_columns_that_fall_within_a_row_are_refused():
     values, indices, bias, x, _ = _arguments(_mask("even"))
