@@ -90,7 +90,8 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         kind = "nothing for a dense run" if config.dense else "a summary"
         require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
         ranks = current_ranks()
-        config = regrouped(config, len(state["rng"]), ranks)
+        recipe = TrainConfig.from_dict(state["recipe"], str(path))
+        config = regrouped(config, recipe, len(state["rng"]), ranks)
         data, model = data_and_model(config)
         model = synchronize_norms(config, model)
         with misfits_named(path, config.model):
@@ -103,6 +104,8 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         if ranks.size != len(state["rng"]):
             now = f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches"
             say(f"{now} in place of {len(state['rng'])} ranks: the same images a step, not the same bits")
+            if recipe.cuda_graphs and not config.cuda_graphs:
+                say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
         position = trainer.position
         say(f"{run_dir}: " + ("training is complete" if position.finished else
                               f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))

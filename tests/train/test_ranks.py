@@ -134,14 +134,39 @@ def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Pat
     [(2, 1, 16, 2), (1, 2, 8, 1), (4, 2, 16, 2), (2, 4, 8, 1), (3, 4, 12, 1), (2, 2, 16, 1)],
 )
 def test_another_number_of_ranks_keeps_the_images_of_a_step(saved: int, size: int, batch_size: int, accumulate: int) -> None:
-    config = regrouped(small_config(batch_size=16), saved, Ranks(size=size))
+    recipe = small_config(batch_size=16)
+    config = regrouped(recipe, recipe, saved, Ranks(size=size))
     assert (config.batch_size, config.accumulate) == (batch_size, accumulate)
     assert config.batch_size * config.accumulate * size == 16 * saved
 
 
 def test_ranks_that_cannot_share_a_step_are_refused() -> None:
+    recipe = small_config(batch_size=16)
     with pytest.raises(UserError, match="Expected a number of ranks that divides the 32 images of a step, got 3; the run had 2"):
-        regrouped(small_config(batch_size=16), 2, Ranks(size=3))
+        regrouped(recipe, recipe, 2, Ranks(size=3))
+
+
+def test_ranks_that_come_back_have_the_batch_of_the_recipe_again() -> None:
+    """Nothing but the number of ranks decides, however many times it changes: no micro-batches are left over."""
+    recipe = config = small_config(batch_size=16)
+    for saved, size in ((2, 4), (4, 1), (1, 8), (8, 2)):
+        config = regrouped(config, recipe, saved, Ranks(size=size))
+        assert config.batch_size <= recipe.batch_size
+    assert config == recipe
+
+
+def test_graphs_are_off_while_there_are_micro_batches() -> None:
+    recipe = small_config(batch_size=16, device="cuda", compile=True, cuda_graphs=True)
+    alone = regrouped(recipe, recipe, 2, Ranks(size=1))
+    assert (alone.accumulate, alone.cuda_graphs) == (2, False) and alone.validate()
+    assert regrouped(recipe, recipe, 2, Ranks(size=4)).cuda_graphs
+    assert regrouped(alone, recipe, 1, Ranks(size=2)) == recipe
+
+
+def test_what_comes_of_regrouping_is_validated() -> None:
+    """A recipe of anybody's, in a checkpoint, may say what the settings beside it do not."""
+    with pytest.raises(UserError, match="Expected cuda_graphs: false on the CPU"):
+        regrouped(small_config(), small_config(cuda_graphs=True), 2, Ranks(size=4))
 
 
 _FLAGS = [
