@@ -31,7 +31,7 @@ from grasp_sparse.train.prepare import (
 )
 from grasp_sparse.train.recorder import delete_events
 from grasp_sparse.train.resume import load_weights, misfits_named, resume_command, resumed_config
-from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
+from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
 
@@ -66,7 +66,8 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
     with _sole_user(run_dir):
         on_main(lambda: _check_vacant(run_dir, overwrite))
         data, model = data_and_model(config)
-        say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
+        say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source}), "
+            f"{step_in_words(config.batch_size, config.accumulate, current_ranks().size)}")
         masks = None if config.dense else masks_for(config, model, data)
         model = synchronize_norms(config, model)
         extra = {
@@ -101,11 +102,10 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         trainer = Trainer(config, model, data, run_dir, extra)
         with misfits_named(path, config.model):
             trainer.restore(state)
-        if ranks.size != len(state["rng"]):
-            now = f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches"
-            say(f"{now} in place of {len(state['rng'])} ranks: the same images a step, not the same bits")
-            if recipe.cuda_graphs and not config.cuda_graphs:
-                say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
+        others = "" if ranks.size == len(state["rng"]) else f" as with {len(state['rng'])} before, not to the same bits"
+        say(step_in_words(config.batch_size, config.accumulate, ranks.size) + others)
+        if recipe.cuda_graphs and not config.cuda_graphs:
+            say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
         position = trainer.position
         say(f"{run_dir}: " + ("training is complete" if position.finished else
                               f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))

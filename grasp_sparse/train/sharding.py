@@ -22,6 +22,12 @@ def images_per_step(config: TrainConfig, ranks: Ranks) -> int:
     return config.batch_size * config.accumulate * ranks.size
 
 
+def step_in_words(batch_size: int, accumulate: int, ranks: int) -> str:
+    """(16, 2, 4) -> "4 ranks x batch 16 x 2 micro-batches = 128 images a step"."""
+    of_ranks, of_parts = f"{ranks} rank{'s' * (ranks != 1)}", f"{accumulate} micro-batch{'es' * (accumulate != 1)}"
+    return f"{of_ranks} x batch {batch_size} x {of_parts} = {batch_size * accumulate * ranks:,} images a step"
+
+
 def regrouped(config: TrainConfig, recipe: TrainConfig, saved: int, ranks: Ranks) -> TrainConfig:
     """The settings of a run of `saved` ranks for those there are now: a step has the same images, divided in another way.
 

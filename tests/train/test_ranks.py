@@ -21,7 +21,7 @@ from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.run import resume_run, start_run
-from grasp_sparse.train.sharding import regrouped
+from grasp_sparse.train.sharding import regrouped, step_in_words
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit_on_three_ranks(folder: Path) -
 def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several_ranks.copy_files(folder / "to go on alone", tmp_path / "alone")
     result = resume_run(tmp_path / "alone", {"model": small_config().model})
-    assert "1 ranks x batch 8 x 3 micro-batches in place of 3 ranks" in capsys.readouterr().out
+    assert "1 rank x batch 8 x 3 micro-batches = 24 images a step as with 3 before, not to the same bits" in capsys.readouterr().out
     assert result["scale"]["images_per_step"] == 8 * RANKS
     alone, together = load_checkpoint(tmp_path / "alone"), load_checkpoint(folder / "plain")
     for name, tensor in together["model"].items():
@@ -138,6 +138,14 @@ def test_another_number_of_ranks_keeps_the_images_of_a_step(saved: int, size: in
     config = regrouped(recipe, recipe, saved, Ranks(size=size))
     assert (config.batch_size, config.accumulate) == (batch_size, accumulate)
     assert config.batch_size * config.accumulate * size == 16 * saved
+
+
+def test_the_first_line_says_how_many_images_a_step_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_run(small_config(epochs=1, accumulate=2), tmp_path)
+    assert capsys.readouterr().out.splitlines()[0].endswith(", 1 rank x batch 8 x 2 micro-batches = 16 images a step")
+    resume_run(tmp_path, {"model": small_config().model})
+    assert capsys.readouterr().out.splitlines()[0] == "1 rank x batch 8 x 2 micro-batches = 16 images a step"
+    assert step_in_words(256, 1, 8) == "8 ranks x batch 256 x 1 micro-batch = 2,048 images a step"
 
 
 def test_ranks_that_cannot_share_a_step_are_refused() -> None:
@@ -218,6 +226,7 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
 ) -> None:
     folder, said = two_ranks
     assert said.count("epoch   1/2") == 1  # said by one rank
+    assert said.splitlines()[0].endswith(", 2 ranks x batch 8 x 1 micro-batch = 16 images a step")
     config = small_config(batch_size=16)
     results = [json.loads((folder / "result.json").read_text()), start_run(config, tmp_path / "one")]
     results.append(start_run(small_config(accumulate=2), tmp_path / "accumulated"))
