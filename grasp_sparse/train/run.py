@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms
 from grasp_sparse.train.distributed import Ranks, current_ranks, lost_ranks_named, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
-from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.errors import UserError, one_line
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say
 from grasp_sparse.train.position import Position
@@ -169,7 +170,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
-        comparison = on_main(lambda: _compare_with_dense(trainer)) if config.timing_rounds else {"timing": None, "memory": None}
+        comparison = on_main(lambda: _compared_if_possible(trainer))
     except KeyboardInterrupt as stop:
         saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
         if not saved and not list_checkpoints(trainer.run_dir):
@@ -215,6 +216,21 @@ def _scale(trainer: Trainer) -> dict[str, Any]:
         "values": kept,
         "dense_parameters": dense,
     }
+
+
+def _compared_if_possible(trainer: Trainer) -> dict[str, Any]:
+    """What `_compare_with_dense` measures; nothing where that is not asked for, or fails: a trained network is not lost over it."""
+    nothing = {"timing": None, "memory": None}
+    if not trainer.config.timing_rounds:
+        return nothing
+    try:
+        return _compare_with_dense(trainer)
+    except Exception as error:  # no memory for the dense network, a compiler that fails: whatever it is, training is finished
+        warnings.warn(
+            f"cannot compare with dense steps ({type(error).__name__}: {one_line(error)}); the result is written without them, "
+            f"to try again: {resume_command(trainer.config, trainer.run_dir)}", stacklevel=2,
+        )  # fmt: skip
+        return nothing
 
 
 def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
