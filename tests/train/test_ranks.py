@@ -16,6 +16,7 @@ from several_ranks import CRITERIA, RANKS, small_config
 from torch import nn
 
 from benchmarks.run_states import same
+from grasp_sparse.train import prepare
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks
@@ -248,6 +249,21 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
     assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
     assert f"{4 * (values + dense):,} bytes all-reduced a step" in said
     assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_a_chosen_gpu_is_the_current_one_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, device: str, current: list[torch.device]
+) -> None:
+    done: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: None)  # as if the device were there
+        patch.setattr(torch.cuda, "set_device", done.append)
+        patch.setattr(prepare, "load_data", lambda config: done.append("data"))
+        patch.setattr(prepare, "fresh_model", lambda *_: done.append("model") or sys.exit())
+        with pytest.raises(SystemExit):
+            prepare.data_and_model(small_config(device=device))
+    assert done == [*current, "data", "model"]
 
 
 def test_synchronized_norms_are_refused_on_the_cpu() -> None:
