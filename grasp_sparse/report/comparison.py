@@ -115,7 +115,7 @@ def telling_settings(named: dict[str, Run], passed_over: Sequence[str] = ()) -> 
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What was computed is said by these."""
+    """All that decides what a run computes."""
     return {name: value for name, value in run.config.items() if name not in _APART} | {"ranks": run.ranks}
 
 
