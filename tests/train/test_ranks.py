@@ -212,9 +212,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_two_machines_train_what_two_ranks_of_one_do(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
-    """Two agents with a rank each, which both have the local rank 0."""
-    shared = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{several_ranks.free_port()}"]
-    said = _torchrun(*([*shared, "--node-rank", str(number)] for number in range(2)), out=tmp_path / "run")
+    """Two agents with a rank each, which both have the local rank 0, started as the README says."""
+    endpoint = f"127.0.0.1:{several_ranks.free_port()}"
+    agent = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    said = _torchrun(agent, agent, out=tmp_path / "run")
     assert said.count("epoch   1/2") == 1  # by one rank of both machines
     apart, together = load_checkpoint(tmp_path / "run"), load_checkpoint(two_ranks[0])
     for part in ("model", "optimizer", "rng", "masks_digest"):
