@@ -17,7 +17,7 @@ from typing import Any
 
 from grasp_sparse.flags import BAD_INPUT, make_parser
 from grasp_sparse.train.config import TrainConfig, read_recipe
-from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.errors import UserError, one_line
 from grasp_sparse.train.signals import Preempted, preemption_raises
 
 OK, INTERRUPTED, TERMINATED = 0, 130, 143
@@ -73,7 +73,6 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from grasp_sparse.report.run_page import write_report
     from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
     from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
@@ -98,14 +97,27 @@ def _train(arguments: argparse.Namespace) -> int:
     stop_distributed()
     if not ranks.is_main:
         return OK
-    try:
-        report = write_report(run_dir)
-    except KeyboardInterrupt as stop:
-        message = f"interrupted; training is saved, write the report with: grasp-sparse report {run_dir}"
-        raise (Preempted(message, saved=True) if isinstance(stop, Preempted) else KeyboardInterrupt(message)) from None
-    print_result(result, run_dir, report)
+    print_result(result, run_dir, _page_of(run_dir))
     say(result_line(result))
     return OK
+
+
+def _page_of(run_dir: Path) -> Path | None:
+    """The page of a run that is finished. None, and a warning, where there is none: the run and its result stand without it."""
+    again = f"grasp-sparse report {run_dir}"
+    try:
+        from grasp_sparse.report.run_page import write_report
+
+        return write_report(run_dir)
+    except KeyboardInterrupt as stop:
+        message = f"interrupted; training is saved, write the report with: {again}"
+        raise (Preempted(message, saved=True) if isinstance(stop, Preempted) else KeyboardInterrupt(message)) from None
+    except Exception as error:  # matplotlib, fonts, a full disk
+        warnings.warn(
+            f"cannot write the report ({type(error).__name__}: {one_line(error)}); training is finished, to try again: {again}",
+            stacklevel=2,
+        )
+        return None
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -170,14 +182,6 @@ def _info(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _one_line(error: BaseException) -> str:
-    """The message on one line; of a worker process's traceback only the last line, which is the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if "Traceback" in str(error):
-        return lines[-1].partition("Error: ")[2] or lines[-1]
-    return " ".join(lines)
-
-
 def _complain(error: Exception, line: str) -> None:
     """The error's one line, once: what failed on rank 0 for all is said there, what failed on another rank by that one."""
     from grasp_sparse.train.distributed import MainFailed, current_ranks
@@ -230,10 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if arguments.debug:
             raise
-        _complain(error, _one_line(error))
+        _complain(error, one_line(error))
         return BAD_INPUT
     except Exception as error:  # a bug, or something about the machine: a person still gets one line
         if arguments.debug:
             raise
-        _complain(error, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)")
+        _complain(error, f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)")
         return BAD_INPUT

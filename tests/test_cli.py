@@ -265,6 +265,31 @@ def test_ctrl_c_during_the_report_says_how_to_write_it(monkeypatch: pytest.Monke
     assert "training is saved, write the report with: grasp-sparse report run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "message"),
+    [("grasp_sparse.report.run_page", "plot_curve", "cannot write the report .RuntimeError: no such font.; .* grasp-sparse report run"),
+     ("grasp_sparse.train.run", "measure_steps", "cannot compare with dense steps .RuntimeError: no such font.; .* --resume run")],
+    ids=["page", "comparison with dense"],
+)  # fmt: skip
+def test_what_fails_once_training_is_finished_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, owner: str, name: str, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such font")
+
+    flags = [*_SMALL, "--out", "run", "--timing-rounds", "2", "--threads", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{name}", fail)
+        assert _exit_code("train", *flags) == 0
+    said = capsys.readouterr()
+    assert re.search(f"grasp-sparse: warning: {message}", said.err) and "accuracy=" in said.out.splitlines()[-1]
+    timed, reported = name != "measure_steps", name != "plot_curve"
+    assert bool(json.loads(Path("run/result.json").read_text())["timing"]) == timed
+    assert Path("run/report.html").exists() == reported and ("run/report.html" in said.out) == reported
+    assert _exit_code("train", "--resume", "run") == 0  # and tries again
+    assert json.loads(Path("run/result.json").read_text())["timing"] and Path("run/report.html").exists()
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(Exception, match="Expected sparsity"):
         cli.main(["--debug", "train", "--sparsity", "1"])

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from grasp_sparse.report.curves import QUANTITIES, plot_curves
 from grasp_sparse.report.figures import inline_svg
 from grasp_sparse.report.pages import write_page
+from grasp_sparse.report.recipe import toml_value
 from grasp_sparse.report.runs import SPARSE, Run
 from grasp_sparse.report.style import SERIES, STYLE, human_bytes, human_seconds
 from grasp_sparse.train.errors import UserError
@@ -21,13 +22,17 @@ from grasp_sparse.train.logging import human_duration, table
 
 COMPARISON_NAME = "comparison.html"
 HEADER = (
-    "run", "model", "data", "criterion", "budget", "removed", "last", "best", "dense step", "sparse step", "speed", "bytes kept",
+    "run", "model", "data", "criterion", "budget", "settings", "removed", "last", "best", "dense step", "sparse step", "speed", "bytes kept",
     "all-reduced", "training",
 )  # fmt: skip
-_DESCRIPTIVE = range(1, 6)  # columns of HEADER that say what was done; not repeated in every row where all runs agree
-GROUP_HEADER = ("runs", "criterion", "budget", "removed", "seeds", "last: mean ± std", "best: mean ± std", "speed")
+_DESCRIPTIVE = range(1, 7)  # columns of HEADER that say what was done; not repeated in every row where all runs agree
+GROUP_HEADER = ("runs", "criterion", "budget", "settings", "removed", "seeds", "last: mean ± std", "best: mean ± std", "speed")
 # What tells runs of one experiment apart without changing what is computed.
-_APART = ("name", "seed", "data_dir", "threads", "workers", "timing_rounds", "tensorboard", "log_every", "log_seconds")
+_APART = (
+    "name", "data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every",
+    "log_seconds",
+)  # fmt: skip
+_IN_COLUMNS = ("model", "data", "dense", "criterion", "budget", "pattern", "scope", "sparsity")  # of HEADER, "settings" aside
 
 
 def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
@@ -56,9 +61,10 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 def comparison_rows(named: dict[str, Run]) -> tuple[dict[str, str], list[str], list[list[str]]]:
     """What all runs have in common, then the header and a row a run of the rest."""
-    rows = [table_row(*item) for item in named.items()]
+    settings = telling_settings(named)
+    rows = [table_row(label, run, settings[label]) for label, run in named.items()]
     same = [column for column in _DESCRIPTIVE if len({row[column] for row in rows}) == 1]
-    alike = {HEADER[column]: rows[0][column] for column in same}
+    alike = {HEADER[column]: rows[0][column] for column in same if rows[0][column]}
 
     def rest(row: Sequence[str]) -> list[str]:
         return [cell for column, cell in enumerate(row) if column not in same]
@@ -84,13 +90,13 @@ def common_folder(runs: Sequence[Run]) -> Path:
     return Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
 
 
-def table_row(label: str, run: Run) -> list[str]:
-    """What HEADER names; what a run has not is a dash."""
+def table_row(label: str, run: Run, settings: str) -> list[str]:
+    """What HEADER names; what a run has not is a dash. `settings`: see `telling_settings`."""
     training, pruning = run.result["training"], run.pruning
     dense, sparse = next((arm for name, arm in run.steps.items() if name != SPARSE), None), run.steps.get(SPARSE)
     arm = SPARSE if pruning else "dense"
     return [
-        label, run.config["model"], run.result["data"]["name"], *_made_by(run),
+        label, run.config["model"], run.result["data"]["name"], *_made_by(run), settings,
         f"{pruning['weight_sparsity']:.2%}" if pruning else "–",
         f"{training['last_accuracy']:.2%}", f"{training['best_accuracy']:.2%}",
         human_seconds(dense["median"]) if dense else "–", human_seconds(sparse["median"]) if sparse else "–",
@@ -100,11 +106,29 @@ def table_row(label: str, run: Run) -> list[str]:
     ]  # fmt: skip
 
 
+def telling_settings(named: dict[str, Run], passed_over: Sequence[str] = ()) -> dict[str, str]:
+    """By run, the settings that tell it from the others and that no other column of the table shows; "" where there are none."""
+    settings = {label: _settings(run) for label, run in named.items()}
+    names = dict.fromkeys(name for found in settings.values() for name in found if name not in (*_IN_COLUMNS, *passed_over))
+    telling = [name for name in names if len({json.dumps(found.get(name)) for found in settings.values()}) > 1]
+    return {label: ", ".join(_said(name, found.get(name)) for name in telling) for label, found in settings.items()}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """All that decides what a run computes."""
+    return {name: value for name, value in run.config.items() if name not in _APART} | {"ranks": run.ranks}
+
+
+def _said(name: str, value: Any) -> str:
+    return f"{name} {value if isinstance(value, str) else toml_value(value)}"
+
+
 def seed_groups(named: dict[str, Run]) -> list[list[str]]:
     """A row for every two or more runs whose recipes differ in the seed alone: mean and sample standard deviation."""
     alike: dict[str, list[tuple[str, Run]]] = {}
+    telling = telling_settings(named, passed_over=("seed",))
     for label, run in named.items():
-        settings = {key: value for key, value in run.config.items() if key not in _APART}
+        settings = {name: value for name, value in _settings(run).items() if name != "seed"}
         alike.setdefault(json.dumps(settings, sort_keys=True), []).append((label, run))
     rows = []
     for members in alike.values():
@@ -115,7 +139,7 @@ def seed_groups(named: dict[str, Run]) -> list[list[str]]:
         removed = [run.pruning["weight_sparsity"] for run in runs if run.pruning]
         speeds = [run.speedup for run in runs if run.speedup]
         rows.append([
-            ", ".join(label for label, _ in members), *_made_by(runs[0]), f"{fmean(removed):.2%}" if removed else "–",
+            ", ".join(label for label, _ in members), *_made_by(runs[0]), telling[members[0][0]] or "–", f"{fmean(removed):.2%}" if removed else "–",
             " ".join(map(str, seeds)), *(_spread([run.result["training"][key] for run in runs]) for key in ("last_accuracy", "best_accuracy")),
             f"{fmean(speeds):.2f}×" if len(speeds) == len(runs) else "–",
         ])  # fmt: skip
@@ -144,10 +168,10 @@ def _machine(run: Run) -> str:
 
 def _differences(named: dict[str, Run]) -> dict[str, Any]:
     """The settings in which the runs differ: `header` and `rows`, a row a setting."""
-    settings = dict.fromkeys(key for run in named.values() for key in run.config if key != "name")
+    settings = [{**run.config, "ranks": run.ranks} for run in named.values()]
     rows = []
-    for key in settings:
-        values = [json.dumps(run.config.get(key)) for run in named.values()]
+    for key in dict.fromkeys(key for found in settings for key in found if key != "name"):
+        values = [json.dumps(found.get(key)) for found in settings]
         if len(set(values)) > 1:
             rows.append([key, *values])
     return {"header": ("setting", *named), "rows": rows}

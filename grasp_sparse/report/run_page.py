@@ -80,11 +80,11 @@ def _keys(run: Run) -> list[tuple[str, str]]:
 
 def _traffic_note(run: Run) -> str:
     """What was measured between ranks, if there were several."""
-    scale = run.result.get("scale") or {"ranks": 1}
-    if scale["ranks"] == 1:
+    if run.ranks == 1:
         return "One rank trained this run; several would send every gradient once a step."
+    scale = run.result["scale"]
     return (
-        f"{scale['ranks']} ranks trained this run and sent, as measured, {human_bytes(scale['reduced_bytes'])} each a step: "
+        f"{run.ranks} ranks trained this run and sent, as measured, {human_bytes(scale['reduced_bytes'])} each a step: "
         f"{scale['values']:,} kept weights and {scale['dense_parameters']:,} parameters that are dense."
     )
 
@@ -93,8 +93,10 @@ def _timing_note(run: Run) -> str:
     if not run.steps:
         return ""
     environment = run.result["environment"]
+    parts = run.config.get("accumulate", 1)
+    batch = f"{run.config['batch_size']}" + (f" x {parts} micro-batches" if parts > 1 else "")
     note = (
-        f"A step is forward, loss, backward and update on a real batch of {run.config['batch_size']}; arms in turns in one process, "
+        f"A step is forward, loss, backward and update on a real batch of {batch}; arms in turns in one process, "
         f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}, allocator: {environment['allocator']}."
     )
     if run.speedup:

@@ -10,6 +10,7 @@ from typing import Any
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import LOG_NAME
 from grasp_sparse.train.run import RESULT_NAME
+from grasp_sparse.train.sharding import step_in_words
 
 SPARSE = "sparse"  # arms of the timing are called this, or "dense LAYOUT"
 
@@ -41,6 +42,16 @@ class Run:
     def pruning(self) -> dict[str, Any] | None:
         """None for a run that trained dense."""
         return self.result["pruning"]
+
+    @property
+    def ranks(self) -> int:
+        """How many processes trained it together."""
+        return (self.result.get("scale") or {"ranks": 1})["ranks"]
+
+    @property
+    def images(self) -> str:
+        """Images of a step, in words, with where they come from."""
+        return step_in_words(self.config["batch_size"], self.config.get("accumulate", 1), self.ranks)
 
     @property
     def steps(self) -> dict[str, dict[str, float]]:

@@ -75,8 +75,11 @@ def start_distributed() -> Ranks:
     return current_ranks()
 
 
-def check_device(config: TrainConfig) -> None:
-    """UserError for a device that this machine does not have, or that several processes would share."""
+def use_device(config: TrainConfig) -> None:
+    """Make the run's device the current one: Triton launches there, and checkpoints hold that one's random stream.
+
+    UserError for a device that this machine does not have, or that several processes would share.
+    """
     ranks = current_ranks()
     if ranks.size > 1 and config.device.startswith("cuda"):
         if config.device != "cuda":
@@ -90,6 +93,9 @@ def check_device(config: TrainConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Expected --device to be one this machine has, got {config.device!r} ({reason})") from error
+    device = torch.device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 @contextlib.contextmanager

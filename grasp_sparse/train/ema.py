@@ -16,19 +16,21 @@ from grasp_sparse.train.checkpoint import require
 class Ema:
     """Averages of the floating-point tensors of `model`: average = d·average + (1 - d)·tensor after each update.
 
-    d is `decay`, or (1 + updates) / (10 + updates) while that is less: the first steps are soon forgotten.
+    d is `decay`, or (1 + updates) / (10 + updates) while that is less: the first steps are soon forgotten. A tensor with several
+    names (tied weights) has one average, which `averages` holds under each of them, as a state dict holds the tensor.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
-        self.averages = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+        self._of = {tensor: tensor.detach().clone() for tensor in dict.fromkeys(named.values())}  # by identity
+        self.averages = {name: self._of[tensor] for name, tensor in named.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Follow the model after its update number `updates`, from 1 on."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), [tensor.detach() for tensor in self._live.values()], updates)
+        get_ema_multi_avg_fn(decay)(list(self._of.values()), [tensor.detach() for tensor in self._of], updates)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -40,8 +42,7 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, average in self.averages.items():
-            live = self._live[name]
+        for live, average in self._of.items():
             live.data, average.data = average.data, live.data
 
     def restore(self, saved: dict[str, Any]) -> None:

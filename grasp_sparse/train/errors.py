@@ -9,3 +9,11 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """The loss stopped being a finite number."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line; of a worker process's traceback only the last line, which is the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "Traceback" in str(error):
+        return lines[-1].partition("Error: ")[2] or lines[-1]
+    return " ".join(lines)

@@ -22,7 +22,7 @@ from grasp_sparse.train.criterion_args import criterion_options
 from grasp_sparse.train.data.images import WHOLE, Share
 from grasp_sparse.train.data.normalization import in_layout
 from grasp_sparse.train.data.sets import Data, load_data
-from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tensors, check_device, current_ranks, gather, on_main
+from grasp_sparse.train.distributed import Ranks, all_reduce_sum, broadcast_tensors, current_ranks, gather, on_main, use_device
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
@@ -38,7 +38,7 @@ def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
 
 def data_and_model(config: TrainConfig) -> tuple[Data, nn.Module]:
     """Data and fresh model, checked against each other by one forward pass. Sets threads and seed first."""
-    check_device(config)
+    use_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = load_data(config)

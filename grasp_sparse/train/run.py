@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms
 from grasp_sparse.train.distributed import Ranks, current_ranks, lost_ranks_named, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
-from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.errors import UserError, one_line
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.logging import LOG_NAME, say
 from grasp_sparse.train.position import Position
@@ -31,7 +32,7 @@ from grasp_sparse.train.prepare import (
 )
 from grasp_sparse.train.recorder import delete_events
 from grasp_sparse.train.resume import load_weights, misfits_named, resume_command, resumed_config
-from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
+from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
 
@@ -66,7 +67,8 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
     with _sole_user(run_dir):
         on_main(lambda: _check_vacant(run_dir, overwrite))
         data, model = data_and_model(config)
-        say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source})")
+        say(f"{config.model} on {data.name} ({len(data.train):,} + {len(data.test):,} images from {data.source}), "
+            f"{step_in_words(config.batch_size, config.accumulate, current_ranks().size)}")
         masks = None if config.dense else masks_for(config, model, data)
         model = synchronize_norms(config, model)
         extra = {
@@ -90,7 +92,8 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         kind = "nothing for a dense run" if config.dense else "a summary"
         require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
         ranks = current_ranks()
-        config = regrouped(config, len(state["rng"]), ranks)
+        recipe = TrainConfig.from_dict(state["recipe"], str(path))
+        config = regrouped(config, recipe, len(state["rng"]), ranks)
         data, model = data_and_model(config)
         model = synchronize_norms(config, model)
         with misfits_named(path, config.model):
@@ -100,9 +103,10 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         trainer = Trainer(config, model, data, run_dir, extra)
         with misfits_named(path, config.model):
             trainer.restore(state)
-        if ranks.size != len(state["rng"]):
-            now = f"{ranks.size} ranks x batch {config.batch_size} x {config.accumulate} micro-batches"
-            say(f"{now} in place of {len(state['rng'])} ranks: the same images a step, not the same bits")
+        others = "" if ranks.size == len(state["rng"]) else f" as with {len(state['rng'])} before, not to the same bits"
+        say(step_in_words(config.batch_size, config.accumulate, ranks.size) + others)
+        if recipe.cuda_graphs and not config.cuda_graphs:
+            say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
         position = trainer.position
         say(f"{run_dir}: " + ("training is complete" if position.finished else
                               f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
@@ -166,7 +170,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
-        comparison = on_main(lambda: _compare_with_dense(trainer)) if config.timing_rounds else {"timing": None, "memory": None}
+        comparison = on_main(lambda: _compared_if_possible(trainer))
     except KeyboardInterrupt as stop:
         saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
         if not saved and not list_checkpoints(trainer.run_dir):
@@ -212,6 +216,21 @@ def _scale(trainer: Trainer) -> dict[str, Any]:
         "values": kept,
         "dense_parameters": dense,
     }
+
+
+def _compared_if_possible(trainer: Trainer) -> dict[str, Any]:
+    """What `_compare_with_dense` measures; nothing where that is not asked for, or fails: a trained network is not lost over it."""
+    nothing = {"timing": None, "memory": None}
+    if not trainer.config.timing_rounds:
+        return nothing
+    try:
+        return _compare_with_dense(trainer)
+    except Exception as error:  # no memory for the dense network, a compiler that fails: whatever it is, training is finished
+        warnings.warn(
+            f"cannot compare with dense steps ({type(error).__name__}: {one_line(error)}); the result is written without them, "
+            f"to try again: {resume_command(trainer.config, trainer.run_dir)}", stacklevel=2,
+        )  # fmt: skip
+        return nothing
 
 
 def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:

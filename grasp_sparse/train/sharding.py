@@ -22,11 +22,20 @@ def images_per_step(config: TrainConfig, ranks: Ranks) -> int:
     return config.batch_size * config.accumulate * ranks.size
 
 
-def regrouped(config: TrainConfig, saved: int, ranks: Ranks) -> TrainConfig:
-    """The recipe of a run of `saved` ranks for those there are now: a step has the same images, divided in another way.
+def step_in_words(batch_size: int, accumulate: int, ranks: int) -> str:
+    """(16, 2, 4) -> "4 ranks x batch 16 x 2 micro-batches = 128 images a step"."""
+    of_ranks, of_parts = f"{ranks} rank{'s' * (ranks != 1)}", f"{accumulate} micro-batch{'es' * (accumulate != 1)}"
+    return f"{of_ranks} x batch {batch_size} x {of_parts} = {batch_size * accumulate * ranks:,} images a step"
 
-    The batch of a rank does not grow, so neither does its memory. Sums are taken in another order and batch norms see other
-    batches, so the run goes on as well as before but not to the same bits. Raises UserError when the images cannot be divided.
+
+def regrouped(config: TrainConfig, recipe: TrainConfig, saved: int, ranks: Ranks) -> TrainConfig:
+    """The settings of a run of `saved` ranks for those there are now: a step has the same images, divided in another way.
+
+    The batch of a rank does not grow above that of the `recipe` that the run was started with, so neither does its memory. It
+    comes back to it, as do CUDA graphs, where the ranks do: the graphs go off only for as long as micro-batches rule them out. Sums
+    are taken in another order and batch norms see other batches, so the run goes on as well as before but not to the same bits.
+
+    Raises UserError when the images cannot be divided, and for settings that are not good.
     """
     if saved == ranks.size:
         return config
@@ -36,8 +45,11 @@ def regrouped(config: TrainConfig, saved: int, ranks: Ranks) -> TrainConfig:
         raise UserError(
             f"Expected a number of ranks that divides the {images} images of a step, got {ranks.size}; the run had {saved}"
         )
-    batch_size = next(size for size in range(min(config.batch_size, each), 0, -1) if each % size == 0)
-    return dataclasses.replace(config, batch_size=batch_size, accumulate=each // batch_size)
+    largest = min(each, max(config.batch_size, recipe.batch_size))
+    batch_size = next(size for size in range(largest, 0, -1) if each % size == 0)
+    accumulate = each // batch_size
+    graphs = recipe.cuda_graphs and accumulate == 1
+    return dataclasses.replace(config, batch_size=batch_size, accumulate=accumulate, cuda_graphs=graphs).validate()
 
 
 def seed_rank(seed: int, rank: int, *where: int) -> None:

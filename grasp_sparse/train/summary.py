@@ -9,8 +9,8 @@ from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoint
 from grasp_sparse.train.logging import say, table
 
 
-def print_result(result: dict[str, Any], run_dir: Path, report: Path) -> None:
-    """Accuracy, seconds a step, bytes, and where everything is."""
+def print_result(result: dict[str, Any], run_dir: Path, report: Path | None) -> None:
+    """Accuracy, seconds a step, bytes, and where everything is; `report` is None where none could be written."""
     training, timing, memory = result["training"], result["timing"], result["memory"]
     say()
     say(f"test accuracy   {training['last_accuracy']:.2%} after the last epoch ({training['epochs']}), "
@@ -21,7 +21,8 @@ def print_result(result: dict[str, Any], run_dir: Path, report: Path) -> None:
         say()
         say(_memory_table(memory))
     say()
-    say(f"report      {report}")
+    if report is not None:
+        say(f"report      {report}")
     say(f"checkpoint  {list_checkpoints(run_dir)[0]}")
     if (best := run_dir / checkpoint_name(training["best_epoch"], 0)).exists():
         say(f"best        {best}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from made_up_runs import write_run
 from page_reader import Page
 
 from grasp_sparse import cli
-from grasp_sparse.report.comparison import common_folder, comparison_rows, labelled, seed_groups, write_comparison
+from grasp_sparse.report.comparison import GROUP_HEADER, common_folder, comparison_rows, labelled, seed_groups, write_comparison
 from grasp_sparse.report.runs import read_run
 from grasp_sparse.train.errors import UserError
 
@@ -28,7 +29,7 @@ def test_a_row_holds_the_numbers_of_its_run(tmp_path: Path) -> None:
     assert alike == {"model": "net", "data": "pictures"}
     a, _, c, d = (dict(zip(header, row, strict=True)) for row in rows)
     assert a == {
-        "run": "a", "criterion": "grasp", "budget": "flops", "removed": "97.00%", "last": "80.00%", "best": "81.00%",
+        "run": "a", "criterion": "grasp", "budget": "flops", "settings": "seed 0", "removed": "97.00%", "last": "80.00%", "best": "81.00%",
         "dense step": "150 ms", "sparse step": "50 ms", "speed": "3.00×", "bytes kept": "2.4 kB", "all-reduced": "404 B",
         "training": "1 min 15 s",
     }  # fmt: skip
@@ -38,7 +39,49 @@ def test_a_row_holds_the_numbers_of_its_run(tmp_path: Path) -> None:
 
 def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
     (row,) = seed_groups(labelled([read_run(folder) for folder in _runs(tmp_path)]))
-    assert row == ["a, b", "grasp", "flops", "97.00%", "0 1", "82.00% ± 2.83", "83.00% ± 2.83", "3.00×"]
+    assert row == ["a, b", "grasp", "flops", "–", "97.00%", "0 1", "82.00% ± 2.83", "83.00% ± 2.83", "3.00×"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "column", "cells"),
+    [({"criterion": "snip"}, "criterion", ["grasp", "snip"]),
+     ({"pattern": "block(8, 8)"}, "criterion", ["grasp", "grasp, block(8, 8)"]),
+     ({"scope": "layer"}, "criterion", ["grasp", "grasp, layer"]),
+     ({"budget": "weights"}, "budget", ["flops", "weights"]),
+     ({"precision": "bf16"}, "settings", ["precision fp32", "precision bf16"]),
+     ({"batch_size": 64, "accumulate": 2}, "settings", ["batch_size 128, accumulate 1", "batch_size 64, accumulate 2"]),
+     ({"seed": 1}, "settings", ["seed 0", "seed 1"]),
+     ({"nesterov": False}, "settings", ["nesterov true", "nesterov false"]),
+     ({"clip_norm": 1.0}, "settings", ["clip_norm none", "clip_norm 1.0"]),
+     ({"model_args": {"depth": 1}}, "settings", ["model_args {}", 'model_args {"depth" = 1}'])],
+    ids=str,
+)  # fmt: skip
+def test_runs_that_differ_in_one_setting_are_told_apart_beside_their_names(
+    tmp_path: Path, changes: dict, column: str, cells: list[str]
+) -> None:
+    runs = [read_run(write_run(tmp_path / "x" / "run")), read_run(write_run(tmp_path / "y" / "run", **changes))]
+    alike, header, rows = comparison_rows(labelled(runs))
+    assert header[1 : header.index("last")] == [column] and column not in alike
+    assert [row[1] for row in rows] == cells
+
+
+def test_ranks_tell_runs_apart_and_are_no_seeds(tmp_path: Path) -> None:
+    """Twice the ranks take twice the images a step: the mean over both is of nothing."""
+    folders = [write_run(tmp_path / name, name=name, seed=seed) for seed, name in enumerate("abcd")]
+    for folder in folders[2:]:
+        result = json.loads((folder / "result.json").read_text()) | {"scale": {"ranks": 2}}
+        (folder / "result.json").write_text(json.dumps(result))
+    named = labelled([read_run(folder) for folder in folders])
+    _, header, rows = comparison_rows(named)
+    assert [row[header.index("settings")] for row in rows] == [f"seed {n}, ranks {1 + n // 2}" for n in range(4)]
+    assert [(row[0], row[GROUP_HEADER.index("settings")]) for row in seed_groups(named)] == [("a, b", "ranks 1"), ("c, d", "ranks 2")]
+    assert "ranks 1 1 2 2" in Page(write_comparison([*named.values()], tmp_path)).text
+
+
+def test_where_and_how_often_files_are_written_tells_nothing_apart(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / "a", name="a", keep_checkpoints=9, workers=0)), read_run(write_run(tmp_path / "b", name="b", seed=1))]
+    _, header, rows = comparison_rows(labelled(runs))
+    assert [row[header.index("settings")] for row in rows] == ["seed 0", "seed 1"] and len(seed_groups(labelled(runs))) == 1
 
 
 def test_the_same_seed_twice_is_no_spread(tmp_path: Path) -> None:
@@ -71,8 +114,8 @@ def test_the_command_compares_runs_and_draws_the_rest(tmp_path: Path, capsys: py
     assert cli.main(["report", *folders]) == 0
     printed = capsys.readouterr().out
     assert "criterion grasp" in printed and "runs/comparison.html" in printed
-    rows = [line.split()[:3] for line in printed.splitlines() if line.startswith(("a ", "b "))]
-    assert rows == [["a", "80.00%", "81.00%"], ["b", "84.00%", "85.00%"]]
+    rows = [line.split()[:5] for line in printed.splitlines() if line.startswith(("a ", "b "))]
+    assert rows == [["a", "seed", "0", "80.00%", "81.00%"], ["b", "seed", "1", "84.00%", "85.00%"]]
     assert cli.main(["report", folders[0], "--out", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "report.html").exists() and not (tmp_path / "runs" / "a" / "report.html").exists()
 

@@ -51,6 +51,26 @@ def test_what_crossed_between_ranks_is_what_was_measured(tmp_path: Path) -> None
     assert "2 ranks trained this run and sent, as measured, 48 kB each a step: 11,000 kept weights" in Page(write_report(folder)).text
 
 
+@pytest.mark.parametrize(
+    ("ranks", "accumulate", "lead", "timed"),
+    [(None, 1, "1 rank x batch 16 x 1 micro-batch = 16 images a step.", "a real batch of 16;"),
+     (2, 4, "2 ranks x batch 16 x 4 micro-batches = 128 images a step.", "a real batch of 16 x 4 micro-batches;")],
+    ids=["one rank, of an older version", "two ranks"],
+)  # fmt: skip
+def test_a_batch_is_of_all_ranks_and_micro_batches(
+    tmp_path: Path, ranks: int | None, accumulate: int, lead: str, timed: str
+) -> None:
+    folder = write_run(tmp_path / "run", batch_size=16, accumulate=accumulate)
+    result = json.loads((folder / "result.json").read_text())
+    if ranks is None:
+        del result["config"]["accumulate"]
+    else:
+        result["scale"] = {"ranks": ranks, "reduced_bytes": 48_000, "values": 11_000, "dense_parameters": 1000}
+    (folder / "result.json").write_text(json.dumps(result))
+    text = Page(write_report(folder)).text
+    assert lead in text and timed in text
+
+
 def test_a_name_is_text_and_never_markup(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", name="<script>alert(1)</script>", criterion='"><img src=x onerror=y>')))
     assert "<script>alert(1)</script>" in page.text and '"><img src=x' in page.text

@@ -16,12 +16,13 @@ from several_ranks import CRITERIA, RANKS, small_config
 from torch import nn
 
 from benchmarks.run_states import same
+from grasp_sparse.train import prepare
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.run import resume_run, start_run
-from grasp_sparse.train.sharding import regrouped
+from grasp_sparse.train.sharding import regrouped, step_in_words
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit_on_three_ranks(folder: Path) -
 def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several_ranks.copy_files(folder / "to go on alone", tmp_path / "alone")
     result = resume_run(tmp_path / "alone", {"model": small_config().model})
-    assert "1 ranks x batch 8 x 3 micro-batches in place of 3 ranks" in capsys.readouterr().out
+    assert "1 rank x batch 8 x 3 micro-batches = 24 images a step as with 3 before, not to the same bits" in capsys.readouterr().out
     assert result["scale"]["images_per_step"] == 8 * RANKS
     alone, together = load_checkpoint(tmp_path / "alone"), load_checkpoint(folder / "plain")
     for name, tensor in together["model"].items():
@@ -134,14 +135,47 @@ def test_a_run_of_three_ranks_goes_on_in_one_process(folder: Path, tmp_path: Pat
     [(2, 1, 16, 2), (1, 2, 8, 1), (4, 2, 16, 2), (2, 4, 8, 1), (3, 4, 12, 1), (2, 2, 16, 1)],
 )
 def test_another_number_of_ranks_keeps_the_images_of_a_step(saved: int, size: int, batch_size: int, accumulate: int) -> None:
-    config = regrouped(small_config(batch_size=16), saved, Ranks(size=size))
+    recipe = small_config(batch_size=16)
+    config = regrouped(recipe, recipe, saved, Ranks(size=size))
     assert (config.batch_size, config.accumulate) == (batch_size, accumulate)
     assert config.batch_size * config.accumulate * size == 16 * saved
 
 
+def test_the_first_line_says_how_many_images_a_step_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_run(small_config(epochs=1, accumulate=2), tmp_path)
+    assert capsys.readouterr().out.splitlines()[0].endswith(", 1 rank x batch 8 x 2 micro-batches = 16 images a step")
+    resume_run(tmp_path, {"model": small_config().model})
+    assert capsys.readouterr().out.splitlines()[0] == "1 rank x batch 8 x 2 micro-batches = 16 images a step"
+    assert step_in_words(256, 1, 8) == "8 ranks x batch 256 x 1 micro-batch = 2,048 images a step"
+
+
 def test_ranks_that_cannot_share_a_step_are_refused() -> None:
+    recipe = small_config(batch_size=16)
     with pytest.raises(UserError, match="Expected a number of ranks that divides the 32 images of a step, got 3; the run had 2"):
-        regrouped(small_config(batch_size=16), 2, Ranks(size=3))
+        regrouped(recipe, recipe, 2, Ranks(size=3))
+
+
+def test_ranks_that_come_back_have_the_batch_of_the_recipe_again() -> None:
+    """Nothing but the number of ranks decides, however many times it changes: no micro-batches are left over."""
+    recipe = config = small_config(batch_size=16)
+    for saved, size in ((2, 4), (4, 1), (1, 8), (8, 2)):
+        config = regrouped(config, recipe, saved, Ranks(size=size))
+        assert config.batch_size <= recipe.batch_size
+    assert config == recipe
+
+
+def test_graphs_are_off_while_there_are_micro_batches() -> None:
+    recipe = small_config(batch_size=16, device="cuda", compile=True, cuda_graphs=True)
+    alone = regrouped(recipe, recipe, 2, Ranks(size=1))
+    assert (alone.accumulate, alone.cuda_graphs) == (2, False) and alone.validate()
+    assert regrouped(recipe, recipe, 2, Ranks(size=4)).cuda_graphs
+    assert regrouped(alone, recipe, 1, Ranks(size=2)) == recipe
+
+
+def test_what_comes_of_regrouping_is_validated() -> None:
+    """A recipe of anybody's, in a checkpoint, may say what the settings beside it do not."""
+    with pytest.raises(UserError, match="Expected cuda_graphs: false on the CPU"):
+        regrouped(small_config(), small_config(cuda_graphs=True), 2, Ranks(size=4))
 
 
 _FLAGS = [
@@ -178,9 +212,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_two_machines_train_what_two_ranks_of_one_do(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
-    """Two agents with a rank each, which both have the local rank 0."""
-    shared = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{several_ranks.free_port()}"]
-    said = _torchrun(*([*shared, "--node-rank", str(number)] for number in range(2)), out=tmp_path / "run")
+    """Two agents with a rank each, which both have the local rank 0, started as the README says."""
+    endpoint = f"127.0.0.1:{several_ranks.free_port()}"
+    agent = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    said = _torchrun(agent, agent, out=tmp_path / "run")
     assert said.count("epoch   1/2") == 1  # by one rank of both machines
     apart, together = load_checkpoint(tmp_path / "run"), load_checkpoint(two_ranks[0])
     for part in ("model", "optimizer", "rng", "masks_digest"):
@@ -193,6 +228,7 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
 ) -> None:
     folder, said = two_ranks
     assert said.count("epoch   1/2") == 1  # said by one rank
+    assert said.splitlines()[0].endswith(", 2 ranks x batch 8 x 1 micro-batch = 16 images a step")
     config = small_config(batch_size=16)
     results = [json.loads((folder / "result.json").read_text()), start_run(config, tmp_path / "one")]
     results.append(start_run(small_config(accumulate=2), tmp_path / "accumulated"))
@@ -214,6 +250,21 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
     assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
     assert f"{4 * (values + dense):,} bytes all-reduced a step" in said
     assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_a_chosen_gpu_is_the_current_one_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, device: str, current: list[torch.device]
+) -> None:
+    done: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: None)  # as if the device were there
+        patch.setattr(torch.cuda, "set_device", done.append)
+        patch.setattr(prepare, "load_data", lambda config: done.append("data"))
+        patch.setattr(prepare, "fresh_model", lambda *_: done.append("model") or sys.exit())
+        with pytest.raises(SystemExit):
+            prepare.data_and_model(small_config(device=device))
+    assert done == [*current, "data", "model"]
 
 
 def test_synchronized_norms_are_refused_on_the_cpu() -> None:

@@ -74,6 +74,14 @@ def test_the_papers_scoring_on_imagenet_takes_its_150_batches_of_250_images_20_a
     assert config.criterion_args == {"redraw": "last"}
 
 
+def test_the_modern_recipe_takes_the_steps_that_torchvision_takes() -> None:
+    """What its comment says it has from there: --lr 0.5 --weight-decay 0.00002 --random-erase 0.1 …, 8 GPUs x 128 images."""
+    config = _recipe("imagenet-resnet50-modern")
+    assert (config.optimizer, config.lr, config.momentum, config.nesterov, config.weight_decay) == ("sgd", 0.5, 0.9, False, 2e-5)
+    assert (config.batch_size * config.accumulate, config.warmup * config.epochs) == (8 * 128, 5)
+    assert (config.trivial_augment, config.random_erasing, config.image_size) == (True, 0.1, None)
+
+
 def test_the_modern_recipe_has_what_newer_training_adds() -> None:
     config = _recipe("imagenet-resnet50-modern")
     assert (config.label_smoothing, config.warmup, config.ema_decay) == (0.1, 0.05, 0.9999)

@@ -184,6 +184,36 @@ def test_a_moving_average_follows_its_formula_and_copies_no_indices() -> None:
     torch.testing.assert_close(dict(model.state_dict()), live, rtol=0, atol=0)
 
 
+class _Tied(nn.Module):
+    """One weight, under two names, one of which comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Linear(3, 4, bias=False), nn.Linear(3, 4)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_have_one_average_and_stay_tied() -> None:
+    model = _Tied()
+    first, ema = model.head.weight.detach().clone(), Ema(model, decay=0.5)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    ema.update(10)
+    expected, live = first + 0.5, model.head.weight.detach().clone()
+    assert ema.averages.keys() == model.state_dict().keys()  # an export replaces the weight under each of its names
+    torch.testing.assert_close([ema.averages["embedding.weight"], ema.averages["head.weight"]], [expected] * 2)
+    for _ in range(2):
+        with ema.applied():
+            assert model.head.weight is model.embedding.weight
+            torch.testing.assert_close(model.head.weight.detach(), expected)
+        torch.testing.assert_close(model.head.weight.detach(), live, rtol=0, atol=0)
+    other = Ema(model, decay=0.5)
+    other.restore(ema.averages)
+    with other.applied():
+        torch.testing.assert_close(model.head.weight.detach(), expected)
+    torch.testing.assert_close(model.head.weight.detach(), live, rtol=0, atol=0)
+
+
 def test_the_moving_average_is_evaluated_beside_the_model_and_saved(tmp_path: Path) -> None:
     start_run(small_config(ema_decay=0.9, epochs=1), tmp_path)
     state = load_checkpoint(tmp_path)
