@@ -22,6 +22,7 @@ GPU_LAYERS ?= --group linear vgg16 --sparsity 0.9 0.95 0.98 0.99
 GPU_STEPS ?= --model vgg16_bn resnet50 vit_b_16 --sparsity 0.95 --precision tf32 bfloat16
 
 PACKAGE := $(VENV)/.package-installed
+TEST_PACKAGES := $(VENV)/.test-packages-installed
 TORCH := $(VENV)/.torch-installed
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
@@ -47,10 +48,10 @@ demo: $(PACKAGE) data
 	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
 		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(DEMO_ARGS)
 
-test: $(PACKAGE)
+test: $(TEST_PACKAGES)
 	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
 
-sanitize: $(PACKAGE)
+sanitize: $(TEST_PACKAGES)
 	@echo "building the sanitized kernels in $(SANITIZED) (some minutes the first time)"
 	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 GRASP_SPARSE_SANITIZE=1 $(VENV)/bin/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >/dev/null
@@ -60,7 +61,7 @@ sanitize: $(PACKAGE)
 		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \
 		$(CURDIR)/tests/ops/test_properties.py $(PYTEST_ARGS)) || exit 1; done
 
-gpu: $(if $(GPU_PYTHON),,$(PACKAGE))
+gpu: $(if $(GPU_PYTHON),,$(TEST_PACKAGES))
 	@command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc >/dev/null || { echo "error: Expected nvcc; install the CUDA toolkit or set CUDA_HOME" >&2; exit 2; }
 	@echo "building the kernels"
 	@PYTHONWARNINGS=ignore FORCE_CUDA=1 GRASP_SPARSE_REQUIRE_EXT=1 $(DEVICE_PYTHON) setup.py -q build_ext --inplace >/dev/null
@@ -96,10 +97,16 @@ $(PACKAGE): $(TORCH) $(BUILT_FROM)
 		echo "error: Expected a C++ compiler and Python's headers; install them (Debian: apt-get install g++ python3-dev)" >&2; \
 		exit 2; }
 	@echo "building grasp_sparse"
-	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+# What only tests need: the package is there already, so pip adds what its extra `test` lists and builds nothing.
+$(TEST_PACKAGES): $(PACKAGE)
+	@echo "installing what the tests need"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'grasp_sparse[test]'
 	@touch $@
 
 clean:
-	@rm -rf build dist *.egg-info .pytest_cache $(PACKAGE)
+	@rm -rf build dist *.egg-info .pytest_cache $(PACKAGE) $(TEST_PACKAGES)
 	@find grasp_sparse tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find grasp_sparse \( -name '*.so' -o -name '*.o' \) -delete
