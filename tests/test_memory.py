@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,43 @@ def _allocations(run) -> tuple[list[int], list[Tensor]]:
         outputs = run()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return sorted((size for size in sizes if size > 0), reverse=True), list(outputs)
+
+
+def _peak_of_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the parameters plus the most that is held of what two first steps allocated, at any time while they update.
+
+    What the passes themselves hold is gone by then. Whoever keeps it: allocations are counted, not tensors that can be found.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(2):
+            nn.functional.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+            with torch.profiler.record_function("update"):
+                optimizer.step()
+            optimizer.zero_grad()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    updates = [(event.start_ns(), event.end_ns()) for event in events if event.name() == "update"]
+    held, peaks = 0, [0, 0]
+    for event in events:
+        before = held
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        for i, (start, end) in enumerate(updates):
+            if start <= event.start_ns() <= end:
+                peaks[i] = max(peaks[i], before, held)
+    assert len(updates) == 2 and all(peaks)
+    return max(peaks) + sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make, allowed",
+    [(gs.optim.SGD, 1.01), (partial(torch.optim.SGD, foreach=False), 1.6), (partial(torch.optim.SGD, foreach=True), 1.6)],
+    ids=["ours", "torch", "torch-foreach"],
+)
+def test_the_peak_of_training_is_what_the_kept_weights_take(make, allowed):
+    """Weight, gradient and momentum, four bytes each, and what an optimizer takes on the way: torch's with weight decay copies."""
+    model, layers, dense = _sparse_vgg()
+    optimizer = make(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    kept = sum(layer.nnz for layer in layers) + dense
+    assert 12 * kept <= _peak_of_updates(model, optimizer) <= 12 * kept * allowed
 
 
 def _passes():
