@@ -1,4 +1,5 @@
-"""Run as a program by test_memory.py: twenty steady steps of all six operations; prints as JSON what they did to the process.
+"""Run as a program by test_memory.py: twenty steady steps of the sparse operations, of batch norm and of pooling; prints as JSON
+what they did to the process.
 
 The weights are many and the batch is small, so that the working memory of the kernels (megabytes) dwarfs the small blocks a call
 may take and return.
@@ -44,6 +45,7 @@ if __name__ == "__main__":
     values = torch.randn(1, indices.nnz)
     x, g = torch.randn(batch, filters[1] * 9), torch.randn(batch, filters[0])
     image, g_image = torch.randn(batch, filters[1], 2, 2), torch.randn(batch, filters[0], 2, 2)
+    weight, pooling = torch.ones(filters[1]), ([2, 2], [1, 1], [0, 0], [1, 1], False)
     window = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
 
     def step() -> int:
@@ -55,6 +57,12 @@ if __name__ == "__main__":
             ops.csr_conv2d_fprop(values, *indices, None, image, *window),
             ops.csr_conv2d_dgrad(values, *indices, g_image, [2, 2], *window),
             ops.csr_conv2d_wgrad(*indices, g_image, image, *window),
+            *ops.csr_spmm_backward(values, *indices, g, x),
+            *ops.csr_conv2d_backward(values, *indices, g_image, image, *window),
+            *(normed := ops.batch_norm_train(image, image, weight, weight, 1e-5, True)),
+            *ops.batch_norm_backward(image, image, normed[0], weight, weight, *normed[1:], 1e-5, True),
+            *(pooled := ops.max_pool2d(image, *pooling)),
+            ops.max_pool2d_backward(*pooled, [2, 2], *pooling),
         )
         return sum(output.nbytes for output in outputs)
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 import grasp_sparse as gs
 from grasp_sparse import _extension
 from grasp_sparse.formats import csr_from_mask
-from grasp_sparse.nn import SparseLayer
-from grasp_sparse.ops.schema import SCHEMAS
+from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.ops.schema import NORM_SCHEMAS, POOL_SCHEMAS, SCHEMAS
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.models import vgg_small
@@ -72,13 +73,54 @@ def _allocations(run) -> tuple[list[int], list[Tensor]]:
     return sorted((size for size in sizes if size > 0), reverse=True), list(outputs)
 
 
+def _peak_of_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the parameters plus the most that is held of what two first steps allocated, at any time while they update.
+
+    What the passes themselves hold is gone by then. Whoever keeps it: allocations are counted, not tensors that can be found.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(2):
+            nn.functional.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+            with torch.profiler.record_function("update"):
+                optimizer.step()
+            optimizer.zero_grad()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    updates = [(event.start_ns(), event.end_ns()) for event in events if event.name() == "update"]
+    held, peaks = 0, [0, 0]
+    for event in events:
+        before = held
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        for i, (start, end) in enumerate(updates):
+            if start <= event.start_ns() <= end:
+                peaks[i] = max(peaks[i], before, held)
+    assert len(updates) == 2 and all(peaks)
+    return max(peaks) + sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make, allowed",
+    [(gs.optim.SGD, 1.01), (partial(torch.optim.SGD, foreach=False), 1.6), (partial(torch.optim.SGD, foreach=True), 1.6)],
+    ids=["ours", "torch", "torch-foreach"],
+)
+def test_the_peak_of_training_is_what_the_kept_weights_take(make, allowed):
+    """Weight, gradient and momentum, four bytes each, and what an optimizer takes on the way: torch's with weight decay copies."""
+    model, layers, dense = _sparse_vgg()
+    optimizer = make(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    kept = sum(layer.nnz for layer in layers) + dense
+    assert 12 * kept <= _peak_of_updates(model, optimizer) <= 12 * kept * allowed
+
+
 def _passes():
-    """One call of each operation of the sparse families."""
+    """One call of each operation of the sparse families, of batch norm and of pooling."""
     ops, window = torch.ops.grasp_sparse, ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     indices = csr_from_mask(torch.rand(24, 16 * 9) < 0.2)
     values, bias = torch.randn(1, indices.nnz), torch.randn(24)
     x, g = torch.randn(40, 16 * 9), torch.randn(40, 24)
     image, g_image = torch.randn(5, 16, 9, 9), torch.randn(5, 24, 9, 9).to(memory_format=torch.channels_last)
+    weight = torch.ones(16)
+    y, mean, var = ops.batch_norm_train(image, image, weight, weight, 1e-5, True)
+    pooling = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    pooled, places = ops.max_pool2d(image, *pooling)
     return {
         "csr_spmm": lambda: [ops.csr_spmm(values, *indices, bias, x)],
         "csr_spmm_t": lambda: [ops.csr_spmm_t(values, *indices, g)],
@@ -88,17 +130,51 @@ def _passes():
         "csr_conv2d_wgrad": lambda: [ops.csr_conv2d_wgrad(*indices, g_image, image, *window)],
         "csr_spmm_backward": lambda: ops.csr_spmm_backward(values, *indices, g, x),
         "csr_conv2d_backward": lambda: ops.csr_conv2d_backward(values, *indices, g_image, image, *window),
+        "batch_norm_train": lambda: ops.batch_norm_train(image, image, weight, weight, 1e-5, True),
+        "batch_norm_backward": lambda: ops.batch_norm_backward(image, image, y, weight, weight, mean, var, 1e-5, True),
+        "batch_norm_eval": lambda: [ops.batch_norm_eval(image, image, weight, weight, mean, var, 1e-5, True)],
+        "batch_norm_follow_": lambda: ops.batch_norm_follow_(mean, var, mean, var, 0.1, 100) or [],
+        "max_pool2d": lambda: ops.max_pool2d(image, *pooling),
+        "max_pool2d_backward": lambda: [ops.max_pool2d_backward(pooled, places, image.shape[2:], *pooling)],
     }
 
 
 @compiled
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [*SCHEMAS, *NORM_SCHEMAS, *POOL_SCHEMAS])
 def test_an_operation_allocates_its_output_and_nothing_else(name):
     run = _passes()[name]
     run()
     for _ in range(2):
         sizes, outputs = _allocations(run)
         assert sizes == sorted((output.nbytes for output in outputs), reverse=True)
+
+
+@compiled
+@pytest.mark.parametrize("input_grad", [True, False], ids=["inner", "first"])
+@pytest.mark.parametrize("kind", ["linear", "linear-relu", "conv-nchw", "conv-channels_last"])
+def test_a_layers_step_allocates_only_its_outputs_and_gradients(kind, input_grad):
+    if kind.startswith("conv"):
+        dense, x = nn.Conv2d(16, 24, 3, padding=1), torch.randn(5, 16, 9, 9)
+        if kind == "conv-channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        layer = SparseConv2d.from_dense(dense, torch.rand(dense.weight.shape) < 0.2)
+    else:
+        dense, x = nn.Linear(144, 24), torch.randn(40, 144)
+        layer = SparseLinear.from_dense(dense, torch.rand(dense.weight.shape) < 0.2)
+        layer.relu = kind == "linear-relu"
+    x.requires_grad_(input_grad)
+    g = torch.randn_like(layer(x))
+
+    def step() -> list[Tensor]:
+        y = layer(x)
+        y.backward(g)
+        return [y.detach(), *(t.grad for t in (x, *layer.parameters()) if t.requires_grad)]
+
+    for _ in range(3):
+        x.grad = None
+        layer.zero_grad()
+        sizes, results = _allocations(step)
+    assert sizes == sorted((result.nbytes for result in results), reverse=True)
 
 
 @compiled
@@ -124,4 +200,4 @@ def test_steady_steps_reuse_the_working_memory_of_the_kernels():
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout)
     assert seen["growth"] < 65536
-    assert seen["faults"] <= 1.1 * seen["output_pages"] + 200
+    assert seen["faults"] <= seen["output_pages"] + 200

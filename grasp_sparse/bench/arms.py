@@ -133,9 +133,21 @@ def check_arms(arms: Mapping[str, Arm], dense: nn.Module, mask: Tensor) -> None:
         for name, arm in arms.items():
             got = arm.results(mask)
             for what, tensor in expected.items():
-                error = float((got[what] - tensor).abs().max() / tensor.abs().max())
-                if not error <= TOLERANCE[arm.precision]:  # also when it is NaN
-                    raise WrongResultError(
-                        f"{name}: {what} differs from the dense layer's by {error:.1e} (allowed "
-                        f"{TOLERANCE[arm.precision]:.0e}); nothing is measured"
-                    )
+                check_close(name, what, got[what], tensor, TOLERANCE[arm.precision])
+
+
+def check_close(
+    name: str, what: str, got: Tensor, expected: Tensor, allowed: float, scale: Tensor | None = None, of: str = "the dense layer's"
+) -> float:
+    """The largest difference as a share of the largest value expected, or of `scale` where that is more.
+
+    Raises:
+        WrongResultError: naming `what` of `name`; the share is more than `allowed`, or not a number.
+    """
+    if got.numel() == 0 or not (difference := (got - expected).abs().max()):
+        return 0.0
+    largest = expected.abs().max()
+    error = float(difference / (largest if scale is None else torch.maximum(largest, scale.to(largest.dtype))))
+    if not error <= allowed:  # also when it is NaN
+        raise WrongResultError(f"{name}: {what} differs from {of} by {error:.1e} (allowed {allowed:.0e}); nothing is measured")
+    return error

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.bench.arms import LAYOUTS, Arm, WrongResultError
+from grasp_sparse.bench.arms import LAYOUTS, Arm, check_close
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
 from grasp_sparse.bench.results import DENSE
 from grasp_sparse.nn import SparseLayer
@@ -90,12 +90,7 @@ def check(arms: Mapping[str, CudaArm], dense: nn.Module, mask: Tensor) -> None:
         got = arm.results()
         for what, tensor in expected.items():
             result = got[what] * mask if what == "weight gradient" else got[what]
-            error = float((result - tensor).abs().max() / tensor.abs().max())
-            if not error <= TOLERANCE[arm.precision]:  # also when it is NaN
-                raise WrongResultError(
-                    f"{name}: {what} differs from the dense layer's in float64 by {error:.1e} (allowed "
-                    f"{TOLERANCE[arm.precision]:.0e}); nothing is measured"
-                )
+            check_close(name, what, result, tensor, TOLERANCE[arm.precision], of="the dense layer's in float64")
 
 
 def laid(what, layout: str):

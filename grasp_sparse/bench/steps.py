@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.bench.arms import LAYOUTS, OneDnnLinear, WrongResultError
+from grasp_sparse.bench.layer_checks import check_layers
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.nn import SparseLayer
@@ -105,8 +106,8 @@ def sparse_steps(masked: nn.Module, masks: MaskSet, batch: Batch) -> tuple[dict[
 def check_steps(steps: Mapping[str, Step], masks: Mapping[str, Tensor]) -> float:
     """Each step against the dense one in the same memory format, on memory poisoned with NaN.
 
-    In float32, on the whole batch: the loss, and gradients that are finite. In float64, on its first samples: every gradient.
-    (That the float32 kernels are right is checked layer by layer, :func:`grasp_sparse.bench.arms.check_arms`.)
+    In float32, on the whole batch: the loss, gradients that are finite, and sparse layers one by one
+    (:func:`grasp_sparse.bench.layer_checks.check_layers`). In float64, on its first samples: every gradient.
     Returns the largest difference of a layer's gradient as a share of its norm. Raises WrongResultError when one is too large.
     """
     worst = 0.0
@@ -126,6 +127,8 @@ def check_steps(steps: Mapping[str, Step], masks: Mapping[str, Tensor]) -> float
                     worst = max(worst, _compare(name, got, reference, exact, GRADIENT_TOLERANCE))
                 else:
                     _compare(name, got, reference, rounded, DENSE_TOLERANCE)
+            pruned = {name: step.model for name, step in others if kind_of(name) == SPARSE}
+            check_layers(lambda: _loss_and_gradients(dense.model, dense, masks), dense.model, pruned)
     return worst
 
 
