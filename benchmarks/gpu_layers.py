@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu_layers                     linear layers and the convolutions of three networks
     python -m benchmarks.gpu_layers --group linear --sparsity 0.95
+    python -m benchmarks.gpu_layers --budget-seconds 120      what matters most of it, and what was left out
     python -m benchmarks.gpu_layers --device cpu --quick      that the program runs; says nothing about speed
 
-Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms of a shape
-in turns. Nothing of a shape is written unless every arm agrees with the dense layer in float64. `roofline` is the share of what
-the device can do: the larger of multiply-adds over its measured rate and bytes over its measured bandwidth, divided by the time.
-Writes benchmarks/results/gpu-layers.csv after every shape, and prints a table at the end (benchmarks/gpu_summary.py).
+Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms that are
+measured together in turns; cuDNN has searched for its fastest algorithms before. An arm that does not agree with the dense layer in
+float64 is left out, and the exit status is 1. `roofline` is the share of what the device can do: the larger of multiply-adds over its
+measured rate and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after every shape,
+and prints a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
 """
 
 from __future__ import annotations
@@ -18,25 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_peers import products, semi_structured
-from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY
+from benchmarks import gpu_peers
+from benchmarks.gpu_cases import add_budget, lost, measure_within, said, use_fastest_convolutions
+from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY, Combination, in_order
 from benchmarks.gpu_summary import table
-from benchmarks.runner import (
-    RESULTS,
-    Results,
-    add_device,
-    check_device,
-    measure_all,
-    parser,
-    run,
-    settings_of,
-    share,
-    tell,
-    times_of,
-)
-from benchmarks.shapes import LinearShape, Shape
+from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
+from benchmarks.shapes import Shape
+from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.ceilings import Ceilings, measure_ceilings
-from grasp_sparse.bench.cuda_arms import CudaArm, check, dense_arms, pruned_arms
+from grasp_sparse.bench.cuda_arms import CudaArm, dense_arms, pruned_arms, wrong_arms
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
 from grasp_sparse.bench.results import DENSE, Row, kind_of, timing_columns
 from grasp_sparse.nn import SparseConv2d, SparseLinear
@@ -44,15 +36,16 @@ from grasp_sparse.pruning import make_masks
 from grasp_sparse.timing import Timing
 
 PASSES = ("forward", "forward+backward")
-KEY = ("group", "shape")
+KEY = ("group", "shape", "pattern", "sparsity")
 # Single weights are no work for tensor cores, whole blocks no work for anything else.
-PRECISIONS = {"unstructured": ("float32", "bfloat16"), "block": ("tf32", "bfloat16")}
+PRECISIONS = {"unstructured": ("float32", "bfloat16"), "block": ("bfloat16", "tf32")}
 
 
 def pruned_layer(dense: nn.Module, pattern: str, sparsity: float, seed: int) -> nn.Module:
     """`dense` under a random mask of this pattern."""
-    scores = torch.rand(dense.weight.shape, generator=torch.Generator().manual_seed(seed))
-    mask = make_masks({"weight": scores}, sparsity, pattern)["weight"].to(dense.weight.device)
+    device = dense.weight.device
+    scores = torch.rand(dense.weight.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    mask = make_masks({"weight": scores}, sparsity, pattern)["weight"].to(device)
     kind = SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d
     return kind.from_dense(dense, mask, block_size=PATTERNS[pattern])
 
@@ -65,56 +58,76 @@ def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, backward: bool) 
     return 2.0 * layer.nnz * positions * passes, float((x.numel() + y.numel()) * itemsize * (2 if backward else 1) + weights)
 
 
+Call = Callable[[], object]
+
+
 def measure(
-    group: str, shape: Shape, patterns: list[str], sparsities: list[float], ceilings: Ceilings, device: str, rounds: int, seed: int
-) -> list[Row]:
-    """Rows of one shape: dense in every precision, then pruned in every pattern and sparsity, for both passes."""
-    generator = torch.Generator().manual_seed(seed)
-    dense = shape.layer().to(device)
-    x = shape.input(generator).to(device)
+    group: str, shape: Shape, together: list[Combination], ceilings: Ceilings, device: str, rounds: int, seed: int
+) -> tuple[list[Row], list[str]]:
+    """Rows of one shape, and what was left out because it was wrong: dense in every precision and pruned in every combination
+    of `together`, for both passes, all of a pass in turns."""
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        dense = shape.layer()
+    x = shape.input(generator)
     with torch.no_grad():
         y = dense(x)
-    grad = torch.randn(y.shape, generator=generator).to(device)
+    incoming = {PASSES[0]: None, PASSES[1]: torch.randn(y.shape, generator=generator, device=device)}
+    everything = torch.ones_like(dense.weight, dtype=torch.bool)
+    reference, problems = _right(
+        {what: dense_arms(dense, x, grad, input_grad=shape.input_grad) for what, grad in incoming.items()}, dense, everything
+    )
+    layers, arms, peers = {}, {}, {}
+    for combination in together:
+        pattern, sparsity = combination
+        layer = layers[combination] = pruned_layer(dense, pattern, sparsity, seed)
+        names = PRECISIONS[pattern.partition("(")[0]]
+        made = {what: pruned_arms({pattern: layer}, x, grad, names, input_grad=shape.input_grad) for what, grad in incoming.items()}
+        arms[combination], wrong = _right(made, dense, layer.mask)
+        problems += [f"{sparsity:.0%} {problem}" for problem in wrong]
+        peers[combination] = _peers(layer, x, pattern) if isinstance(dense, nn.Linear) and device == "cuda" else {}
     rows: list[Row] = []
     for what in PASSES:
-        incoming = grad if what == PASSES[1] else None
-        reference = dense_arms(dense, x, incoming, input_grad=shape.input_grad)
-        check(reference, dense, torch.ones_like(dense.weight, dtype=torch.bool))
-        for pattern in patterns:
-            for sparsity in sparsities:
-                layer = pruned_layer(dense, pattern, sparsity, seed)
-                names = PRECISIONS[pattern.partition("(")[0]]
-                arms = pruned_arms({pattern: layer}, x, incoming, names, input_grad=shape.input_grad)
-                check(arms, dense, layer.mask)
-                others = _peers(layer, x, pattern) if incoming is None and isinstance(dense, nn.Linear) and device == "cuda" else {}
-                times = times_of({**reference, **arms, **others}, device, rounds)
-                known = {"group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": f"{sparsity:g}",
-                         "nnz": layer.nnz, "pass": what, "input_grad": "yes" if shape.input_grad else "no"}  # fmt: skip
-                rows += _rows(times, arms, known, ceilings, layer, x, y, bool(incoming is not None))
-    return rows
+        if not reference[what]:
+            raise WrongResultError(problems[0])
+        own = {combination: {**arms[combination][what], **(peers[combination] if what == PASSES[0] else {})} for combination in together}
+        pruned = {(*combination, name): call for combination, calls in own.items() for name, call in calls.items()}
+        times = _times({**reference[what], **pruned}, device, rounds)
+        for combination in together:
+            of_dense = {name: times[name] for name in reference[what]}
+            of_pruned = {name: times[*combination, name] for name in own[combination]}
+            pattern, sparsity = combination
+            known = {"group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": f"{sparsity:g}",
+                     "nnz": layers[combination].nnz, "pass": what, "input_grad": "yes" if shape.input_grad else "no"}  # fmt: skip
+            rows += _rows(of_dense | of_pruned, arms[combination][what], known, ceilings, layers[combination], x, y, what == PASSES[1])
+    return rows, problems
 
 
-def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Callable[[], object]]:
+def _times(arms: Mapping[object, Call], device: str, rounds: int) -> dict[object, Timing]:
+    """As `times_of`, whatever the arms are called."""
+    return dict(zip(arms, times_of({str(name): arm for name, arm in arms.items()}, device, rounds).values(), strict=True))
+
+
+def _right(
+    arms: Mapping[str, Mapping[str, CudaArm]], dense: nn.Module, mask: Tensor
+) -> tuple[dict[str, dict[str, CudaArm]], list[str]]:
+    """By pass, the arms that compute what they should, and a line about each of the others."""
+    flat = {(what, name): arm for what, named in arms.items() for name, arm in named.items()}
+    wrong = wrong_arms(flat, dense, mask)
+    right = {what: {name: arm for name, arm in named.items() if (what, name) not in wrong} for what, named in arms.items()}
+    return right, [f"{name}, {what}: {problem}" for (what, name), problem in wrong.items()]
+
+
+def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Call]:
     """Peers that compute the right thing, by "peer <name> <precision> rows"; one line about each that does not run or is wrong."""
-    found: dict[str, Callable[[], object]] = {}
+    found: dict[str, Call] = {}
     weight = layer.to_dense_weight().detach()
     for name in ("float32", "bfloat16"):
-        w, given = weight.to(STORAGE[name]), x.to(STORAGE[name])
-        candidates = [(peer, product, w) for peer, product in products(w, PATTERNS[pattern], given)]
-        if pattern == "unstructured" and name == "bfloat16":
-            candidates.append(semi_structured(w, given))
-        for peer, product, multiplied in candidates:
-            try:
-                with precision(name):
-                    expected = given.double() @ multiplied.double().t()
-                    error = float((product().double() - expected).abs().max() / expected.abs().max())
-            except (RuntimeError, NotImplementedError, ImportError, AttributeError) as problem:
-                tell(f"{peer} {name}: {str(problem).splitlines()[0][:100]}")
-                continue
-            if error <= TOLERANCE[name]:
-                found[f"peer {peer} {name} rows"] = product
-            else:
-                tell(f"{peer} {name}: wrong by {error:.1e}, not measured")
+        dtype = STORAGE[name]
+        with precision(name):
+            peers = gpu_peers.available(weight.to(dtype), PATTERNS[pattern], x.to(dtype), TOLERANCE[name], tell)
+        found |= {f"peer {peer} {name} rows": product for peer, product in peers.items()}
     return found
 
 
@@ -129,12 +142,28 @@ def _rows(
         row = known | {"precision": used, "layout": layout, "arm": name}
         row |= timing_columns(times, name, [other for other in times if kind_of(other) == kind and used in other.split()])
         rivals = [time.median for other, time in times.items() if kind_of(other) == DENSE and used in other.split()]
-        row["vs dense of this precision"] = f"{min(rivals) / times[name].median:.3f}"
+        if rivals:
+            row["vs dense of this precision"] = f"{min(rivals) / times[name].median:.3f}"
         if name in arms:
             flops, size = work(layer, x, y, STORAGE[used].itemsize, backward)
             row["roofline"] = f"{ceilings.seconds(flops, size, used, bool(layer.block_size)) / times[name].median:.3f}"
         rows.append(row)
     return rows
+
+
+def warm(shape: Shape, together: list[Combination], device: str, seed: int) -> None:
+    """Calls the layers of whole blocks once, which compiles and tunes their kernels; the compiled ones stay on the disk."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device(device):
+        dense = shape.layer()
+    x = shape.input(generator)
+    with torch.no_grad():
+        grad = torch.randn_like(dense(x))
+    for pattern, sparsity in together:
+        if PATTERNS[pattern]:
+            layer = pruned_layer(dense, pattern, sparsity, seed)
+            for arm in pruned_arms({pattern: layer}, x, grad, PRECISIONS["block"], input_grad=shape.input_grad).values():
+                arm()
 
 
 def describe(rows: list[Row]) -> list[str]:
@@ -144,7 +173,7 @@ def describe(rows: list[Row]) -> list[str]:
         found = [row for row in rows if (row["pattern"], row["sparsity"], row["pass"]) == (pattern, sparsity, PASSES[1])]
         best = [row for row in found if kind_of(row["arm"]) == "sparse" and row["best"]]
         ratios = "  ".join(
-            f"{row['precision']} {float(row['median_s']) * 1e3:.3g} ms {float(row['vs dense of this precision']):.2f}x "
+            f"{row['precision']} {float(row['median_s']) * 1e3:.3g} ms {float(row.get('vs dense of this precision', 'nan')):.2f}x "
             f"(roofline {float(row['roofline']):.0%})" for row in best
         )  # fmt: skip
         lines.append(f"{rows[0]['shape']:44} {pattern:16} {float(sparsity):.0%}  {ratios}")
@@ -157,32 +186,69 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--group", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all")
     flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=list(PATTERNS), help="default: all")
     flags.add_argument("--sparsity", type=share, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
-    flags.add_argument("--rounds", type=int, default=10, help="measured calls of an arm (default: %(default)s)")
+    flags.add_argument("--rounds", type=int, default=7, help="measured calls of an arm (default: %(default)s)")
     flags.add_argument("--out", type=Path, help="CSV to write (default: gpu-layers.csv in benchmarks/results)")
+    add_budget(flags)
     options = flags.parse_args(arguments)
     check_device(options)
+    use_fastest_convolutions(options.device)
 
-    settings = settings_of(options)
+    settings, patterns = settings_of(options), options.pattern
+    if options.quick:
+        patterns = [pattern for pattern in patterns if (PATTERNS[pattern] or (0,))[0] <= 32]
+        cases = [(*case, [(pattern, sparsity) for pattern in patterns for sparsity in options.sparsity]) for case in TINY]
+    else:
+        cases = in_order(options.group, patterns, options.sparsity)
+    if options.warm:
+        number, count = options.warm
+        return measure_within(cases[number - 1 :: count], label, lambda case: warm(*case[1:], options.device, options.seed), options)
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)
     ceilings = measure_ceilings(options.device)
     tell(str(ceilings))
-    cases = TINY if options.quick else [(group, shape) for group in options.group for shape in GROUPS[group]()]
-    patterns = [pattern for pattern in options.pattern if not options.quick or (PATTERNS[pattern] or (0,))[0] <= 32]
 
-    def run_one(case: tuple[str, Shape]) -> None:
-        group, shape = case
-        known = [{"group": group, "shape": str(shape), "pattern": p, "sparsity": f"{s:g}"} for p in patterns for s in options.sparsity]
-        if results.has(known):
+    def run_one(case: tuple[str, Shape, list[Combination]]) -> None:
+        group, shape, together = case
+        known = {"group": group, "shape": str(shape)}
+        together = [(p, s) for p, s in together if not results.has([known | {"pattern": p, "sparsity": f"{s:g}"}])]
+        if not together:
             return
-        rows = measure(group, shape, patterns, list(options.sparsity), ceilings, options.device, options.rounds, options.seed)
-        results.add(rows, KEY)
+        rows = None
+        try:
+            rows, problems = measure(group, shape, together, ceilings, options.device, options.rounds, options.seed)
+        except Exception as error:
+            if len(together) == 1 or options.device == "cuda" and lost():
+                raise
+            tell(f"{label(case)}: {said(error)}; now one after the other")
+        if rows is None:  # out here, where nothing holds the memory of what failed any longer
+            _all_of([lambda one=one: run_one((group, shape, [one])) for one in together])
+            return
+        for combination in together:
+            results.add([row for row in rows if (row["pattern"], row["sparsity"]) == (combination[0], f"{combination[1]:g}")], KEY)
         for line in describe(rows):
             tell(line)
+        if problems:
+            raise WrongResultError("; ".join(problems))
 
-    wrong = measure_all(cases, lambda case: str(case[1]), run_one)
+    failed = measure_within(cases, label, run_one, options)
     print("\n".join(table(results.rows)))
     print(f"wrote {results.path}")
-    return 1 if wrong else 0
+    return 1 if failed else 0
+
+
+def label(case: tuple[str, Shape, list[Combination]]) -> str:
+    return f"{case[1]} {', '.join(f'{pattern} {sparsity:.0%}' for pattern, sparsity in case[2])}"
+
+
+def _all_of(calls: list[Call]) -> None:
+    """All of them, whatever some raise; the last of that is raised at the end."""
+    failure = None
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

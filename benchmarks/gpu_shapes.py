@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -41,9 +42,9 @@ class GpuNetwork:
 # Attention has no second derivative on the GPU, which GraSP asks for.
 NETWORKS = (
     GpuNetwork("vgg16_bn", 64),
-    GpuNetwork("resnet50", 128),
     GpuNetwork("wide_resnet50_2", 64),
     GpuNetwork("vit_b_16", 64, criterion="snip"),
+    GpuNetwork("resnet50", 128),
 )
 
 
@@ -59,9 +60,76 @@ def convs_of(name: str, batch: int) -> Callable[[], list[Shape]]:
 GROUPS: dict[str, Callable[[], list[Shape]]] = {
     "linear": linear,
     "vgg16": convs_of("vgg16", 64),
-    "resnet50": convs_of("resnet50", 64),
     "wide_resnet50_2": convs_of("wide_resnet50_2", 64),
+    "resnet50": convs_of("resnet50", 64),
 }
+# What is to be shown first: where single weights should beat dense layers without and with tensor cores, and blocks these.
+TARGETS = {"unstructured": (0.95, 0.98, 0.99), "block(64, 64)": (0.9, 0.95)}
+USUAL = (("unstructured", 0.95), ("block(64, 64)", 0.95))
+
+Combination = tuple[str, float]  # pattern and sparsity
+
+
+def in_order(
+    groups: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float]
+) -> list[tuple[str, Shape, list[Combination]]]:
+    """(group, shape, what is measured of it together): every shape in every pattern and sparsity, the most telling first.
+
+    TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those with
+    most multiply-adds first, then what is left.
+    """
+    combinations = [(pattern, sparsity) for pattern in patterns for sparsity in sparsities]
+    targets = [(pattern, sparsity) for pattern, sparsity in combinations if sparsity in TARGETS.get(pattern, ())]
+    usual = [combination for combination in combinations if combination in USUAL]
+    shapes = {group: sorted(GROUPS[group](), key=lambda shape: -shape.work * shape.count) for group in groups}
+    lines = [(group, shape) for group in groups if group == "linear" for shape in shapes[group]]
+    images = [(group, shape) for group in groups if group != "linear" for shape in shapes[group]]
+    turns = [(line, targets) for line in lines] + [(line, combinations) for line in lines[:1]]
+    turns += [(image, usual) for image in images] + [(case, combinations) for case in (*lines, *images)]
+    done: set[tuple] = set()
+    ordered = []
+    for case, wanted in turns:
+        left = [combination for combination in wanted if (case, combination) not in done]
+        done |= {(case, combination) for combination in left}
+        if left:
+            ordered.append((*case, left))
+    return ordered
+
+
+class StepCase(NamedTuple):
+    """A pruned network, and the precision that its steps are measured in."""
+
+    network: GpuNetwork
+    pattern: str
+    sparsity: float
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.network.name} {self.pattern} {self.sparsity:.0%} {self.precision}"
+
+
+def steps_in_order(
+    networks: Sequence[GpuNetwork], patterns: Sequence[str], sparsities: Sequence[float], precisions: Sequence[str]
+) -> list[StepCase]:
+    """Every case, the most telling first: blocks in bfloat16, single weights in float32, 95 %; networks as they are given."""
+
+    def rank(case: StepCase) -> tuple[int, int, int]:
+        usual = case.pattern, case.precision
+        likely = (("block(64, 64)", "bfloat16"), ("unstructured", "float32"))
+        return (
+            0 if case.sparsity == 0.95 and usual in likely else 1 if usual in likely else 2,
+            0 if case.network.name == "vgg16_bn" else 1,
+            likely.index(usual) if usual in likely else 2,
+        )
+
+    cases = [
+        StepCase(network, pattern, sparsity, used)
+        for sparsity in sorted(sparsities, key=lambda sparsity: abs(sparsity - 0.95))
+        for network in networks for pattern in patterns for used in precisions
+    ]  # fmt: skip
+    return sorted(cases, key=rank)
+
+
 # Tiny ones, for machines without a GPU: they say that the program runs, nothing about speed.
 TINY: list[tuple[str, Shape]] = [
     ("linear", LinearShape(128, 128, 32)),

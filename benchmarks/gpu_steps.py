@@ -2,54 +2,45 @@
 
     python -m benchmarks.gpu_steps                                VGG-16-BN, ResNet-50, WideResNet-50-2, ViT-B/16 at 224 x 224
     python -m benchmarks.gpu_steps --model vgg16_bn --sparsity 0.95
+    python -m benchmarks.gpu_steps --budget-seconds 110           what matters most of it, and what was left out
     python -m benchmarks.gpu_steps --device cpu --quick           that the program runs; says nothing about speed
 
 The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how
-many weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in both
-memory formats. Pruned networks are given channels_last; sparse convolutions of single weights lay images batch innermost, and what
-follows keeps it. A step is recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned
-network are compared with those of the dense one with zeros in place before anything is measured. Writes
-benchmarks/results/gpu-steps.csv after every case, and prints a table at the end (benchmarks/gpu_summary.py).
+many weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
+asked for and in both memory formats. Each layer of a pruned network runs as gs.plan has measured it to be faster. Pruned networks are
+given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. A step is recorded as a
+CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned network are compared with those of the dense one
+with zeros in place before anything is measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every
+layer, after every case, and prints a table at the end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork
-from benchmarks.gpu_summary import table
-from benchmarks.runner import (
-    RESULTS,
-    Results,
-    add_device,
-    check_device,
-    measure_all,
-    parser,
-    run,
-    settings_of,
-    share,
-    tell,
-    times_of,
-)
+from benchmarks.gpu_cases import add_budget, measure_within, use_fastest_convolutions
+from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
+from benchmarks.gpu_summary import plan_line, table
+from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
 from grasp_sparse.bench.arms import LAYOUTS
 from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.bench.steps import STEP, check_steps, dense_steps, masked_copy, sparse_steps
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.planning import Plan, plan
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.optimizer import make_optimizer
 from grasp_sparse.train.step import loss_function, training_step
 
 CLASSES, SCORED = 1000, 16
-KEY = ("model", "pattern", "sparsity")
+KEY = ("model", "pattern", "sparsity", "planned_in")
 
 
 class _Autocast(nn.Module):
@@ -76,51 +67,91 @@ def step_of(model: nn.Module, x: Tensor, y: Tensor, used: str, device: str) -> C
     return step
 
 
-def arms_of(
-    masked: nn.Module, masks: MaskSet, x: Tensor, y: Tensor, precisions: list[str], device: str
-) -> dict[str, Callable]:
-    layouts = {DENSE: tuple(LAYOUTS), SPARSE: ("channels_last",)}
-    arms = {}
-    for used in precisions:
-        for kind in layouts:
-            for layout in layouts[kind]:
-                memory_format = LAYOUTS[layout]
-                model, given = copy.deepcopy(masked).to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
-                if kind == SPARSE:
-                    autocast = torch.autocast(device, torch.bfloat16) if STORAGE[used] != torch.float32 else nullcontext()
-                    with precision(used), autocast:
-                        sparsify_(model, masks, example_input=given)
-                arms[f"{kind} {used} {layout}"] = step_of(model.train(), given, y, used, device)
-    return arms
-
-
-def measure(
-    network: GpuNetwork, model: nn.Module, batch: tuple[Tensor, Tensor], pattern: str, sparsity: float,
-    precisions: list[str], device: str, rounds: int,
-) -> list[Row]:  # fmt: skip
+def prepared(
+    network: GpuNetwork, model: nn.Module, batch: tuple[Tensor, Tensor], pattern: str, sparsity: float
+) -> tuple[nn.Module, MaskSet, float]:
+    """The network with zeros in place, its masks, and how far gradients are apart at most. Raises WrongResultError if too far."""
     x, y = batch
-    scored = [(x[:SCORED], y[:SCORED])]
-    masks = prune(model, scored, sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
+    masks = prune(model, [(x[:SCORED], y[:SCORED])], sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
     masked = masked_copy(model, masks)
     few = x[:8], y[:8]
     with precision("float32"):  # TF32 alone would make more of a difference than is allowed
-        steps, _ = sparse_steps(masked, masks, few)
-        difference = check_steps(dense_steps(masked, few) | steps, masks)
-    del steps
-    gc.collect()
-    times = times_of(arms_of(masked, masks, x, y, precisions, device), device, rounds)
+        steps, _ = sparse_steps(masked, masks, few, plan="sparse")
+        return masked, masks, check_steps(dense_steps(masked, few) | steps, masks)
+
+
+def _computing_in(used: str, device: str) -> AbstractContextManager:
+    """As a step in this precision does."""
+    contexts = ExitStack()
+    contexts.enter_context(precision(used))
+    if STORAGE[used] != torch.float32:
+        contexts.enter_context(torch.autocast(device, torch.bfloat16))
+    return contexts
+
+
+def arms_of(
+    masked: nn.Module, masks: MaskSet, x: Tensor, y: Tensor, of_dense: Iterable[str], used: str, device: str
+) -> tuple[dict[str, Callable[[], object]], Plan]:
+    """Steps of the dense network in the precisions `of_dense`, in both memory formats, and of the pruned one in `used`, with its plan."""
+    arms = {}
+    for other in of_dense:
+        for layout, memory_format in LAYOUTS.items():
+            model, given = copy.deepcopy(masked).to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+            arms[f"{DENSE} {other} {layout}"] = step_of(model.train(), given, y, other, device)
+    last = LAYOUTS["channels_last"]
+    model, given = copy.deepcopy(masked).to(memory_format=last), x.contiguous(memory_format=last)
+    with _computing_in(used, device):
+        chosen = plan(model, masks, given)
+        sparsify_(model, masks, plan=chosen)
+    arms[f"{SPARSE} {used} channels_last"] = step_of(model.train(), given, y, used, device)
+    return arms, chosen
+
+
+def measure(
+    case: StepCase, masked: nn.Module, masks: MaskSet, batch: tuple[Tensor, Tensor], difference: float, of_dense: list[str],
+    device: str, rounds: int,
+) -> tuple[list[Row], list[Row]]:  # fmt: skip
+    """Rows of the steps, and of the layers as they were planned."""
+    x, y = batch
+    known = {"model": case.network.name, "input": "x".join(map(str, x.shape)), "pattern": case.pattern,
+             "sparsity": f"{case.sparsity:g}", "planned_in": case.precision}  # fmt: skip
+    arms, chosen = arms_of(masked, masks, x, y, of_dense, case.precision, device)
+    times = times_of(arms, device, rounds)
     rows = []
     for name in times:
         kind, used, layout = name.split()
         rivals = [other for other in times if kind_of(other) == kind and used in other.split()]
         dense = min(times[other].median for other in times if kind_of(other) == DENSE and used in other.split())
         rows.append({
-            "model": network.name, "input": "x".join(map(str, x.shape)), "pattern": pattern, "sparsity": f"{sparsity:g}",
-            "weight_sparsity": f"{masks.sparsity:.5f}", "pass": "training step", "precision": used, "layout": layout, "arm": name,
-            **timing_columns(times, name, rivals), "vs dense of this precision": f"{dense / times[name].median:.3f}",
+            **known, "weight_sparsity": f"{masks.sparsity:.5f}", "pass": "training step", "precision": used, "layout": layout,
+            "arm": name, **timing_columns(times, name, rivals), "vs dense of this precision": f"{dense / times[name].median:.3f}",
             "gradient_difference": f"{difference:.1e}",
         })  # fmt: skip
-    return rows
+    planned = [known | {
+        "layer": ", ".join(row.layers), "shape": "x".join(map(str, row.shape)), "kept": row.kept, "runs": row.runs,
+        **({f"{way}_s": f"{seconds:.6g}" for way, seconds in row.times._asdict().items()} if row.times else {}), "reason": row.reason,
+    } for row in chosen.rows]  # fmt: skip
+    return rows, planned
+
+
+def warm(case: StepCase, device: str) -> None:
+    """One step with every layer sparse that can be: compiles and tunes the kernels; the compiled ones stay on the disk."""
+    x, y = _batch(case.network, device)
+    model = _made(case.network, device).to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    masks = prune(model, None, case.sparsity, "magnitude", pattern=case.pattern, budget="flops", example_input=x[:1])
+    sparsify_(model, masks, plan="density", max_density=1.0)
+    step_of(model.train(), x, y, case.precision, device)()
+
+
+def _made(network: GpuNetwork, device: str) -> nn.Module:
+    with torch.device(device):
+        return network.make()
+
+
+def _batch(network: GpuNetwork, device: str) -> tuple[Tensor, Tensor]:
+    images = torch.randn(network.batch, 3, network.side, network.side, device=device)
+    return images, torch.randint(CLASSES, (network.batch,), device=device)
 
 
 def describe(rows: list[Row]) -> str:
@@ -141,32 +172,43 @@ def main(arguments: list[str] | None = None) -> int:
                        help="default: %(default)s")
     flags.add_argument("--sparsity", type=share, nargs="+", default=(0.9, 0.95), metavar="S", help="default: %(default)s")
     flags.add_argument("--precision", nargs="+", choices=tuple(STORAGE), default=list(STORAGE), help="default: all")
-    flags.add_argument("--rounds", type=int, default=7, help="measured steps of an arm (default: %(default)s)")
+    flags.add_argument("--rounds", type=int, default=5, help="measured steps of an arm (default: %(default)s)")
     flags.add_argument("--out", type=Path, help="CSV to write (default: gpu-steps.csv in benchmarks/results)")
+    add_budget(flags)
     options = flags.parse_args(arguments)
     check_device(options)
 
-    settings = settings_of(options)
-    results = Results(options.out or RESULTS / "gpu-steps.csv", settings, options.resume)
+    settings, path = settings_of(options), options.out or RESULTS / "gpu-steps.csv"
     networks = [TINY_NETWORK] if options.quick else [network for network in NETWORKS if network.name in options.model]
-    cases = [(network, pattern, sparsity) for network in networks for pattern in options.pattern for sparsity in options.sparsity]
+    cases = steps_in_order(networks, options.pattern, options.sparsity, options.precision)
+    if options.warm:
+        number, count = options.warm
+        return measure_within(cases[number - 1 :: count], str, lambda case: warm(case, options.device), options)
+    results, plans = (Results(file, settings, options.resume) for file in (path, path.with_name(f"{path.stem}-plan{path.suffix}")))
+    ready: dict[tuple, tuple] = {}  # of one network, pattern and sparsity at a time
 
-    def run_one(case: tuple[GpuNetwork, str, float]) -> None:
-        network, pattern, sparsity = case
-        if results.has([{"model": network.name, "pattern": pattern, "sparsity": f"{sparsity:g}"}]):
+    def run_one(case: StepCase) -> None:
+        if results.has([dict(zip(KEY, (case.network.name, case.pattern, f"{case.sparsity:g}", case.precision), strict=True))]):
             return
-        torch.manual_seed(options.seed)
-        model, count, side = network.make().to(options.device), network.batch, network.side
-        batch = torch.randn(count, 3, side, side, device=options.device), torch.randint(CLASSES, (count,), device=options.device)
-        rows = measure(network, model, batch, pattern, sparsity, options.precision, options.device, options.rounds)
+        of = case[:3]
+        if of not in ready:
+            ready.clear()
+            torch.backends.cudnn.benchmark = False  # what runs once is not worth a search
+            torch.manual_seed(options.seed)
+            model, batch = _made(case.network, options.device), _batch(case.network, options.device)
+            ready[of] = batch, *prepared(case.network, model, batch, case.pattern, case.sparsity)
+        use_fastest_convolutions(options.device)
+        batch, masked, masks, difference = ready[of]
+        rows, planned = measure(case, masked, masks, batch, difference, options.precision, options.device, options.rounds)
         results.add(rows, KEY)
+        plans.add(planned, KEY)
         tell(describe(rows))
-        gc.collect()
+        tell(plan_line(planned))
 
-    wrong = measure_all(cases, lambda case: f"{case[0].name} {case[1]} {case[2]:.0%}", run_one)
+    failed = measure_within(cases, str, run_one, options)
     print("\n".join(table(results.rows)))
     print(f"wrote {results.path}")
-    return 1 if wrong else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

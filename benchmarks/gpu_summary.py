@@ -19,6 +19,9 @@ from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_
 from grasp_sparse.train.errors import UserError
 
 FILES = ("gpu-layers.csv", "gpu-steps.csv")
+PLANS = "gpu-steps-plan.csv"
+PLANNED = ("model", "pattern", "sparsity", "planned_in")
+NOISE = 0.03
 LABELS = ("", "pattern", "by", "precision", "pass")
 
 
@@ -26,7 +29,8 @@ def _labels(row: Row) -> tuple[str, ...]:
     """What names a line of the table; peers by their own names."""
     peer = row["arm"].removeprefix("peer ").removesuffix(f" {row['precision']} {row['layout']}")
     by = "" if kind_of(row["arm"]) == SPARSE else peer
-    return row.get("group") or row["model"], row["pattern"], by, row["precision"], row["pass"]
+    of = row.get("group") or row["model"]
+    return row["shape"] if of == "linear" else of, row["pattern"], by, row["precision"], row["pass"]
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -41,7 +45,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     found: dict[tuple[str, ...], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         kind = kind_of(row["arm"])
-        if kind != DENSE and (kind != SPARSE or row["best"]):
+        if kind != DENSE and (kind != SPARSE or row["best"]) and row.get("vs dense of this precision"):
             found[_labels(row)][float(row["sparsity"])].append(row)
     if not found:
         return []
@@ -51,6 +55,20 @@ def table(rows: Sequence[Row]) -> list[str]:
         lines.append((*labels, *(_cell(cells[sparsity]) if sparsity in cells else "-" for sparsity in sparsities)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def plan_line(rows: Sequence[Row]) -> str:
+    """How many layers of one planned network take longer than the dense ones would, and how all of them together compare."""
+    measured = [row for row in rows if row.get("dense_s")]
+    head = "{:16} {:16} {:>4} {}".format(*(rows[0][name] for name in PLANNED))
+    if not measured:
+        return f"{head}  no layer was measured"
+    times = [(row, float(row["dense_s"]), float(row[f"{row['runs']}_s"])) for row in measured]
+    slower = [f"{row['layer']} {dense / planned:.2f}x" for row, dense, planned in times if planned > (1 + NOISE) * dense]
+    ways = ", ".join(f"{sum(row['runs'] == way for row in rows)} {way}" for way in dict.fromkeys(row["runs"] for row in rows))
+    together = sum(dense for _, dense, _ in times) / sum(planned for *_, planned in times)
+    text = f"{head}  layers: {ways}; together {together:.2f}x dense, slower than dense: {len(slower)}"
+    return f"{text} ({', '.join(slower)})" if slower else text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,6 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"Expected {' or '.join(FILES)} in {folder}, got neither; make gpu writes them on a machine with a GPU")
     print(f"on {', '.join(sorted({row['cuda'] or row['cpu'] for row in rows}))}, torch {rows[0]['torch']}:")
     print("\n".join(table(rows)))
+    planned: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in read_rows(folder / PLANS) if (folder / PLANS).exists() else ():
+        planned[tuple(row[name] for name in PLANNED)].append(row)
+    print("\n".join(plan_line(layers) for layers in planned.values()) if planned else "no network was planned")
     return 0
 
 

@@ -36,11 +36,19 @@ class ConvShape:
         """Whether a network needs the gradient of the input: not of the images themselves."""
         return self.in_channels > 3
 
+    @property
+    def work(self) -> int:
+        """Multiply-adds of a forward pass."""
+        side = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return self.batch * side**2 * self.kernel**2 * self.in_channels * self.out_channels
+
     def layer(self) -> nn.Conv2d:
         return nn.Conv2d(self.in_channels, self.out_channels, self.kernel, self.stride, self.padding, bias=self.bias)
 
     def input(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(self.batch, self.in_channels, self.size, self.size, generator=generator)
+        """On the device of `generator`."""
+        shape = self.batch, self.in_channels, self.size, self.size
+        return torch.randn(shape, generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,17 @@ class LinearShape:
     def __str__(self) -> str:
         return f"linear {self.in_features}->{self.out_features} batch {self.batch}"
 
+    @property
+    def work(self) -> int:
+        """Multiply-adds of a forward pass."""
+        return self.batch * self.in_features * self.out_features
+
     def layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features)
 
     def input(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(self.batch, self.in_features, generator=generator)
+        """On the device of `generator`."""
+        return torch.randn(self.batch, self.in_features, generator=generator, device=generator.device)
 
 
 Shape = ConvShape | LinearShape

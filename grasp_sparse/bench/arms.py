@@ -139,15 +139,20 @@ def check_arms(arms: Mapping[str, Arm], dense: nn.Module, mask: Tensor) -> None:
 def check_close(
     name: str, what: str, got: Tensor, expected: Tensor, allowed: float, scale: Tensor | None = None, of: str = "the dense layer's"
 ) -> float:
-    """The largest difference as a share of the largest value expected, or of `scale` where that is more.
+    """The :func:`largest_difference` of the two.
 
     Raises:
-        WrongResultError: naming `what` of `name`; the share is more than `allowed`, or not a number.
+        WrongResultError: naming `what` of `name`; it is more than `allowed`, or not a number.
     """
-    if got.numel() == 0 or not (difference := (got - expected).abs().max()):
-        return 0.0
-    largest = expected.abs().max()
-    error = float(difference / (largest if scale is None else torch.maximum(largest, scale.to(largest.dtype))))
+    error = largest_difference(got, expected, scale)
     if not error <= allowed:  # also when it is NaN
         raise WrongResultError(f"{name}: {what} differs from {of} by {error:.1e} (allowed {allowed:.0e}); nothing is measured")
     return error
+
+
+def largest_difference(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """As a share of the largest value expected, or of `scale` where that is more."""
+    if got.numel() == 0 or not (difference := (got - expected).abs().max()):
+        return 0.0
+    largest = expected.abs().max()
+    return float(difference / (largest if scale is None else torch.maximum(largest, scale.to(largest.dtype))))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_colum
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.nn import SparseLayer
 from grasp_sparse.poison import poisoned_memory
+from grasp_sparse.scratch import preserved_rng
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.surgery_report import SurgeryReport
 from grasp_sparse.timing import Timing
@@ -91,14 +93,20 @@ def dense_steps(masked: nn.Module, batch: Batch) -> dict[str, Step]:
     return steps
 
 
-def sparse_steps(masked: nn.Module, masks: MaskSet, batch: Batch) -> tuple[dict[str, Step], dict[str, SurgeryReport]]:
-    """Steps of copies of `masked` after surgery, and what surgery did, by the same names."""
+def sparse_steps(
+    masked: nn.Module, masks: MaskSet, batch: Batch, plan: str = "auto"
+) -> tuple[dict[str, Step], dict[str, SurgeryReport]]:
+    """Steps of copies of `masked` after surgery, and what surgery did, by the same names.
+
+    plan: "auto", or "sparse" for sparse kernels wherever there are any, whoever would be faster.
+    """
+    chosen = {"plan": "density", "max_density": 1.0} if plan == "sparse" else {"plan": plan}
     steps, reports = {}, {}
     for layout in layouts_of(batch[0]):
         model, x = copy.deepcopy(masked), batch[0]
         if layout in LAYOUTS:
             model, x = model.to(memory_format=LAYOUTS[layout]), x.to(memory_format=LAYOUTS[layout])
-        reports[f"{SPARSE} {layout}"] = sparsify_(model.train(), masks, example_input=x)
+        reports[f"{SPARSE} {layout}"] = sparsify_(model.train(), masks, example_input=x, **chosen)
         steps[f"{SPARSE} {layout}"] = _step(model, batch, layout)
     return steps, reports
 
@@ -157,11 +165,12 @@ def _exact(step: Step) -> Step:
 def _loss_and_gradients(dense: nn.Module, step: Step, masks: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """Loss, and by layer name the gradient of weight and bias as one vector; of a pruned weight what belongs to kept entries.
 
-    As one, because the bias of a convolution that feeds a norm has no gradient but noise.
+    As one, because the bias of a convolution that feeds a norm has no gradient but noise. Dropout drops the same at every call.
     """
     model, (x, y) = step.model, step.batch
     model.zero_grad(set_to_none=True)
-    loss = loss_function(STEP)(model(x), y)
+    with preserved_rng(0), _dropout_in_rows(model):
+        loss = loss_function(STEP)(model(x), y)
     loss.backward()
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in dense.named_parameters():
@@ -177,6 +186,18 @@ def _loss_and_gradients(dense: nn.Module, step: Step, masks: Mapping[str, Tensor
     found = {layer: torch.cat(parts) for layer, parts in gradients.items()}
     model.zero_grad(set_to_none=True)
     return float(loss.detach()), found
+
+
+@contextmanager
+def _dropout_in_rows(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout is given plain contiguous tensors: it draws in the order of memory, and sparse layers lay theirs differently."""
+    dropouts = [module for module in model.modules() if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout))]
+    hooks = [dropout.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),)) for dropout in dropouts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def step_rows(steps: Mapping[str, Step], times: Mapping[str, Timing]) -> list[Row]:

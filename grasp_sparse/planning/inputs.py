@@ -22,9 +22,10 @@ class LayerInput(NamedTuple):
     dtype: torch.dtype
     needs_grad: bool  # the first layer's input has no gradient, so none is computed, dense or sparse
 
-    def random(self, device: torch.device, generator: torch.Generator) -> Tensor:
-        """Normal numbers in this shape and layout; a leaf that requires a gradient where the real input would have one."""
-        x = torch.randn(self.shape, generator=generator).to(device, self.dtype)
+    def random(self, generator: torch.Generator) -> Tensor:
+        """Normal numbers in this shape and layout, on the device of `generator`; a leaf that requires a gradient where the real
+        input would have one."""
+        x = torch.randn(self.shape, generator=generator, device=generator.device).to(self.dtype)
         if self.layout == "channels_last":
             x = x.to(memory_format=torch.channels_last)
         elif self.layout == "batch-innermost":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,11 @@ def measure_layer(
     dense = masked_kind.from_dense(layer, mask).to_dense()
     if dense.bias is not None:
         dense.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
-    device, generator = dense.weight.device, torch.Generator().manual_seed(0)
-    with torch.enable_grad():
+    device = dense.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.enable_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         arms = {
-            name: _arm(arm, inputs[name].random(device, generator), generator)
+            name: _arm(arm, inputs[name].random(generator), generator)
             for name, arm in (
                 ("dense", dense),
                 ("masked", masked_kind.from_dense(dense, mask)),
@@ -69,6 +71,7 @@ def measure_layer(
             first = interleaved(arms, 2, warmup=1)
             lead_in = int(max(timing.best for timing in first.values()) < _BRIEF)
             timings = interleaved(arms, rounds, warmup=0, lead_in=lead_in, enough=_decided)
+        torch.clear_autocast_cache()  # or casts of these layers would live as long as the caller's autocast
     return Times(*(timings[name].best for name in Times._fields))
 
 
@@ -86,7 +89,7 @@ def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[]
     """
     parameters = [x, *layer.parameters()]
     y = layer(x)
-    grad = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) if y.requires_grad else None
+    grad = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator, device=y.device)) if y.requires_grad else None
 
     def run() -> None:
         for parameter in parameters:

@@ -35,7 +35,7 @@ def test_layers_write_every_arm(tmp_path, capsys):
     assert all(float(row["vs dense of this precision"]) > 0 and 0 < float(row["roofline"]) for row in sparse)
     assert all(int(row["nnz"]) == (8192 if row["group"] == "linear" else 9216) for row in rows)
     assert {row["layout"] for row in sparse} == {"rows", "feature-major", "channels_last", "chwn"}
-    assert re.search(r"linear +block\(32, 32\) +bfloat16 +forward\+backward +\d", capsys.readouterr().out)
+    assert re.search(r"linear 128->128 batch 32 +block\(32, 32\) +bfloat16 +forward\+backward +\d", capsys.readouterr().out)
 
 
 def _row(arm: str, ratio: float, sparsity: str = "0.95", **others: str) -> dict[str, str]:
@@ -47,25 +47,32 @@ def _row(arm: str, ratio: float, sparsity: str = "0.95", **others: str) -> dict[
 
 def test_one_table_of_layers_peers_and_steps(tmp_path, capsys):
     layers = [
-        _row("dense float32 rows", 1, group="linear"),
-        _row("sparse unstructured float32 rows", 1, group="linear", best=""),
-        _row("sparse unstructured float32 feature-major", 2, group="linear", roofline="0.4"),
-        _row("sparse unstructured float32 rows", 8, group="linear", roofline="0.4"),
-        _row("sparse unstructured float32 rows", 6, "0.99", group="linear", roofline="0.5"),
-        _row("peer torch 2:4 float32 rows", 1.25, group="linear", best=""),
+        _row("dense float32 rows", 1, group="linear", shape="linear 4->4 batch 2"),
+        _row("sparse unstructured float32 rows", 1, group="linear", shape="linear 4->4 batch 2", best=""),
+        _row("sparse unstructured float32 feature-major", 2, group="linear", shape="linear 4->4 batch 2", roofline="0.4"),
+        _row("sparse unstructured float32 rows", 8, group="linear", shape="linear 4->4 batch 2", roofline="0.4"),
+        _row("sparse unstructured float32 rows", 6, "0.99", group="linear", shape="linear 4->4 batch 2", roofline="0.5"),
+        _row("peer torch 2:4 float32 rows", 1.25, group="linear", shape="linear 4->4 batch 2", best=""),
     ]
     steps = [_row("sparse float32 channels_last", 1.5, model="resnet50", **{"pass": "training step"})]
-    for name, rows in zip(gpu_summary.FILES, (layers, steps), strict=True):
+    plan = [
+        {"model": "resnet50", "pattern": "unstructured", "sparsity": "0.95", "planned_in": "float32", "layer": layer, "runs": runs,
+         "dense_s": dense, "masked_s": "2", "sparse_s": "1"}
+        for layer, runs, dense in (("a", "sparse", "3"), ("b", "masked", "1"), ("c", "sparse", ""))
+    ]  # fmt: skip
+    for name, rows in zip((*gpu_summary.FILES, gpu_summary.PLANS), (layers, steps, plan), strict=True):
         write_rows(tmp_path / name, rows)
     assert gpu_summary.main(["--results", str(tmp_path)]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head == "on a device, torch 2:"
     assert [line.split() for line in lines] == [
         ["pattern", "by", "precision", "pass", "95%", "99%"],
-        ["linear", "unstructured", "float32", "forward", "4.00x", "40%", "6.00x", "50%"],
-        ["linear", "unstructured", "torch", "2:4", "float32", "forward", "1.25x", "-"],
+        ["linear", "4->4", "batch", "2", "unstructured", "float32", "forward", "4.00x", "40%", "6.00x", "50%"],
+        ["linear", "4->4", "batch", "2", "unstructured", "torch", "2:4", "float32", "forward", "1.25x", "-"],
         ["resnet50", "unstructured", "float32", "training", "step", "1.50x", "-"],
-    ]
+        [*"resnet50 unstructured 0.95 float32 layers: 2 sparse, 1 masked; together".split(), "1.33x", "dense,",
+         *"slower than dense: 1 (b 0.50x)".split()],
+    ]  # fmt: skip
     with pytest.raises(UserError, match="Expected gpu-layers.csv or gpu-steps.csv"):
         gpu_summary.main(["--results", str(tmp_path / "nowhere")])
 
@@ -76,7 +83,7 @@ def test_steps_are_compared_in_full_float32(monkeypatch):
     monkeypatch.setattr(gpu_steps, "prune", lambda *arguments, **options: {})
     monkeypatch.setattr(gpu_steps, "masked_copy", lambda *arguments: None)
     monkeypatch.setattr(gpu_steps, "dense_steps", lambda *arguments: {})
-    monkeypatch.setattr(gpu_steps, "sparse_steps", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(gpu_steps, "sparse_steps", lambda *arguments, **options: ({}, {}))
 
     def check_steps(*arguments):
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
@@ -84,7 +91,7 @@ def test_steps_are_compared_in_full_float32(monkeypatch):
 
     monkeypatch.setattr(gpu_steps, "check_steps", check_steps)
     with precision("tf32"), pytest.raises(WrongResultError):
-        gpu_steps.measure(GpuNetwork("", 1), None, (torch.ones(1), torch.ones(1)), "unstructured", 0.9, [], "cpu", 2)
+        gpu_steps.prepared(GpuNetwork("", 1), None, (torch.ones(1), torch.ones(1)), "unstructured", 0.9)
     assert seen == [("highest", False)]
 
 

@@ -151,3 +151,26 @@ def test_breakdown_adds_up_what_ran() -> None:
     spent = breakdown(lambda: torch.relu(linear(x)), steps=2)
     assert list(spent) == list(CATEGORIES)
     assert spent["conv and linear"] > 0 and spent["activation"] > 0 and spent["norm"] == spent["pooling"] == spent["optimizer"] == 0
+
+
+class _FeatureMajor(nn.Module):
+    """What follows lies with the batch innermost, as behind sparse layers on a GPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.t().contiguous().t()
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "feature-major"])
+def test_dropout_drops_the_same_in_every_step_that_is_compared(turned: bool) -> None:
+    def make(other: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(40, 64), nn.ReLU(), other, nn.Dropout(0.5), nn.Linear(64, 10))
+
+    model, batch = make(nn.Identity()), (torch.randn(32, 40), torch.arange(32) % 10)
+    masks = prune(model, [batch], 0.5, "magnitude")
+    masked = masked_copy(model, masks)
+    state = torch.get_rng_state()
+    steps = dense_steps(masked, batch) | sparse_steps(masked, masks, batch)[0]
+    if turned:
+        steps["sparse rows"].model[2] = _FeatureMajor()
+    assert check_steps(steps, masks) < 1e-9
+    assert torch.equal(torch.get_rng_state(), state) and not any(module._forward_pre_hooks for module in steps["sparse rows"].model)

@@ -232,7 +232,7 @@ class TestInputs:
     @pytest.mark.parametrize("needs_grad", [False, True])
     def test_random_data_have_shape_layout_and_gradient_of_the_input(self, x, layout, needs_grad):
         given = describe_input(x.requires_grad_(needs_grad))
-        made = given.random(x.device, torch.Generator())
+        made = given.random(torch.Generator())
         assert given.layout == layout and describe_input(made) == given
         assert made.stride() == x.stride() and made.is_leaf and made.detach().count_nonzero() == made.numel()
 
