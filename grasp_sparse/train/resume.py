@@ -17,9 +17,10 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import OWN_MODELS
 
-# What may change when a run goes on: where things are, how often they are saved and shown, not what is computed.
+# What may change when a run goes on: where things are, how often they are saved and shown, when to give up; not what is computed.
 RESUMABLE = (
-    "data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every", "log_seconds",
+    "data_dir", "max_corrupt", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every",
+    "log_seconds",
 )  # fmt: skip
 
 
