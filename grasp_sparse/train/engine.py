@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.agreement import Agreed, Requests
-from grasp_sparse.train.checkpoint import require, restore_rng, rng_state, save_checkpoint
+from grasp_sparse.train.checkpoint import require, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.data_parallel import compiled, data_parallel, without_peers
@@ -31,6 +31,7 @@ from grasp_sparse.train.schedule import learning_rate, training_progress
 from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted, deferred_stop
 from grasp_sparse.train.step import autocast, loss_function, step_options, training_step
+from grasp_sparse.train.streams import restore_rng, rng_state
 
 
 class Trainer:

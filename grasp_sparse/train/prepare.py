@@ -27,11 +27,12 @@ from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
 from grasp_sparse.train.step import autocast, memory_format, step_options
+from grasp_sparse.train.streams import seed_streams
 
 
 def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
     """The run's dense model with initial weights that depend on the seed alone, on the run's device."""
-    torch.manual_seed(config.seed)
+    seed_streams(config.seed)
     model = build_model(config.model, data.num_classes, data.shape[0], config.model_args)
     return model.to(config.device, memory_format=memory_format(config.memory_format))
 
