@@ -8,4 +8,4 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss stopped being a finite number."""
+    """Training left the finite numbers: a loss, or what a checkpoint would hold."""
