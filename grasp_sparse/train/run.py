@@ -30,7 +30,7 @@ from grasp_sparse.train.prepare import (
     sparsify_for_training,
 )
 from grasp_sparse.train.recorder import delete_events
-from grasp_sparse.train.resume import load_weights, misfits_named, resume_command, resumed_config
+from grasp_sparse.train.resume import check_data_of_run, load_weights, misfits_named, resume_command, resumed_config
 from grasp_sparse.train.sharding import images_per_step, regrouped, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
@@ -92,6 +92,7 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         ranks = current_ranks()
         config = regrouped(config, len(state["rng"]), ranks)
         data, model = data_and_model(config)
+        check_data_of_run(data, state, path)
         model = synchronize_norms(config, model)
         with misfits_named(path, config.model):
             load_weights(model, state, path)
