@@ -23,8 +23,9 @@ from grasp_sparse.bits import is_dense
 from grasp_sparse.files import DamagedFile, read_sealed, write_sealed
 from grasp_sparse.train.checkpoint_files import checkpoint_name, drop_old_checkpoints, newest_good_checkpoint
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.streams import is_rng
 
-FORMAT = 2
+FORMAT = 3
 _SECTIONS: dict[str, tuple[type, ...]] = {
     "recipe": (dict,), "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)),
     "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)),
@@ -84,18 +85,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def rng_state() -> dict[str, Any]:
-    """This process's random streams, as an entry of the section rng."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Go on drawing where `rng_state` was taken."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def _compact(model: dict[str, Any]) -> dict[str, Any]:
     """Without tensors that repeat or skip memory (a buffer somebody expanded): their values are the same written out."""
     loose = {name: value for name, value in model.items() if isinstance(value, Tensor) and not is_dense(value)}
@@ -143,30 +132,12 @@ def _check_sections(state: dict[str, Any], path: Path) -> None:
     for name in ("recipe", "config", "model"):
         require(all(type(key) is str for key in state[name]), f"the keys of {name} in {path}", "names", state[name])
     rng = state["rng"]
-    require(bool(rng) and all(map(_is_rng, rng)), f"rng in {path}", "the states of each rank's random streams", rng)
+    require(bool(rng) and all(map(is_rng, rng)), f"rng in {path}", "the states of each rank's random streams", rng)
     if (scaler := state["scaler"]) is not None:
         finite = all(type(value) in (int, float) and math.isfinite(value) for value in scaler.values())
         require(scaler.keys() == _IN_SCALER and finite, f"scaler in {path}", f"numbers for {', '.join(sorted(_IN_SCALER))}", scaler)
     if state["pruning"] is not None:
         _check_pruning(state["pruning"], path)
-
-
-def _is_rng(entry: object) -> bool:
-    return isinstance(entry, dict) and entry.keys() == {"torch", "cuda"} and _is_cpu_rng(entry["torch"]) and (
-        entry["cuda"] is None or _is_bytes(entry["cuda"])
-    )
-
-
-def _is_bytes(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype is torch.uint8 and value.dim() == 1
-
-
-def _is_cpu_rng(state: object) -> bool:
-    """Whether a Mersenne Twister can be in that state: torch believes where in its 624 words the next number lies."""
-    if not _is_bytes(state) or len(state) != len(torch.get_rng_state()):
-        return False
-    _, left, seeded, following = struct.unpack_from("=qiiQ", state.numpy())
-    return seeded == 1 and ((left, following) == (1, 0) or (1 <= left <= 624 and left + following == 625))
 
 
 def _check_pruning(pruning: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Where numbers stopped being finite: asked once, when a loss already is not."""
+"""Where numbers stopped being finite: asked once, when a loss already is not, and before anything is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,45 @@ def first_non_finite(model: nn.Module, images: Tensor, forward: Callable[[], obj
                 return f"first in what enters {layer}, computed by the module around it"
             return f"first in the output of {layer}: {_kinds(call.bad_output)}; its largest input was {call.largest_input:.3g}"
     return "every layer's output is finite when the step is repeated: the loss itself, or chance (dropout), made it"
+
+
+def endless_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that are not finite from the beginning, as a mask of minus infinity is."""
+    return frozenset(name for name, buffer in model.named_buffers() if buffer.is_floating_point() and not _is_finite(buffer))
+
+
+def non_finite_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor], besides: Collection[str] = ()
+) -> str | None:
+    """What is not finite among the weights and buffers of `model`, the optimizer's moments and the moving `averages`, in words.
+
+    None where all of it is. Not looked at are the tensors of the model that are named in `besides`. The device is waited for once.
+    """
+    state = dict(_state(model, optimizer, averages, besides))
+    flags: dict[torch.device, list[Tensor]] = {}
+    for tensor in state.values():
+        flags.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    if all(bool(torch.stack(of_device).all()) for of_device in flags.values()):
+        return None
+    bad = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    others = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    return f"{_kinds(state[bad[0]])} in {bad[0]}{others}"
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor], besides: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor that a checkpoint holds, named for a person."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and name not in besides:
+            yield name, tensor
+    for name, parameter in model.named_parameters():
+        for moment, tensor in optimizer.state.get(parameter, {}).items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                yield f"{moment} of {name}", tensor
+    for name, tensor in averages.items():
+        if name not in besides:
+            yield f"the moving average of {name}", tensor
 
 
 def _watched(model: nn.Module, forward: Callable[[], object]) -> list[_Call]:

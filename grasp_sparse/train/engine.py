@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.agreement import Agreed, Requests
-from grasp_sparse.train.checkpoint import require, restore_rng, rng_state, save_checkpoint
+from grasp_sparse.train.checkpoint import require, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.data_parallel import compiled, data_parallel, without_peers
 from grasp_sparse.train.distributed import MainFailed, broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
-from grasp_sparse.train.divergence import first_non_finite
+from grasp_sparse.train.divergence import endless_buffers, first_non_finite, non_finite_state
 from grasp_sparse.train.ema import Ema
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.evaluation import evaluate
@@ -31,6 +31,10 @@ from grasp_sparse.train.schedule import learning_rate, training_progress
 from grasp_sparse.train.sharding import images_per_step, seed_rank, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted, deferred_stop
 from grasp_sparse.train.step import autocast, loss_function, step_options, training_step
+from grasp_sparse.train.streams import restore_rng, rng_state
+
+
+_MEND = "the last checkpoint stands; try a lower --lr, more --warmup or less --sparsity"
 
 
 class Trainer:
@@ -55,6 +59,7 @@ class Trainer:
         wrapped, self.traffic = data_parallel(model)
         self.called = compiled(config, wrapped)
         self.ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
+        self._endless = endless_buffers(model)
         self.position = Position()
         self.steps_per_epoch = len(data.train) // images
         seed_rank(config.seed, self.ranks.rank)
@@ -78,12 +83,15 @@ class Trainer:
     def save(self, must: bool = True) -> None:
         """Write a checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there.
 
-        Where there is no room for it: UserError if it `must` be written, otherwise a warning.
+        Where there is no room for it: UserError if it `must` be written, otherwise a warning. DivergedError where it would hold
+        numbers that are not finite: a run cannot go on from those, and they would take the place of good ones.
         """
         streams = gather(rng_state())
         on_main(lambda: self._write(streams, must))
 
     def _write(self, streams: list[dict[str, Any]], must: bool) -> None:
+        if (found := self._non_finite()) is not None:
+            raise DivergedError(f"Expected finite numbers to save {self._where()}, got {found}; {_MEND}")
         state = {
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
@@ -102,6 +110,15 @@ class Trainer:
             if must:
                 raise UserError(f"{problem}; make room, then go on from them with --resume") from error
             warnings.warn(f"{problem}, and training goes on", stacklevel=2)
+
+    def _non_finite(self) -> str | None:
+        return non_finite_state(self.model, self.optimizer, {} if self.ema is None else self.ema.averages, self._endless)
+
+    def _where(self) -> str:
+        """Which step was the last, and its learning rate, in words."""
+        epoch, step = self.position.epoch, self.position.step
+        place = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
+        return f"after {place} (learning rate {self.optimizer.param_groups[0]['lr']:.4g})"
 
     def fit(self) -> Position:
         """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError for a loss that is not finite."""
@@ -190,7 +207,7 @@ class Trainer:
         rate, at_rank = self.optimizer.param_groups[0]["lr"], f", rank {rank}" if self.ranks.size > 1 else ""
         raise DivergedError(
             f"the loss is {loss} at step {self.position.step + 1} of epoch {self.position.epoch + 1}{at_rank} (learning rate "
-            f"{rate:.4g}): {found}; the last checkpoint stands; try a lower --lr, more --warmup or less --sparsity"
+            f"{rate:.4g}): {found}; {_MEND}"
         )
 
     def _close_epoch(self, requests: Requests) -> dict[str, Any]:
@@ -225,7 +242,10 @@ class Trainer:
         return row
 
     def _evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Of the model, and of its moving average; running statistics are rank 0's, as those in a checkpoint are. None: stopped."""
+        """Of the model, and of its moving average; running statistics are rank 0's, as those in a checkpoint are. None: stopped.
+
+        Raises DivergedError, on rank 0 for all, for a loss that is not finite: its accuracy means nothing.
+        """
         measured = {}
         averaged = [] if self.ema is None else [("ema", self.ema.applied())]
         for name, weights in [("test", contextlib.nullcontext()), *averaged]:
@@ -234,5 +254,13 @@ class Trainer:
                 found = evaluate(self.model, self.data, self.config, stop)
             if found is None:
                 return None
+            if not math.isfinite(found[0]):
+                on_main(lambda: self._explain_test(name, found[0]))
             measured[f"{name}_loss"], measured[f"{name}_accuracy"] = found
         return measured
+
+    def _explain_test(self, name: str, loss: float) -> None:
+        found = self._non_finite()
+        cause = "all weights are finite, their products are not" if found is None else f"there are {found}"
+        whose = "test loss of the moving average" if name == "ema" else "test loss"
+        raise DivergedError(f"the {whose} is {loss} {self._where()}: {cause}; {_MEND}")

@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss stopped being a finite number."""
+    """Training left the finite numbers: a loss, or what a checkpoint would hold."""
 
 
 def one_line(error: BaseException) -> str:

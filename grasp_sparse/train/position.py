@@ -36,7 +36,7 @@ def is_number(value: object) -> bool:
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and all(type(row.get(key)) in (int, float) for key in ROW_NUMBERS)
+    return isinstance(row, dict) and all(is_number(row.get(key)) for key in ROW_NUMBERS)
 
 
 def position_from(saved: dict[str, Any], epochs: int, steps_per_epoch: int) -> Position:

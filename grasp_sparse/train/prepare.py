@@ -27,21 +27,23 @@ from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import say, table
 from grasp_sparse.train.models import build_model
 from grasp_sparse.train.step import autocast, memory_format, step_options
+from grasp_sparse.train.streams import seed_streams
 
 
 def fresh_model(config: TrainConfig, data: Data) -> nn.Module:
     """The run's dense model with initial weights that depend on the seed alone, on the run's device."""
-    torch.manual_seed(config.seed)
+    seed_streams(config.seed)
     model = build_model(config.model, data.num_classes, data.shape[0], config.model_args)
     return model.to(config.device, memory_format=memory_format(config.memory_format))
 
 
 def data_and_model(config: TrainConfig) -> tuple[Data, nn.Module]:
-    """Data and fresh model, checked against each other by one forward pass. Sets threads and seed first."""
+    """Data, the same on all ranks, and fresh model, checked against each other by one forward pass. Sets threads and seed first."""
     use_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = load_data(config)
+    check_same_data(data)
     model = fresh_model(config, data)
     broadcast_tensors([*model.parameters(), *model.buffers()])  # a factory may draw from elsewhere than the seed
     model.eval()
@@ -161,6 +163,17 @@ def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet,
     if ranks.size > 1:
         say(f"masks {masks.digest()[:16]} and the layers made of them are the same on all {ranks.size} ranks")
     return summary
+
+
+def check_same_data(data: Data) -> None:
+    """UserError unless every rank found the same images: their shares of a step would overlap, or miss some."""
+    found = gather((data.digest, f"{len(data.train):,} + {len(data.test):,} images from {data.source}"))
+    if others := [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]:
+        got = "; ".join(f"rank {rank}: {found[rank][1]}" for rank in (0, others[0]))
+        raise UserError(
+            f"Expected the same data on all ranks, got other images, names or classes than rank 0's on rank "
+            f"{', '.join(map(str, others))} ({got}); give every rank the same copy in --data-dir"
+        )
 
 
 def check_same_structure(model: nn.Module) -> None:

@@ -14,12 +14,14 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import require
 from grasp_sparse.train.config import TrainConfig
+from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import OWN_MODELS
 
-# What may change when a run goes on: where things are, how often they are saved and shown, not what is computed.
+# What may change when a run goes on: where things are, how often they are saved and shown, when to give up; not what is computed.
 RESUMABLE = (
-    "data_dir", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every", "log_seconds",
+    "data_dir", "max_corrupt", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every",
+    "log_seconds",
 )  # fmt: skip
 
 
@@ -62,6 +64,23 @@ def resume_command(config: TrainConfig, run_dir: Path) -> str:
     """What a person types to go on with a run."""
     model = f" --model {config.model}" if is_foreign(config.model) else ""
     return f"grasp-sparse train --resume {run_dir}{model}"
+
+
+def check_data_of_run(data: Data, state: dict[str, Any], path: Path) -> None:
+    """UserError unless `data` are those that the run in the checkpoint `path`, which holds `state`, was started with.
+
+    With others every epoch would have another order, and accuracies before and after would not be of the same test images.
+    """
+    then, now = state["data"], data.describe()
+    require(type(then.get("digest")) is str, f"digest of data in {path}", "that of its images", then.get("digest"))
+    if then["digest"] == now["digest"]:
+        return
+    differing = [name for name in ("name", "train", "test", "num_classes", "shape") if then.get(name) != now[name]]
+    what = ", ".join(f"{name} {now[name]} (the run: {str(then.get(name)):.40})" for name in differing) or "other file names or classes"
+    raise UserError(
+        f"Expected the data that the run in {path.parent} was started with, got others in {data.source}: {what}; name their folder with "
+        "--data-dir, or start a new run with another --out"
+    )
 
 
 @contextlib.contextmanager

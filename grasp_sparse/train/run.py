@@ -31,7 +31,7 @@ from grasp_sparse.train.prepare import (
     sparsify_for_training,
 )
 from grasp_sparse.train.recorder import delete_events
-from grasp_sparse.train.resume import load_weights, misfits_named, resume_command, resumed_config
+from grasp_sparse.train.resume import check_data_of_run, load_weights, misfits_named, resume_command, resumed_config
 from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
@@ -87,30 +87,36 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
     with _sole_user(run_dir):
-        path, state = on_main(lambda: _take_up(run_dir))
-        config = resumed_config(state, given, path)
-        kind = "nothing for a dense run" if config.dense else "a summary"
-        require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
-        ranks = current_ranks()
-        recipe = TrainConfig.from_dict(state["recipe"], str(path))
-        config = regrouped(config, recipe, len(state["rng"]), ranks)
-        data, model = data_and_model(config)
-        model = synchronize_norms(config, model)
-        with misfits_named(path, config.model):
-            load_weights(model, state, path)
-        check_same_structure(model)
-        extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")} | {"data": data.describe()}
-        trainer = Trainer(config, model, data, run_dir, extra)
-        with misfits_named(path, config.model):
-            trainer.restore(state)
-        others = "" if ranks.size == len(state["rng"]) else f" as with {len(state['rng'])} before, not to the same bits"
-        say(step_in_words(config.batch_size, config.accumulate, ranks.size) + others)
-        if recipe.cuda_graphs and not config.cuda_graphs:
-            say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
-        position = trainer.position
-        say(f"{run_dir}: " + ("training is complete" if position.finished else
-                              f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
-        return _finish(trainer)
+        return _finish(_resumed_trainer(run_dir, given))
+
+
+def _resumed_trainer(run_dir: Path, given: dict[str, Any]) -> Trainer:
+    """A trainer that stands where the newest good checkpoint was written, which is held in memory no longer than this takes."""
+    path, state = on_main(lambda: _take_up(run_dir))
+    config = resumed_config(state, given, path)
+    kind = "nothing for a dense run" if config.dense else "a summary"
+    require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
+    ranks = current_ranks()
+    recipe = TrainConfig.from_dict(state["recipe"], str(path))
+    config = regrouped(config, recipe, len(state["rng"]), ranks)
+    data, model = data_and_model(config)
+    check_data_of_run(data, state, path)
+    model = synchronize_norms(config, model)
+    with misfits_named(path, config.model):
+        load_weights(model, state, path)
+    check_same_structure(model)
+    extra = {name: state[name] for name in ("recipe", "pruning", "masks_digest", "environment")} | {"data": data.describe()}
+    trainer = Trainer(config, model, data, run_dir, extra)
+    with misfits_named(path, config.model):
+        trainer.restore(state)
+    others = "" if ranks.size == len(state["rng"]) else f" as with {len(state['rng'])} before, not to the same bits"
+    say(step_in_words(config.batch_size, config.accumulate, ranks.size) + others)
+    if recipe.cuda_graphs and not config.cuda_graphs:
+        say("without CUDA graphs: replayed for one micro-batch, a graph would overwrite the gradients of the one before")
+    position = trainer.position
+    say(f"{run_dir}: " + ("training is complete" if position.finished else
+                          f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
+    return trainer
 
 
 def continue_or_start_run(config: TrainConfig, given: dict[str, Any], run_dir: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from grasp_sparse.train.config import TrainConfig
@@ -13,6 +12,7 @@ from grasp_sparse.train.data.images import Share, generator_for
 from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.streams import seed_streams
 
 _RANK = 4  # beside the streams of order, augmentation and sampling
 
@@ -53,9 +53,9 @@ def regrouped(config: TrainConfig, recipe: TrainConfig, saved: int, ranks: Ranks
 
 
 def seed_rank(seed: int, rank: int, *where: int) -> None:
-    """Give each rank a random stream of its own (dropout); rank 0 keeps the one it has."""
+    """Give each rank random streams of its own (dropout); rank 0 keeps those it has."""
     if rank:
-        torch.manual_seed(generator_for(seed, _RANK, rank, *where).initial_seed())
+        seed_streams(generator_for(seed, _RANK, rank, *where).initial_seed())
 
 
 def train_batches(config: TrainConfig, data: Data, epoch: int, first_step: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:

@@ -178,6 +178,10 @@ def other_masks_on_the_last_rank() -> None:
     check_same_structure(model)
 
 
+def other_data_on_the_last_rank() -> None:
+    data_and_model(small_config(test_limit=20 - (current_ranks().rank == RANKS - 1)))
+
+
 def index_changed_on_the_last_rank() -> bool:
     """Whether an index buffer that the last rank alone has changed is unchanged there by a forward and a backward pass."""
     config = small_config()
@@ -214,6 +218,7 @@ def work(folder: Path) -> dict[str, Any]:
     found["speedup"] = masks_for_a_speedup()
     found["plan"] = plan_that_ranks_measure_differently()
     found["other masks"] = message_of(other_masks_on_the_last_rank)
+    found["other data"] = message_of(other_data_on_the_last_rank)
     found["main fails"] = message_of(lambda: on_main(_fail))
     found["main takes long"] = long_work_on_main()
     found["index kept"] = index_changed_on_the_last_rank()

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from grasp_sparse import files
-from grasp_sparse.train.checkpoint import load_checkpoint, rng_state, save_checkpoint
+from grasp_sparse.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.streams import rng_state
 
 _STATE = {
     "recipe": {}, "config": {"name": "x"}, "model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": None, "ema": None,
@@ -239,11 +240,11 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, damage: str)
     if damage == "missing":
         path.unlink()
     elif damage == "unsealed":
-        torch.save({**_STATE, "format": 2}, path)
+        torch.save({**_STATE, "format": FORMAT}, path)
     elif damage == "text":
         files.write_sealed(path, b"not a checkpoint")
     else:
-        state = {"foreign": {"weights": torch.zeros(3)}, "wrong format": {**_STATE, "format": 99}}.get(damage, {**_STATE, "format": 2})
+        state = {"foreign": {"weights": torch.zeros(3)}, "wrong format": {**_STATE, "format": 99}}.get(damage, {**_STATE, "format": FORMAT})
         _sealed(path, state, _use_new_zipfile_serialization=damage != "old pickle")
     with pytest.raises(UserError, match="checkpoint") as error:
         load_checkpoint(tmp_path)
@@ -251,7 +252,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, damage: str)
 
 
 _SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2, "_growth_tracker": 0}
-_RNG = {"torch": torch.get_rng_state(), "cuda": None}
+_RNG = {**rng_state(), "cuda": None}
 _LAYER = {"name": "w", "shape": [2], "kept": 1, "total": 2, "density": 0.5, "flops_kept": 1, "flops_total": 2, "runs": "sparse"}
 _PRUNING = {"weight_sparsity": 0.5, "flop_sparsity": 0.5, "layers": [_LAYER], "skipped": [["a", "b"]]}
 
@@ -260,11 +261,18 @@ def _nested(depth: int) -> list:
     return [_nested(depth - 1)] if depth else []
 
 
+def _twister(name: str, place: int, word: int, gauss: object = None) -> list:
+    """Random streams of which one holds that word at that place; the last place says where the next number lies."""
+    words = _RNG["python"]["words"].clone()
+    words[place] = word
+    return [{**_RNG, name: {"words": words, "gauss": gauss}}]
+
+
 def _rng_with(left: int, following: int) -> list:
     """A Mersenne Twister that would read its next numbers from behind its 624 words."""
     state = torch.get_rng_state()
     struct.pack_into("=iiQ", state.numpy(), 8, left, 1, following)
-    return [{"torch": state, "cuda": None}]
+    return [{**_RNG, "torch": state}]
 
 
 @pytest.mark.parametrize(
@@ -272,13 +280,18 @@ def _rng_with(left: int, following: int) -> list:
     [("config", [1]), ("config", {1: 2}), ("model", None), ("model", {3: torch.zeros(1)}), ("optimizer", 1), ("rng", {}), ("rng", []),
      ("rng", [{}]), ("rng", [{**_RNG, "torch": torch.zeros(3)}]), ("rng", [{**_RNG, "cuda": 5}]), ("rng", [_RNG, None]),
      ("rng", [{**_RNG, "torch": torch.zeros(5056, dtype=torch.uint8)}]), ("rng", _rng_with(624, 624)), ("rng", _rng_with(2, 624)),
-     ("rng", _rng_with(1, 10**9)), ("rng", _rng_with(-1, 626)), ("position", []), ("pruning", 3), ("pruning", {"layers": 3}),
+     ("rng", _rng_with(1, 10**9)), ("rng", _rng_with(-1, 626)),
+     ("rng", [{name: _RNG[name] for name in ("torch", "cuda")}]), ("rng", [{**_RNG, "python": None}]), ("rng", [{**_RNG, "numpy": {}}]),
+     ("rng", _twister("python", -1, 625)), ("rng", _twister("numpy", -1, 10**9)), ("rng", _twister("numpy", -1, -1)),
+     ("rng", _twister("numpy", 3, 2**32)), ("rng", _twister("python", 3, -1)), ("rng", _twister("numpy", 3, 1, "x")),
+     ("rng", _twister("numpy", 3, 1, float("nan"))), ("rng", [{**_RNG, "numpy": {"words": torch.zeros(625), "gauss": None}}]),
+     ("position", []), ("pruning", 3), ("pruning", {"layers": 3}),
      ("pruning", {**_PRUNING, "layers": [{**_LAYER, "kept": "1"}]}), ("pruning", {**_PRUNING, "layers": [3]}),
      ("pruning", {**_PRUNING, "skipped": [["a"]]}), ("pruning", {**_PRUNING, "weight_sparsity": float("nan")}),
      ("masks_digest", 3), ("environment", None), ("scaler", {}), ("scaler", {**_SCALER, "scale": float("inf")}), ("ema", [])],
 )  # fmt: skip
 def test_a_section_of_another_type_is_named(tmp_path: Path, section: str, value: object) -> None:
-    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": 2, "pruning": _PRUNING, section: value})
+    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": FORMAT, "pruning": _PRUNING, section: value})
     with pytest.raises(UserError, match=f"Expected .*{section}.*start a new run") as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
@@ -308,7 +321,7 @@ def _loop() -> list:
     ids=["expanded", "gaps", "sparse", "meta", "requires grad", "negated", "quantized", "bool of 7", "a loop", "deep", "large int", "complex", "dtype"],
 )  # fmt: skip
 def test_values_that_are_more_than_they_seem_are_refused(tmp_path: Path, value: object) -> None:
-    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": 2, "environment": {"x": value}})
+    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": FORMAT, "environment": {"x": value}})
     message = "every (value|tensor) in|at most 32 containers|cannot read checkpoint .*(unsupported|Unsupported)"
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(tmp_path)
@@ -317,7 +330,7 @@ def test_values_that_are_more_than_they_seem_are_refused(tmp_path: Path, value: 
 
 def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    torch.save({**_STATE, "format": 2, "environment": {"x": torch.zeros(1 << 20)}}, buffer)
+    torch.save({**_STATE, "format": FORMAT, "environment": {"x": torch.zeros(1 << 20)}}, buffer)
     packed = io.BytesIO()
     with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as deflated:
         for name in plain.namelist():
@@ -341,7 +354,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, how: str) -> None:
     if how == "alone":
         files.write_sealed(path, pickle.dumps(_Evil(proof), protocol=2))
     else:
-        _sealed(path, {**_STATE, "model": _Evil(proof), "format": 2}, _use_new_zipfile_serialization=how == "inside")
+        _sealed(path, {**_STATE, "model": _Evil(proof), "format": FORMAT}, _use_new_zipfile_serialization=how == "inside")
     with pytest.raises(UserError):
         load_checkpoint(tmp_path)
     assert not proof.exists()

@@ -13,12 +13,13 @@ import pytest
 import torch
 from image_files import write_class_folders
 
+from grasp_sparse.train import engine
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import folder
 from grasp_sparse.train.data.sets import Data, load_data
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.run import start_run
+from grasp_sparse.train.run import resume_run, start_run
 
 
 def _forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,31 @@ def test_a_run_counts_them_in_its_history(tmp_path: Path) -> None:
     assert len([w for w in warned if "corrupt image" in str(w.message)]) == 2
     rows = load_checkpoint(tmp_path / "run")["position"]["history"]
     assert [row["corrupt_images"] for row in rows] == [2, 2]
+
+
+def test_a_run_that_met_too_many_goes_on_with_a_higher_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_class_folders(tmp_path / "images", count=8)
+    config = TrainConfig(
+        data="imagefolder", data_dir=str(tmp_path / "images"), image_size=8, workers=0, batch_size=16, epochs=2, dense=True, max_corrupt=1,
+        model="vgg_small", model_args={"stem": 4, "widths": [4], "depth": 1}, timing_rounds=0, tensorboard="off",
+    )  # fmt: skip
+    save = engine.Trainer.save
+
+    def spoil_after_save(self: engine.Trainer, must: bool = True) -> None:
+        save(self, must)
+        for number in (1, 4, 6):
+            (tmp_path / "images" / "train" / "a" / f"{number}.png").write_text("")
+
+    monkeypatch.setattr(engine.Trainer, "save", spoil_after_save)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="at most 1 corrupt images, got [23]"):
+        start_run(config, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run")["position"]["epoch"] == 1
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="at most 1 corrupt images"):
+        resume_run(tmp_path / "run", {})
+    with pytest.warns(UserWarning, match="of at most 3"):
+        resume_run(tmp_path / "run", {"max_corrupt": 3})
+    state = load_checkpoint(tmp_path / "run")
+    assert state["position"]["history"][-1]["corrupt_images"] == 3 and state["config"]["max_corrupt"] == 3
 
 
 def test_a_run_without_one_readable_test_image_says_so(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import several_ranks
 import torch
 
 from grasp_sparse import files
-from grasp_sparse.train.checkpoint import load_checkpoint, rng_state, save_checkpoint
+from grasp_sparse.train.checkpoint import load_checkpoint, save_checkpoint
 from grasp_sparse.train.checkpoint_files import list_checkpoints
+from grasp_sparse.train.streams import rng_state
 
 _SEEDS = 20
 

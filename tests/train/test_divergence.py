@@ -1,4 +1,4 @@
-"""What is named when a loss is not finite: the images, the weight whose gradient was not, or the first layer."""
+"""What is named when numbers are not finite: of a loss the images, weights or first layer; of a state to save the tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.divergence import first_non_finite
+from grasp_sparse.train.divergence import endless_buffers, first_non_finite, non_finite_state
 from grasp_sparse.train.optimizer import make_optimizer
 from grasp_sparse.train.step import loss_function, step_options, training_step
 
@@ -111,3 +111,55 @@ def test_a_step_without_a_finite_loss_changes_no_weight(optimizer: str, accumula
     x[3, 0] = 1.0
     training_step(model, made, loss_fn, x, y, options)
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def _trained(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+    """A model with a batch norm after a step, its optimizer, and averages of it."""
+    config = TrainConfig(optimizer=optimizer, lr=0.1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    made = make_optimizer(config, model)
+    training_step(model, made, loss_function(config), torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    return model, made, {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_tensor_of_a_state_is_looked_at_and_named(value: float) -> None:
+    seen = set()
+    for optimizer in ("sgd", "adamw"):
+        model, made, averages = _trained(optimizer)
+        assert non_finite_state(model, made, averages) is None
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        for name, parameter in model.named_parameters():
+            tensors |= {f"{moment} of {name}": tensor for moment, tensor in made.state[parameter].items()}
+        tensors |= {f"the moving average of {name}": tensor for name, tensor in averages.items()}
+        for name, tensor in tensors.items():
+            flat = tensor.detach().view(-1)
+            flat[-1], kept = value, flat[-1].clone()
+            assert non_finite_state(model, made, averages) == f"1 {'nan' if value != value else 'inf'} of {len(flat)} values in {name}"
+            flat[-1] = kept
+            seen.add(name)
+    assert {"0.weight", "1.running_var", "exp_avg_sq of 2.bias", "momentum_buffer of 1.weight", "the moving average of 1.running_mean"} <= seen
+
+
+def test_of_many_the_first_is_named_and_the_others_counted() -> None:
+    model, made, _ = _trained("sgd")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    assert non_finite_state(model, made, {}) == "16 nan of 16 values in 0.weight and 5 more tensors"
+
+
+def test_the_largest_finite_numbers_are_finite() -> None:
+    """Their sum is not: nothing may be added up to ask."""
+    model, made, _ = _trained("sgd")
+    model[0].weight.data.fill_(torch.finfo(torch.float32).max)
+    assert non_finite_state(model, made, {}) is None
+
+
+def test_a_mask_of_minus_infinity_was_so_from_the_beginning() -> None:
+    model, made, _ = _trained("sgd")
+    model[0].register_buffer("causal", torch.full((2, 2), -float("inf")).triu(1))
+    besides = endless_buffers(model)
+    averages = {"0.causal": model[0].causal.clone()}
+    assert besides == {"0.causal"} and non_finite_state(model, made, averages, besides) is None
+    model[0].weight.data[0, 0] = float("nan")
+    assert endless_buffers(model) == besides  # weights are no buffers: they may never be so

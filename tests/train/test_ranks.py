@@ -88,6 +88,14 @@ def test_other_masks_on_a_rank_stop_all(found: list[dict]) -> None:
     assert all(rank["other masks"].startswith(said) for rank in found)
 
 
+def test_other_data_on_a_rank_stop_all(found: list[dict]) -> None:
+    said = (
+        "UserError: Expected the same data on all ranks, got other images, names or classes than rank 0's on rank 2 (rank 0: 96 + 20 "
+        "images from generated; rank 2: 96 + 19 images from generated); "
+    )
+    assert all(rank["other data"].startswith(said) for rank in found)
+
+
 def test_what_fails_on_rank_0_fails_everywhere_and_is_said_once(found: list[dict]) -> None:
     reason = "UserError: no such thing"
     assert [rank["main fails"] for rank in found] == [reason] + [f"MainFailed: rank 0 failed: {reason}"] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +104,35 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: p
     assert _history(whole) == _history(parts)
     logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert logged == parts["position"]["history"] and len(logged) == 3
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _tensors(item)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_what_was_read_from_a_checkpoint_is_not_held_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
+    """But for the moments, which the optimizer takes over as they are. A network, its moments and its average are gigabytes."""
+    with monkeypatch.context() as patch:
+        _after_steps(6, _ctrl_c, patch)
+        with pytest.raises(Interrupted):
+            start_run(_config(dense=dense, ema_decay=0.9), tmp_path)
+    read, held = [], []
+
+    def watched(path: Path) -> dict:
+        state = load_checkpoint(path.parent)
+        read.extend(weakref.ref(tensor) for part in ("model", "ema", "rng") for tensor in _tensors(state[part]))
+        return state
+
+    monkeypatch.setattr(run, "read_checkpoint", watched)
+    _after_steps(1, lambda: held.extend(tensor().shape for tensor in read if tensor() is not None), monkeypatch)
+    resume_run(tmp_path, _TRUSTED)
+    assert len(read) > 20 and held == []
 
 
 def test_a_log_line_written_after_the_checkpoint_is_not_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,76 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_leaves_the_checkpoin
     assert load_checkpoint(tmp_path)["position"]["epoch"] == 1
 
 
+def _trainers(monkeypatch: pytest.MonkeyPatch) -> list[engine.Trainer]:
+    """The trainers that are made from now on."""
+    made: list[engine.Trainer] = []
+    begin = engine.Trainer.__init__
+    monkeypatch.setattr(engine.Trainer, "__init__", lambda self, *given: (begin(self, *given), made.append(self))[0])
+    return made
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    return all(map(_finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list)) else True
+
+
+_SPOILT: dict[str, Callable[[engine.Trainer], torch.Tensor]] = {
+    "weights": lambda trainer: trainer.model[5].weight,
+    "running statistics": lambda trainer: trainer.model[5].running_var,
+    "moments": lambda trainer: trainer.optimizer.state[trainer.model[5].weight]["momentum_buffer"],
+    "averages": lambda trainer: trainer.ema.averages["5.weight"],
+}
+
+
+@pytest.mark.parametrize("what", _SPOILT)
+@pytest.mark.parametrize("stop", [False, True], ids=["by the clock", "at a signal"])
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, stop: bool) -> None:
+    """Spoilt by the sixth step, whose loss still is finite."""
+    trainers = _trainers(monkeypatch)
+
+    def spoil() -> None:
+        _SPOILT[what](trainers[0]).data[3] = float("inf")
+        if stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    _at_call(6, spoil, engine, "training_step", monkeypatch)
+    message = r"Expected finite numbers to save after step 2 of epoch 2 .learning rate 0.\d+., got 1 \w+ of 16 values in .*5\.\w+.*lower --lr"
+    with pytest.raises(DivergedError, match=message):
+        start_run(_config(ema_decay=0.9, checkpoint_minutes=10.0 if stop else 0.0), tmp_path)
+    state = load_checkpoint(tmp_path)
+    assert list_checkpoints(tmp_path)[0].name == checkpoint_name(1, 0 if stop else 1) and _finite(state)
+    monkeypatch.undo()
+    resume_run(tmp_path, _NET)
+    assert _finite(load_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("averages", [False, True], ids=["of the model", "of the moving average"])
+def test_a_test_loss_that_is_not_finite_is_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averages: bool) -> None:
+    """Its accuracy may be the best of all, by chance; the run ends and what it names as the best is of another epoch."""
+    real, calls, spoilt = engine.evaluate, [], 4 if averages else 3
+
+    def evaluate(*arguments):
+        calls.append(None)
+        return (float("nan"), 1.0) if len(calls) == spoilt else real(*arguments)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    whose = "test loss of the moving average" if averages else "test loss"
+    with pytest.raises(DivergedError, match=f"the {whose} is nan after step 4 of epoch 2 .*: all weights are finite, .*the last checkpoint"):
+        start_run(_config(ema_decay=0.9), tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(1, 0)]
+    assert [row["epoch"] for row in load_checkpoint(tmp_path)["position"]["history"]] == [1]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_test_loss_of_spoilt_weights_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = _trainers(monkeypatch)
+    _at_call(4, lambda: trainers[0].model[5].weight.data.fill_(float("nan")), engine, "training_step", monkeypatch)
+    with pytest.raises(DivergedError, match="the test loss is nan after step 4 of epoch 1 .*: there are 16 nan of 16 values in 5.weight;"):
+        start_run(_config(), tmp_path)
+    assert not list_checkpoints(tmp_path)
+
+
 _SMALL = [
     "--data", "fake", "--image-size", "8", "--train-limit", "64", "--test-limit", "20", "--batch-size", "16", "--sparsity", "0.7",
     "--samples-per-class", "2", "--plan", "density", "--model", "vgg_small", "--model-arg", "widths=[16]", "--model-arg", "depth=1",

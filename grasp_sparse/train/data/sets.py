@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +47,21 @@ class Data:
     pixels: Normalization
     corrupt: CorruptImages = field(default_factory=lambda: CorruptImages(0))
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what has to stay the same from start to end and on every rank, for all batches to be the same; no image is read."""
+        hashed = hashlib.sha256(f"{self.num_classes} {list(self.shape)};".encode())
+        for split in (self.train, self.test):
+            for part in split.identity():
+                hashed.update(part)
+        return hashed.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """In plain values, as a result and a checkpoint hold it; with it a model can be rebuilt without the images."""
         return {
             "name": self.name, "source": self.source, "train": len(self.train), "test": len(self.test),
             "num_classes": self.num_classes, "shape": list(self.shape), "mean": list(self.pixels.mean), "std": list(self.pixels.std),
+            "digest": self.digest,
         }  # fmt: skip
 
     def prepare(self, images: Tensor, device: str | torch.device, layout: str = "nchw") -> Tensor:
