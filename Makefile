@@ -2,8 +2,9 @@
 # make test      the test-suite (PYTEST_ARGS="-k csr" to choose)
 # make sanitize  the tests of kernels and layers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
 #                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
-# make gpu       on a machine with a CUDA device and nvcc: build, the tests that need a device, benchmarks, a table at the end
-#                (GPU_PYTHON=python3 takes that interpreter and the torch it has; nothing is installed then)
+# make gpu       on a machine with a CUDA device and nvcc, in nine minutes: build, the tests that need a device, benchmarks, a table
+#                (GPU_PYTHON=python3 takes that interpreter and the torch it has, nothing is installed then; GPU_SECONDS: time for
+#                everything; GPU_LOGS, GPU_RESULTS: folders of logs and CSV files, or OUT for both)
 # make clean     remove what was built; .venv, data and runs stay
 #
 # All but the last set up .venv first (make gpu: unless told otherwise): the newest torch from PyPI, then this package with its compiled kernels.
@@ -18,8 +19,11 @@ DATA_DIR ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?=
-GPU_LAYERS ?= --group linear vgg16 --sparsity 0.9 0.95 0.98 0.99
-GPU_STEPS ?= --model vgg16_bn resnet50 vit_b_16 --sparsity 0.95 --precision tf32 bfloat16
+GPU_LAYERS ?= --sparsity 0.9 0.95 0.98 0.99
+GPU_STEPS ?= --sparsity 0.95 0.9
+GPU_SECONDS ?= 530
+GPU_LOGS ?= $(if $(filter environment command,$(firstword $(origin OUT))),$(OUT),build/gpu-logs)
+GPU_RESULTS ?= $(if $(filter environment command,$(firstword $(origin OUT))),$(OUT),benchmarks/results)
 
 PACKAGE := $(VENV)/.package-installed
 TEST_PACKAGES := $(VENV)/.test-packages-installed
@@ -62,13 +66,8 @@ sanitize: $(TEST_PACKAGES)
 		$(CURDIR)/tests/ops/test_properties.py $(PYTEST_ARGS)) || exit 1; done
 
 gpu: $(if $(GPU_PYTHON),,$(TEST_PACKAGES))
-	@command -v $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc >/dev/null || { echo "error: Expected nvcc; install the CUDA toolkit or set CUDA_HOME" >&2; exit 2; }
-	@echo "building the kernels"
-	@PYTHONWARNINGS=ignore FORCE_CUDA=1 GRASP_SPARSE_REQUIRE_EXT=1 $(DEVICE_PYTHON) setup.py -q build_ext --inplace >/dev/null
-	@$(DEVICE_PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
-	@$(DEVICE_PYTHON) -m benchmarks.gpu_layers $(GPU_LAYERS)
-	@$(DEVICE_PYTHON) -m benchmarks.gpu_steps $(GPU_STEPS)
-	@$(DEVICE_PYTHON) -m benchmarks.gpu_summary
+	@$(DEVICE_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --logs '$(GPU_LOGS)' --results '$(GPU_RESULTS)' \
+		--layers='$(GPU_LAYERS)' --steps='$(GPU_STEPS)' --pytest-args='$(PYTEST_ARGS)'
 
 # Fails softly: `grasp-sparse train` looks further and says what to do when there are no data at all.
 data:

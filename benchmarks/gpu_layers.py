@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gpu_peers
-from benchmarks.gpu_cases import add_budget, lost, measure_within, said, use_fastest_convolutions
+from benchmarks.gpu_cases import add_budget, limit_memory, lost, measure_within, said, use_fastest_convolutions
 from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY, Combination, in_order
 from benchmarks.gpu_summary import table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
@@ -191,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_budget(flags)
     options = flags.parse_args(arguments)
     check_device(options)
+    limit_memory(options)
     use_fastest_convolutions(options.device)
 
     settings, patterns = settings_of(options), options.pattern

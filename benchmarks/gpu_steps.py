@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_cases import add_budget, measure_within, use_fastest_convolutions
+from benchmarks.gpu_cases import add_budget, limit_memory, measure_within, use_fastest_convolutions
 from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
 from benchmarks.gpu_summary import plan_line, table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
@@ -177,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_budget(flags)
     options = flags.parse_args(arguments)
     check_device(options)
+    limit_memory(options)
 
     settings, path = settings_of(options), options.out or RESULTS / "gpu-steps.csv"
     networks = [TINY_NETWORK] if options.quick else [network for network in NETWORKS if network.name in options.model]

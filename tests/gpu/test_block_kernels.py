@@ -194,6 +194,7 @@ def test_cuda_graphs_see_activations_and_indices_of_their_replay(measured, monke
 FAR = 2**31 // 512 + 300  # tokens of 512 features
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["bsr_spmm", "bsr_spmm_t", "bsr_sddmm"])
 def test_linear_beyond_32_bit_offsets(first_tile, name):
     """Few features, many tokens: those at the end are right, and a gradient sees them."""
@@ -215,6 +216,7 @@ def test_linear_beyond_32_bit_offsets(first_tile, name):
         close(got, getattr(reference_blocks, name)(values.double(), *indices, *bias, near, 512))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["bsr_conv2d_fprop", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad"])
 def test_conv2d_beyond_32_bit_offsets(first_tile, name):
     if torch.cuda.mem_get_info()[0] < 16e9:

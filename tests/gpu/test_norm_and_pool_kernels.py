@@ -162,6 +162,7 @@ def test_a_recorded_step_is_replayed():
     torch.testing.assert_close(norm.running_var, twin.running_var)
 
 
+@pytest.mark.large
 def test_more_than_32_bits_of_elements():
     channels, side, batch = 70, 174, 1024
     if torch.cuda.get_device_properties(0).total_memory < 8 * channels * side**2 * batch:

@@ -104,6 +104,7 @@ def test_an_index_out_of_place_is_nan_and_nothing_else():
     torch.cuda.synchronize()
 
 
+@pytest.mark.large
 def test_more_than_32_bits_of_elements():
     """Activations of more than 2^31 elements, in and out: the last tokens are where 32-bit places would be wrong."""
     features, tokens = 256, 2**23 + 40
@@ -124,6 +125,7 @@ def test_more_than_32_bits_of_elements():
     close(ops.csr_sddmm(*gpu, g, x).cpu(), reference.csr_sddmm(*indices, g[-64:].cpu().double(), x[-64:].cpu().double()))
 
 
+@pytest.mark.large
 def test_convolutions_of_more_than_32_bits_of_elements():
     """As above, with images: those at the end are right, and their gradients."""
     channels, side = 64, 64

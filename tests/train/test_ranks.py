@@ -269,6 +269,7 @@ def test_a_chosen_gpu_is_the_current_one_before_anything_runs(
         patch.setattr(torch, "empty", lambda *_, **__: None)  # as if the device were there
         patch.setattr(torch.cuda, "set_device", done.append)
         patch.setattr(prepare, "load_data", lambda config: done.append("data"))
+        patch.setattr(prepare, "check_same_data", lambda data: None)
         patch.setattr(prepare, "fresh_model", lambda *_: done.append("model") or sys.exit())
         with pytest.raises(SystemExit):
             prepare.data_and_model(small_config(device=device))
