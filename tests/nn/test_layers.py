@@ -44,6 +44,22 @@ def test_forward_and_gradients_equal_the_pruned_dense_layer(case, density, make)
         torch.testing.assert_close(layer.weight.grad, dense.weight.grad * mask)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element", "ignore:grad and param do not obey")
+@pytest.mark.parametrize("block_size", [None, (4, 4)], ids=["unstructured", "block(4, 4)"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 5, 0), (2, 0, 0)], ids=str)
+def test_a_linear_layer_without_inputs_gives_its_bias(shape, bias, block_size):
+    """A layer behind which everything was pruned away: how many rows x has, its elements do not tell."""
+    dense = nn.Linear(0, 6, bias=bias)
+    layer = SparseLinear.from_dense(dense, torch.ones_like(dense.weight, dtype=torch.bool), block_size)
+    x = torch.randn(shape, requires_grad=True)
+    y, expected = layer(x), torch.nn.functional.linear(x, dense.weight, dense.bias)
+    assert torch.equal(y, expected) and y.shape == (*shape[:-1], 6)
+    wanted = (x, layer.bias) if bias else (x,)  # the bias is that of the dense layer
+    grads = [torch.autograd.grad(result, wanted, torch.ones_like(result)) for result in (y, expected)]
+    assert all(map(torch.equal, *grads))
+
+
 @BOTH
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
 def test_round_trip_is_exact(case, make):
