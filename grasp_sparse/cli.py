@@ -18,6 +18,7 @@ from typing import Any
 from grasp_sparse.flags import BAD_INPUT, make_parser
 from grasp_sparse.train.config import TrainConfig, read_recipe
 from grasp_sparse.train.errors import UserError, one_line
+from grasp_sparse.train.resume import explained
 from grasp_sparse.train.signals import Preempted, preemption_raises
 
 OK, INTERRUPTED, TERMINATED = 0, 130, 143
@@ -72,7 +73,23 @@ def _prune(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _run_dir(arguments: argparse.Namespace) -> Path:
+    """The folder of the run that `train` is asked for."""
+    if arguments.resume and arguments.resume != "auto":
+        return Path(arguments.resume)
+    return Path(arguments.out) if arguments.out else Path("runs") / _config(arguments).name
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    try:
+        return _train_to_the_end(arguments)
+    except KeyboardInterrupt as stop:
+        if not arguments.resume:
+            raise
+        raise explained(stop, _run_dir(arguments), getattr(arguments, "model", None)) from None
+
+
+def _train_to_the_end(arguments: argparse.Namespace) -> int:
     from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
     from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
@@ -85,7 +102,7 @@ def _train(arguments: argparse.Namespace) -> int:
         refused = [f"--{flag}" for flag in ("recipe", "out") if getattr(arguments, flag)]
         if refused:
             raise UserError(f"--resume DIR goes on with the run's own recipe; leave out {', '.join(refused)}, or start a new run")
-        run_dir = Path(arguments.resume)
+        run_dir = _run_dir(arguments)
         result = resume_run(run_dir, _given_flags(arguments))
     else:
         config, given = on_main(lambda: (_config(arguments), _given_values(arguments)))

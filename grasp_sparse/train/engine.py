@@ -123,17 +123,17 @@ class Trainer:
     def fit(self) -> Position:
         """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError for a loss that is not finite."""
         self.model.train()
-        with (
-            deferred_stop(alone=self.ranks.size == 1) as asked,
-            Recorder(self.config, self.run_dir, self.position, self.steps_per_epoch, self.extra["environment"]) as recorder,
-        ):
+        with deferred_stop(alone=self.ranks.size == 1) as asked:
             requests = Requests(asked, 60 * self.config.checkpoint_minutes)
-            while not self.position.finished:
-                self._train_epoch(requests, recorder)
-                recorder.epoch(self._close_epoch(requests))
-                self.save(must=self.position.finished)
-                requests.saved()
-                self._follow(requests, requests.agreed(*sum_over_ranks(*requests.mine())))
+            with Recorder(self.config, self.run_dir, self.position, self.steps_per_epoch, self.extra["environment"]) as recorder:
+                while not self.position.finished:
+                    self._train_epoch(requests, recorder)
+                    recorder.epoch(self._close_epoch(requests))
+                    self.save(must=self.position.finished)
+                    requests.saved()
+                    self._follow(requests, requests.agreed(*sum_over_ranks(*requests.mine())))
+            # what came after the last save, or before the first step of a run that had none left
+            self._stop_if(requests.agreed(*sum_over_ranks(*requests.mine())))
         return self.position
 
     def _progress(self) -> float:
@@ -144,10 +144,16 @@ class Trainer:
         """Save, or save and stop, as agreed."""
         if agreed.stop:
             self.save()
-            raise Preempted(saved=True) if agreed.preempted else Interrupted
+            self._stop_if(agreed)
         if agreed.save:
             self.save(must=False)
             requests.saved()
+
+    @staticmethod
+    def _stop_if(agreed: Agreed) -> None:
+        """Stop, as agreed, where all is saved."""
+        if agreed.stop:
+            raise Preempted(saved=True) if agreed.preempted else Interrupted
 
     def _train_epoch(self, requests: Requests, recorder: Recorder) -> None:
         """Steps from the current position to the end of the epoch, or to the end of --max-seconds."""

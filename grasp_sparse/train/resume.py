@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,15 +13,19 @@ from torch import nn
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.surgery import load_sparse
 from grasp_sparse.train.checkpoint import require
+from grasp_sparse.train.checkpoint_files import list_checkpoints
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import OWN_MODELS
+from grasp_sparse.train.signals import Interrupted, Preempted
+
+if TYPE_CHECKING:  # which imports torchvision: the command line asks here before it trains
+    from grasp_sparse.train.data.sets import Data
 
 # What may change when a run goes on: where things are, how often they are saved and shown, when to give up; not what is computed.
 RESUMABLE = (
-    "data_dir", "max_corrupt", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard", "log_every",
-    "log_seconds",
+    "data_dir", "max_corrupt", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard",
+    "log_every", "log_seconds",
 )  # fmt: skip
 
 
@@ -62,8 +66,34 @@ def is_foreign(model: str) -> bool:
 
 def resume_command(config: TrainConfig, run_dir: Path) -> str:
     """What a person types to go on with a run."""
-    model = f" --model {config.model}" if is_foreign(config.model) else ""
-    return f"grasp-sparse train --resume {run_dir}{model}"
+    return _resume_words(run_dir, config.model)
+
+
+def _resume_words(run_dir: Path, model: str | None) -> str:
+    named = f" --model {model}" if model is not None and is_foreign(model) else ""
+    return f"grasp-sparse train --resume {run_dir}{named}"
+
+
+@contextlib.contextmanager
+def stops_lose_nothing(run_dir: Path, model: str | None) -> Iterator[None]:
+    """Inside, what stops a run that goes on, before its first step or after its last, says that the run in `run_dir` is saved.
+
+    `model`: the one that the caller named, if any.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise explained(stop, run_dir, model) from None
+
+
+def explained(stop: KeyboardInterrupt, run_dir: Path, model: str | None) -> KeyboardInterrupt:
+    """What to raise for a `stop` that came outside of training: `stop` itself if it has words already, or no checkpoint is there."""
+    if str(stop) or not list_checkpoints(run_dir):
+        return stop
+    rest = f"saved, go on with: {_resume_words(run_dir, model)}"
+    if isinstance(stop, Preempted):
+        return Preempted(f"stopped by a signal; {rest}", saved=True)
+    return Interrupted(f"interrupted; {rest}")
 
 
 def check_data_of_run(data: Data, state: dict[str, Any], path: Path) -> None:
@@ -78,8 +108,8 @@ def check_data_of_run(data: Data, state: dict[str, Any], path: Path) -> None:
     differing = [name for name in ("name", "train", "test", "num_classes", "shape") if then.get(name) != now[name]]
     what = ", ".join(f"{name} {now[name]} (the run: {str(then.get(name)):.40})" for name in differing) or "other file names or classes"
     raise UserError(
-        f"Expected the data that the run in {path.parent} was started with, got others in {data.source}: {what}; name their folder with "
-        "--data-dir, or start a new run with another --out"
+        f"Expected the data that the run in {path.parent} was started with, got others in {data.source}: {what}; name their folder "
+        "with --data-dir, or start a new run with another --out"
     )
 
 

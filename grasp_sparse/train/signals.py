@@ -30,11 +30,12 @@ def _handled(handle: Callable[[int, FrameType | None], None], *numbers: signal.S
     """Inside, `handle` receives those signals; outside the main thread, where none arrive, nothing changes."""
     previous = {}
     try:
-        for number in numbers:
-            previous[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread
-        pass
-    try:
+        try:
+            for number in numbers:
+                previous[number] = signal.getsignal(number)  # before `handle` is there: from then on it may be called, and raise
+                signal.signal(number, handle)
+        except ValueError:  # not the main thread
+            previous.clear()
         yield
     finally:
         for number, before in previous.items():

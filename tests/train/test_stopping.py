@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +22,15 @@ from several_ranks import small_config
 from benchmarks.run_states import same
 from grasp_sparse import cli
 from grasp_sparse.files import locked_folder
-from grasp_sparse.train import engine, evaluation, run
+from grasp_sparse.train import distributed, engine, evaluation, prepare, run, signals
 from grasp_sparse.train.agreement import Requests
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
+from grasp_sparse.train.engine import Trainer
 from grasp_sparse.train.errors import DivergedError, UserError
 from grasp_sparse.train.logging import EpochLog
 from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
-from grasp_sparse.train.signals import Interrupted, Preempted
+from grasp_sparse.train.signals import Interrupted, Preempted, deferred_stop, preemption_raises
 
 _NET = {"model": "several_ranks:noisy_net"}
 
@@ -267,24 +269,24 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_leaves_the_checkpoin
 ) -> None:
     """The second batch norm, layer 5, multiplies by so much that its output overflows, from the sixth step on."""
     trained: list[torch.nn.Module] = []
-    begin = engine.Trainer.__init__
+    begin = Trainer.__init__
 
     def remember(self, config, model, *others) -> None:
         begin(self, config, model, *others)
         trained.append(model)
 
-    monkeypatch.setattr(engine.Trainer, "__init__", remember)
+    monkeypatch.setattr(Trainer, "__init__", remember)
     _at_call(5, lambda: trained[0][5].weight.data.fill_(3e38), engine, "training_step", monkeypatch)
     with pytest.raises(DivergedError, match=r"step 2 of epoch 2 .*: first in the output of layer 5 \(\w+\): .* lower --lr"):
         start_run(_config(**changes), tmp_path)
     assert load_checkpoint(tmp_path)["position"]["epoch"] == 1
 
 
-def _trainers(monkeypatch: pytest.MonkeyPatch) -> list[engine.Trainer]:
+def _trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     """The trainers that are made from now on."""
-    made: list[engine.Trainer] = []
-    begin = engine.Trainer.__init__
-    monkeypatch.setattr(engine.Trainer, "__init__", lambda self, *given: (begin(self, *given), made.append(self))[0])
+    made: list[Trainer] = []
+    begin = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *given: (begin(self, *given), made.append(self))[0])
     return made
 
 
@@ -294,7 +296,7 @@ def _finite(value: object) -> bool:
     return all(map(_finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list)) else True
 
 
-_SPOILT: dict[str, Callable[[engine.Trainer], torch.Tensor]] = {
+_SPOILT: dict[str, Callable[[Trainer], torch.Tensor]] = {
     "weights": lambda trainer: trainer.model[5].weight,
     "running statistics": lambda trainer: trainer.model[5].running_var,
     "moments": lambda trainer: trainer.optimizer.state[trainer.model[5].weight]["momentum_buffer"],
@@ -385,6 +387,82 @@ def test_a_signal_before_anything_is_saved_does_not_look_like_success(
     assert cli.main(["train", *_SMALL, "--out", str(tmp_path / "run")]) == 143
     assert "stopped by a signal; nothing was saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the command line that a signal ended after its sixth step, of twelve."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        _at_call(6, lambda: signal.raise_signal(signal.SIGTERM), engine, "training_step", patch)
+        assert cli.main(["train", *_SMALL, "--epochs", "3", "--out", str(folder)]) == 0
+    return folder
+
+
+_WHILE_RESUMING: dict[str, tuple[object, str]] = {
+    "beginning": (distributed, "start_distributed"), "the folder locked": (run, "locked_folder"), "read": (run, "read_checkpoint"),
+    "recipe": (run, "resumed_config"), "data": (prepare, "load_data"), "weights": (run, "load_weights"), "the rest": (Trainer, "restore"),
+    "said": (run, "say"), "recorder": (engine, "Recorder"), "batches": (engine, "train_batches"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["resume DIR", "resume auto"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGUSR1", "Ctrl-C"])
+@pytest.mark.parametrize("where", _WHILE_RESUMING)
+def test_a_signal_while_a_run_is_resumed_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, half: Path, where: str, number: int, code: int,
+    auto: bool,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    _at_call(1, lambda: signal.raise_signal(number), *_WHILE_RESUMING[where], monkeypatch)
+    command = ["train", *_SMALL, "--epochs", "3", "--resume", "auto", "--out"] if auto else ["train", "--resume"]
+    assert cli.main([*command, str(folder)]) == code
+    said = capsys.readouterr().err.strip().splitlines()
+    stopped = "interrupted" if code else "stopped by a signal"
+    assert said == [f"grasp-sparse: {stopped}; saved, go on with: grasp-sparse train --resume {folder}"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    position = load_checkpoint(folder)["position"]
+    assert 4 * position["epoch"] + position["step"] in (6, 7)  # a step, where they had begun
+
+
+def test_a_signal_before_a_complete_run_is_looked_at_again_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    """It has no step left after which somebody would look."""
+    shutil.copytree(whole, tmp_path / "run")
+    _at_call(1, lambda: signal.raise_signal(signal.SIGTERM), engine, "Recorder", monkeypatch)
+    monkeypatch.setattr(run, "_compare_with_dense", lambda *_: pytest.fail("went on"))
+    with pytest.raises(Preempted, match="stopped by a signal; saved, go on with") as stop:
+        resume_run(tmp_path / "run", {**_NET, "timing_rounds": 2})
+    assert stop.value.saved
+
+
+def test_a_stop_while_a_run_is_resumed_names_the_model_that_has_to_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    _at_call(1, lambda: signal.raise_signal(signal.SIGINT), run, "read_checkpoint", monkeypatch)
+    with pytest.raises(Interrupted, match=f"interrupted; saved, go on with: .* --resume {tmp_path}/run --model several_ranks:noisy_net$"):
+        resume_run(tmp_path / "run", _NET)
+
+
+def test_ctrl_c_where_there_is_nothing_to_resume_is_still_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "newest_good_checkpoint", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        resume_run(tmp_path, {})
+    assert not isinstance(stop.value, Interrupted)
+
+
+def test_a_signal_while_handlers_change_leaves_those_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with preemption_raises():
+        outer = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Preempted), pytest.MonkeyPatch.context() as patch:
+            _at_call(1, lambda: signal.raise_signal(signal.SIGTERM), signals.signal, "signal", patch)
+            with deferred_stop():
+                pytest.fail("it was not raised")
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (before, outer)
 
 
 def test_a_signal_while_steps_are_timed_ends_a_run_that_is_saved(
