@@ -4,11 +4,11 @@
     make gpu GPU_RESULTS=folder GPU_LOGS=folder          where the CSV files and the logs of the phases go
     python -m benchmarks.gpu --seconds 1700              with more time
 
-Every phase is a process of its own with a share of the time, and what one leaves the later ones have. One that fails or does not end
-in time costs no other (but what is not built is not tested), its last lines are shown, and the exit status is 1. Tests run in several
-processes; while they do, others compile the kernels of whole blocks that the benchmarks need, whose results stay on the disk. What was
-measured is in the CSV files at every moment, and the table shows it in any case. When the command itself is ended (SIGTERM, Ctrl-C),
-it ends its processes, and shows the table.
+Every phase is a process of its own with a share of the time, and what one leaves the later ones have. One that fails or does not
+end in time costs no other (but what is not built is not tested), its last lines are shown, and the exit status is 1. Tests run in
+several processes; while they do, others compile the kernels of whole blocks that the benchmarks need, whose results stay on the
+disk. What was measured is in the CSV files at every moment, and the table shows it in any case. When the command itself is ended
+(SIGTERM, Ctrl-C), it ends its processes, and shows the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECONDS = 530.0  # of all
 SHARES = {"build": 130, "tests": 165, "layers": 120, "steps": 110}
 LONGEST_BUILD = 240.0  # without one there is nothing: it may take of the others' time
 TABLE_SECONDS = 8.0
-BETWEEN = 8.0  # a benchmark is told to end so much earlier than it is ended: torch takes that long to start and the last case to end
+BETWEEN = 8.0  # a benchmark is told to end so much earlier than it is ended: torch takes long to start, and so may the last case
 GRACE = 10.0  # for a process to end and write what it has, after it was asked to
 TAIL = 25  # lines of a log
 NO_TESTS = 5  # pytest's exit status where none was chosen
@@ -51,7 +51,7 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], seconds: float, helpers: Sequence[Job] = ()) -> list[str]:
-    """Runs the jobs at the same time, for `seconds` at most, and `helpers` beside them for as long. Returns what went wrong of the jobs.
+    """Runs the jobs at the same time, for `seconds` at most, `helpers` beside them for as long. Returns what went wrong of jobs.
 
     One that does not end in time is interrupted (SIGINT), which pytest and the benchmarks end on in order; then killed, with
     whatever it has started.
@@ -144,7 +144,8 @@ class Run:
         print(*(f"  {line}" for line in _told(lines, name)), f"  {time.monotonic() - began:.0f} s", sep="\n", flush=True)
         if problems:
             self.problems[name] = problems
-            print(*(f"  failed: {problem}" for problem in problems), *(f"  | {line}" for line in _tail(lines)), sep="\n", flush=True)
+            shown = [*(f"failed: {problem}" for problem in problems), *(f"| {line}" for line in _tail(lines))]
+            print(*(f"  {line}" for line in shown), sep="\n", flush=True)
         return not problems
 
     def build(self) -> bool:
@@ -159,16 +160,19 @@ class Run:
     def tests(self) -> bool:
         options, count = self.options, self.options.workers
         environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
+        reports = ["-v", "--tb=short", "-rfE", "-o", "faulthandler_timeout=100"]
+        pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", *reports]
         chosen = shlex.split(options.pytest_args)
 
         def jobs(seconds: float, log: Path) -> tuple[list[Job], list[Job]]:
-            commands = [[*pytest, "-m", "gpu and not large", "tests/gpu", "--share", f"{i}/{count}", *chosen] for i in range(1, count + 1)]
-            commands.append([*pytest, "-m", "gpu and large", "tests/gpu", *chosen])  # one after the other: they fill the memory
+            commands = [[*pytest, "-m", "gpu and not large", "--share", f"{i}/{count}", *chosen] for i in range(1, count + 1)]
+            commands.append([*pytest, "-m", "gpu and large", *chosen])  # one after the other: they fill the memory
             tests = [Job(command, log.with_suffix(f".{i}"), environment, (0, NO_TESTS)) for i, command in enumerate(commands)]
             warm = [
                 Job(
-                    [*self.benchmark(name, seconds, flags), "--warm", f"{i}/{parts}"], log.with_suffix(f".warm-{name}-{i}"), environment
+                    [*self.benchmark(name, seconds, flags), "--warm", f"{i}/{parts}"],
+                    log.with_suffix(f".warm-{name}-{i}"),
+                    environment,
                 )
                 for name, flags, parts in (("layers", options.layers, 2), ("steps", options.steps, 1)) for i in range(1, parts + 1)
             ]  # fmt: skip
@@ -242,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--layers", default="", metavar="FLAGS", help="of benchmarks.gpu_layers")
     flags.add_argument("--steps", default="", metavar="FLAGS", help="of benchmarks.gpu_steps")
     flags.add_argument("--pytest-args", default="", metavar="FLAGS", help="of pytest")
-    flags.add_argument("--workers", type=int, default=max(1, min(10, (os.cpu_count() or 2) - 5)), help="of tests (default: %(default)s)")
+    workers = max(1, min(10, (os.cpu_count() or 2) - 5))
+    flags.add_argument("--workers", type=int, default=workers, help="of tests (default: %(default)s)")
     flags.add_argument("--no-warm", dest="warm", action="store_false", help="compile no kernels while the tests run")
     options = flags.parse_args(arguments)
     options.results, options.logs = options.results.absolute(), options.logs.absolute()

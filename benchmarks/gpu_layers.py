@@ -6,10 +6,10 @@
     python -m benchmarks.gpu_layers --device cpu --quick      that the program runs; says nothing about speed
 
 Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms that are
-measured together in turns; cuDNN has searched for its fastest algorithms before. An arm that does not agree with the dense layer in
-float64 is left out, and the exit status is 1. `roofline` is the share of what the device can do: the larger of multiply-adds over its
-measured rate and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after every shape,
-and prints a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
+measured together in turns; cuDNN has searched for its fastest algorithms before. An arm that does not agree with the dense layer
+in float64 is left out, and the exit status is 1. `roofline` is the share of what the device can do: the larger of multiply-adds
+over its measured rate and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after
+every shape, and prints a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def measure(
     for what in PASSES:
         if not reference[what]:
             raise WrongResultError(problems[0])
-        own = {combination: {**arms[combination][what], **(peers[combination] if what == PASSES[0] else {})} for combination in together}
+        backward = what == PASSES[1]
+        own = {combination: {**arms[combination][what], **({} if backward else peers[combination])} for combination in together}
         pruned = {(*combination, name): call for combination, calls in own.items() for name, call in calls.items()}
         times = _times({**reference[what], **pruned}, device, rounds)
         for combination in together:
@@ -100,7 +101,7 @@ def measure(
             pattern, sparsity = combination
             known = {"group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": f"{sparsity:g}",
                      "nnz": layers[combination].nnz, "pass": what, "input_grad": "yes" if shape.input_grad else "no"}  # fmt: skip
-            rows += _rows(of_dense | of_pruned, arms[combination][what], known, ceilings, layers[combination], x, y, what == PASSES[1])
+            rows += _rows(of_dense | of_pruned, arms[combination][what], known, ceilings, layers[combination], x, y, backward)
     return rows, problems
 
 
@@ -132,8 +133,8 @@ def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Call]:
 
 
 def _rows(
-    times: Mapping[str, Timing], arms: Mapping[str, CudaArm], known: Row, ceilings: Ceilings, layer: nn.Module, x: Tensor, y: Tensor,
-    backward: bool,
+    times: Mapping[str, Timing], arms: Mapping[str, CudaArm], known: Row, ceilings: Ceilings, layer: nn.Module,
+    x: Tensor, y: Tensor, backward: bool,
 ) -> list[Row]:  # fmt: skip
     rows = []
     for name in times:
@@ -202,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases = in_order(options.group, patterns, options.sparsity)
     if options.warm:
         number, count = options.warm
-        return measure_within(cases[number - 1 :: count], label, lambda case: warm(*case[1:], options.device, options.seed), options)
+        mine = cases[number - 1 :: count]
+        return measure_within(mine, label, lambda case: warm(*case[1:], options.device, options.seed), options)
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)
     ceilings = measure_ceilings(options.device)
     tell(str(ceilings))

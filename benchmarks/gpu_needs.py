@@ -40,7 +40,7 @@ def _device() -> list[str]:
     except ImportError as error:
         return [f"Expected torch in {sys.executable}, got {error}; name the interpreter that has it: GPU_PYTHON=..."]
     if torch.version.cuda is None:
-        return [f"Expected a torch built with CUDA, got {torch.__version__}; install one or name another interpreter: GPU_PYTHON=..."]
+        return [f"Expected a torch built with CUDA, got {torch.__version__}; install one or name another Python: GPU_PYTHON=..."]
     if not torch.cuda.is_available():
         return ["Expected a CUDA device that torch can see, got none; nvidia-smi says whether the driver sees one"]
     if (found := torch.cuda.get_device_capability()) < (8, 0):

@@ -75,8 +75,8 @@ def in_order(
 ) -> list[tuple[str, Shape, list[Combination]]]:
     """(group, shape, what is measured of it together): every shape in every pattern and sparsity, the most telling first.
 
-    TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those with
-    most multiply-adds first, then what is left.
+    TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those
+    with most multiply-adds first, then what is left.
     """
     combinations = [(pattern, sparsity) for pattern in patterns for sparsity in sparsities]
     targets = [(pattern, sparsity) for pattern, sparsity in combinations if sparsity in TARGETS.get(pattern, ())]

@@ -5,13 +5,13 @@
     python -m benchmarks.gpu_steps --budget-seconds 110           what matters most of it, and what was left out
     python -m benchmarks.gpu_steps --device cpu --quick           that the program runs; says nothing about speed
 
-The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how
-many weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
-asked for and in both memory formats. Each layer of a pruned network runs as gs.plan has measured it to be faster. Pruned networks are
-given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. A step is recorded as a
-CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned network are compared with those of the dense one
-with zeros in place before anything is measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every
-layer, after every case, and prints a table at the end (benchmarks/gpu_summary.py).
+The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how many
+weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
+asked for and in both memory formats. Each layer of a pruned network runs as gs.plan has measured it to be faster. Pruned networks
+are given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. A step is
+recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned network are compared with those
+of the dense one with zeros in place before anything is measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv
+with the times of every layer, after every case, and prints a table at the end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def prepared(
 ) -> tuple[nn.Module, MaskSet, float]:
     """The network with zeros in place, its masks, and how far gradients are apart at most. Raises WrongResultError if too far."""
     x, y = batch
-    masks = prune(model, [(x[:SCORED], y[:SCORED])], sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
+    scored = [(x[:SCORED], y[:SCORED])]
+    masks = prune(model, scored, sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
     masked = masked_copy(model, masks)
     few = x[:8], y[:8]
     with precision("float32"):  # TF32 alone would make more of a difference than is allowed
@@ -92,7 +93,7 @@ def _computing_in(used: str, device: str) -> AbstractContextManager:
 def arms_of(
     masked: nn.Module, masks: MaskSet, x: Tensor, y: Tensor, of_dense: Iterable[str], used: str, device: str
 ) -> tuple[dict[str, Callable[[], object]], Plan]:
-    """Steps of the dense network in the precisions `of_dense`, in both memory formats, and of the pruned one in `used`, with its plan."""
+    """Steps of the dense network in the precisions `of_dense`, in both memory formats, of the pruned one in `used`; its plan."""
     arms = {}
     for other in of_dense:
         for layout, memory_format in LAYOUTS.items():
@@ -129,7 +130,8 @@ def measure(
         })  # fmt: skip
     planned = [known | {
         "layer": ", ".join(row.layers), "shape": "x".join(map(str, row.shape)), "kept": row.kept, "runs": row.runs,
-        **({f"{way}_s": f"{seconds:.6g}" for way, seconds in row.times._asdict().items()} if row.times else {}), "reason": row.reason,
+        **({f"{way}_s": f"{seconds:.6g}" for way, seconds in row.times._asdict().items()} if row.times else {}),
+        "reason": row.reason,
     } for row in chosen.rows]  # fmt: skip
     return rows, planned
 

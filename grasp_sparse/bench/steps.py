@@ -190,8 +190,9 @@ def _loss_and_gradients(dense: nn.Module, step: Step, masks: Mapping[str, Tensor
 
 @contextmanager
 def _dropout_in_rows(model: nn.Module) -> Iterator[None]:
-    """Inside, dropout is given plain contiguous tensors: it draws in the order of memory, and sparse layers lay theirs differently."""
-    dropouts = [module for module in model.modules() if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout))]
+    """Inside, dropout is given contiguous tensors: it draws in the order of memory, and sparse layers lay theirs differently."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+    dropouts = [module for module in model.modules() if isinstance(module, kinds)]
     hooks = [dropout.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),)) for dropout in dropouts]
     try:
         yield

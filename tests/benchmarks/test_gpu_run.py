@@ -136,8 +136,8 @@ def test_warming_up_writes_nothing(tmp_path, part):
 
 @pytest.mark.slow
 def test_warming_up_steps_writes_nothing(tmp_path):
-    flags = ["--device", "cpu", "--quick", "--pattern", "block(32, 32)", "--sparsity", "0.9", "--precision", "float32", "--warm", "1/1"]
-    assert gpu_steps.main([*flags, "--out", str(tmp_path / "steps.csv")]) == 0
+    flags = ["--device", "cpu", "--quick", "--pattern", "block(32, 32)", "--sparsity", "0.9", "--precision", "float32"]
+    assert gpu_steps.main([*flags, "--warm", "1/1", "--out", str(tmp_path / "steps.csv")]) == 0
     assert not any(tmp_path.iterdir())
 
 
@@ -164,7 +164,8 @@ def test_peers_that_do_not_run_or_are_wrong_cost_a_line(monkeypatch):
     })  # fmt: skip
     found = gpu_peers.available(weight, None, x, 1e-4, lines.append)
     assert list(found) == ["right"] and torch.equal(found["right"](), x @ weight.t())
-    assert [line.split(" float32: ")[0] for line in lines] == [f"peer not available: {name}" for name in ("wrong", "not built", "not run", "silent")]
+    others = ("wrong", "not built", "not run", "silent")
+    assert [line.split(" float32: ")[0] for line in lines] == [f"peer not available: {name}" for name in others]
     assert lines[1].endswith("no such library") and lines[3].endswith("AssertionError")
 
 
@@ -174,6 +175,7 @@ def test_which_peer_takes_which_weight():
     product, multiplied = gpu_peers.cusparse(weight, None, x)
     torch.testing.assert_close(product(), x @ weight.t())
     assert multiplied is weight and gpu_peers.cusparse(weight, (16, 16), x) is None
-    assert gpu_peers.block_addmm(weight, (16, 16), x) is None and gpu_peers.block_addmm(weight.bfloat16(), None, x.bfloat16()) is None
+    assert gpu_peers.block_addmm(weight, (16, 16), x) is None
+    assert gpu_peers.block_addmm(weight.bfloat16(), None, x.bfloat16()) is None
     assert gpu_peers.semi_structured(weight, None, x) is None
     assert gpu_peers.semi_structured(weight.bfloat16(), (16, 16), x.bfloat16()) is None

@@ -25,7 +25,7 @@ def test_more_work_takes_longer():
     assert times["large"].best > 4 * times["small"].best > 0  # other tests may be using the device
 
 
-@pytest.mark.parametrize("ends_it", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()], ids=["seen before", "seen late"])
+@pytest.mark.parametrize("ends_it", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()], ids=["seen early", "late"])
 def test_it_records_after_one_that_failed(ends_it):
     """On the stream that was current, into memory that is not that of the failed one; random numbers and empty_cache go on too."""
     x, stream = torch.zeros(1 << 20, device="cuda"), torch.cuda.current_stream()
