@@ -87,7 +87,7 @@ def stops_lose_nothing(run_dir: Path, model: str | None) -> Iterator[None]:
 
 
 def explained(stop: KeyboardInterrupt, run_dir: Path, model: str | None) -> KeyboardInterrupt:
-    """What to raise for a `stop` that came outside of training: `stop` itself if it has words already, or no checkpoint is there."""
+    """What to raise for a `stop` outside of training: `stop` itself if it has words already, or no checkpoint is there."""
     if str(stop) or not list_checkpoints(run_dir):
         return stop
     rest = f"saved, go on with: {_resume_words(run_dir, model)}"
@@ -106,9 +106,10 @@ def check_data_of_run(data: Data, state: dict[str, Any], path: Path) -> None:
     if then["digest"] == now["digest"]:
         return
     differing = [name for name in ("name", "train", "test", "num_classes", "shape") if then.get(name) != now[name]]
-    what = ", ".join(f"{name} {now[name]} (the run: {str(then.get(name)):.40})" for name in differing) or "other file names or classes"
+    counts = ", ".join(f"{name} {now[name]} (the run: {str(then.get(name)):.40})" for name in differing)
     raise UserError(
-        f"Expected the data that the run in {path.parent} was started with, got others in {data.source}: {what}; name their folder "
+        f"Expected the data that the run in {path.parent} was started with, got others in {data.source}: "
+        f"{counts or 'other file names or classes'}; name their folder "
         "with --data-dir, or start a new run with another --out"
     )
 

@@ -42,5 +42,5 @@ class CorruptImages:
         named = "; ".join(f"{path}: {reason}" for path, reason in last)
         return (
             f"Expected at most {self.limit} corrupt images, got {len(self.files)}, the last of them {named}; "
-            "mend them or allow more with --max-corrupt, also for a run that goes on; to leave them out, start a new run without them"
+            "mend them or allow more with --max-corrupt, also for a run that goes on; to leave them out, start a new run"
         )

@@ -49,7 +49,7 @@ class Data:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what has to stay the same from start to end and on every rank, for all batches to be the same; no image is read."""
+        """SHA-256 of what has to be the same from start to end and on every rank; no image is read for it."""
         hashed = hashlib.sha256(f"{self.num_classes} {list(self.shape)};".encode())
         for split in (self.train, self.test):
             for part in split.identity():
