@@ -11,7 +11,6 @@ from image_files import write_class_folders
 from grasp_sparse import cli
 from grasp_sparse.train.config import TrainConfig, packaged_recipes, read_recipe
 from grasp_sparse.train.criterion_args import criterion_options
-from grasp_sparse.train.data.sets import Data
 from grasp_sparse.train.models import build_model
 from grasp_sparse.train.run import start_run
 from grasp_sparse.train.schedule import learning_rate
