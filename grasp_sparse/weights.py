@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from grasp_sparse.ops.layout import empty_images
 from grasp_sparse.ops.triton.launch import Images, Lists, product, regrouped, sampled
 from grasp_sparse.ops.triton.linear import check_indices, contiguous_like, written_back
-from grasp_sparse.ops.triton.window import Window, window
+from grasp_sparse.ops.triton.window import window
 
 
 def bsr_conv2d_fprop(
