@@ -73,11 +73,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _run_dir(arguments: argparse.Namespace) -> Path:
-    """The folder of the run that `train` is asked for."""
-    if arguments.resume and arguments.resume != "auto":
-        return Path(arguments.resume)
-    return Path(arguments.out) if arguments.out else Path("runs") / _config(arguments).name
+def _out(arguments: argparse.Namespace, config: TrainConfig) -> Path:
+    """The folder of a run that is not named by --resume."""
+    return Path(arguments.out) if arguments.out else Path("runs") / config.name
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -86,7 +84,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         if not arguments.resume:
             raise
-        raise explained(stop, _run_dir(arguments), getattr(arguments, "model", None)) from None
+        run_dir = _out(arguments, _config(arguments)) if arguments.resume == "auto" else Path(arguments.resume)
+        raise explained(stop, run_dir, getattr(arguments, "model", None)) from None
 
 
 def _train_to_the_end(arguments: argparse.Namespace) -> int:
@@ -102,11 +101,11 @@ def _train_to_the_end(arguments: argparse.Namespace) -> int:
         refused = [f"--{flag}" for flag in ("recipe", "out") if getattr(arguments, flag)]
         if refused:
             raise UserError(f"--resume DIR goes on with the run's own recipe; leave out {', '.join(refused)}, or start a new run")
-        run_dir = _run_dir(arguments)
+        run_dir = Path(arguments.resume)
         result = resume_run(run_dir, _given_flags(arguments))
     else:
         config, given = on_main(lambda: (_config(arguments), _given_values(arguments)))
-        run_dir = Path(arguments.out) if arguments.out else Path("runs") / config.name
+        run_dir = _out(arguments, config)
         if arguments.resume:
             result = continue_or_start_run(config, given, run_dir)
         else:

@@ -136,9 +136,7 @@ def check_arms(arms: Mapping[str, Arm], dense: nn.Module, mask: Tensor) -> None:
                 check_close(name, what, got[what], tensor, TOLERANCE[arm.precision])
 
 
-def check_close(
-    name: str, what: str, got: Tensor, expected: Tensor, allowed: float, scale: Tensor | None = None, of: str = "the dense layer's"
-) -> float:
+def check_close(name: str, what: str, got: Tensor, expected: Tensor, allowed: float, scale: Tensor | None = None) -> float:
     """The :func:`largest_difference` of the two.
 
     Raises:
@@ -146,7 +144,7 @@ def check_close(
     """
     error = largest_difference(got, expected, scale)
     if not error <= allowed:  # also when it is NaN
-        raise WrongResultError(f"{name}: {what} differs from {of} by {error:.1e} (allowed {allowed:.0e}); nothing is measured")
+        raise WrongResultError(f"{name}: {what} differs from the dense layer's by {error:.1e} (allowed {allowed:.0e}); nothing is measured")
     return error
 
 

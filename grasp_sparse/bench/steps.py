@@ -94,19 +94,15 @@ def dense_steps(masked: nn.Module, batch: Batch) -> dict[str, Step]:
 
 
 def sparse_steps(
-    masked: nn.Module, masks: MaskSet, batch: Batch, plan: str = "auto"
+    masked: nn.Module, masks: MaskSet, batch: Batch, **surgery: object
 ) -> tuple[dict[str, Step], dict[str, SurgeryReport]]:
-    """Steps of copies of `masked` after surgery, and what surgery did, by the same names.
-
-    plan: "auto", or "sparse" for sparse kernels wherever there are any, whoever would be faster.
-    """
-    chosen = {"plan": "density", "max_density": 1.0} if plan == "sparse" else {"plan": plan}
+    """Steps of copies of `masked` after surgery, with these options of sparsify_, and what it did, by the same names."""
     steps, reports = {}, {}
     for layout in layouts_of(batch[0]):
         model, x = copy.deepcopy(masked), batch[0]
         if layout in LAYOUTS:
             model, x = model.to(memory_format=LAYOUTS[layout]), x.to(memory_format=LAYOUTS[layout])
-        reports[f"{SPARSE} {layout}"] = sparsify_(model.train(), masks, example_input=x, **chosen)
+        reports[f"{SPARSE} {layout}"] = sparsify_(model.train(), masks, example_input=x, **surgery)
         steps[f"{SPARSE} {layout}"] = _step(model, batch, layout)
     return steps, reports
 

@@ -74,20 +74,11 @@ def _resume_words(run_dir: Path, model: str | None) -> str:
     return f"grasp-sparse train --resume {run_dir}{named}"
 
 
-@contextlib.contextmanager
-def stops_lose_nothing(run_dir: Path, model: str | None) -> Iterator[None]:
-    """Inside, what stops a run that goes on, before its first step or after its last, says that the run in `run_dir` is saved.
-
-    `model`: the one that the caller named, if any.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise explained(stop, run_dir, model) from None
-
-
 def explained(stop: KeyboardInterrupt, run_dir: Path, model: str | None) -> KeyboardInterrupt:
-    """What to raise for a `stop` outside of training: `stop` itself if it has words already, or no checkpoint is there."""
+    """What to raise for a `stop` before the first step or after the last: that the run in `run_dir` is saved, and how to go on.
+
+    `stop` itself if it has words already, or no checkpoint is there. `model`: the one that the caller named, if any.
+    """
     if str(stop) or not list_checkpoints(run_dir):
         return stop
     rest = f"saved, go on with: {_resume_words(run_dir, model)}"

@@ -31,9 +31,7 @@ from grasp_sparse.train.prepare import (
     sparsify_for_training,
 )
 from grasp_sparse.train.recorder import delete_events
-from grasp_sparse.train.resume import (
-    check_data_of_run, load_weights, misfits_named, resume_command, resumed_config, stops_lose_nothing,
-)
+from grasp_sparse.train.resume import check_data_of_run, load_weights, misfits_named, resume_command, resumed_config
 from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words, train_batches
 from grasp_sparse.train.signals import Interrupted, Preempted
 from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
@@ -88,7 +86,7 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 @lost_ranks_named()
 def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
-    with stops_lose_nothing(run_dir, given.get("model")), _sole_user(run_dir):
+    with _sole_user(run_dir):
         return _finish(_resumed_trainer(run_dir, given))
 
 
@@ -174,7 +172,7 @@ def _take_up(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Train to the end, measure the step against the dense one, write result.json and return what it holds."""
-    config, data = trainer.config, trainer.data
+    config = trainer.config
     resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
