@@ -1,5 +1,5 @@
 # make demo      prune a network at initialization, train it sparse on Fashion-MNIST, compare it with the dense one
-# make test      the test-suite (PYTEST_ARGS="-k csr" to choose)
+# make test      the test-suite (PYTEST_ARGS="-k csr" to choose; in TEST_PROCESSES=2 processes)
 # make sanitize  the tests of kernels and layers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
 #                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
 # make gpu       on a machine with a CUDA device and nvcc, in nine minutes: build, the tests that need a device, benchmarks, a table
@@ -18,6 +18,7 @@ OUT ?= runs/demo
 DATA_DIR ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 GPU_PYTHON ?=
 GPU_LAYERS ?= --sparsity 0.9 0.95 0.98 0.99
 GPU_STEPS ?= --sparsity 0.95 0.9
@@ -53,7 +54,7 @@ demo: $(PACKAGE) data
 		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(DEMO_ARGS)
 
 test: $(TEST_PACKAGES)
-	@$(VENV)/bin/python -m pytest tests $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest tests -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 sanitize: $(TEST_PACKAGES)
 	@echo "building the sanitized kernels in $(SANITIZED) (some minutes the first time)"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import zlib
-
 import hypothesis
 import pytest
+import shares
 import torch
 
 from grasp_sparse import poison
@@ -40,26 +38,16 @@ def no_times_from_elsewhere(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--share", metavar="I/N", type=_share, help="run only the I-th of N parts of the tests, the same ones at every run")
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"Expected I/N with I from 1 to N, got {text}")
-    return int(number), int(count)
+    parser.addoption("--share", metavar="I/N", type=shares.parse, help="run only the I-th of N parts of the tests, the same ones at every run")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     _skip_without_a_device(items)
     if config.getoption("--share"):
-        number, count = config.getoption("--share")
-        # By a hash of their names: neighbours, and those of one parameter, are alike in how long they take.
-        dealt = sorted(items, key=lambda item: (zlib.crc32(item.nodeid.encode()), item.nodeid))
-        mine = set(dealt[number - 1 :: count])
-        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-        items[:] = [item for item in items if item in mine]
+        mine = set(shares.share([item.nodeid for item in items], *config.getoption("--share")))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in mine])
+        items[:] = [item for item in items if item.nodeid in mine]
 
 
 def _skip_without_a_device(items):

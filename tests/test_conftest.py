@@ -1,10 +1,13 @@
 """The poison works: without it the tests of unwritten output would prove nothing. Shares of the tests are all of them, once."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from shares import parse, share
 
 HERE = Path(__file__).parent
 
@@ -23,8 +26,18 @@ def _collected(*flags: str) -> list[str]:
 
 
 def test_shares_are_all_tests_once():
-    every, shares = _collected(), [_collected("--share", f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(test for share in shares for test in share) == sorted(every)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert shares[0] == [test for test in every if test in set(shares[0])] == _collected("--share", "1/3")
-    assert "Expected I/N with I from 1 to N, got 4/3" in _collected("--share", "4/3")[0]
+    every = [f"test_{i}" for i in range(50)]
+    parts = [share(every, i, 3) for i in (1, 2, 3)]
+    assert sorted(test for part in parts for test in part) == sorted(every)
+    assert [len(part) for part in parts] == [17, 17, 16] and parts[0] == share(every, 1, 3)
+
+
+def test_a_share_is_what_runs_in_the_usual_order():
+    every, first = _collected(), _collected("--share", "1/3")
+    assert first == [test for test in every if test in set(share(every, 1, 3))]
+
+
+@pytest.mark.parametrize("text", ["4/3", "0/3", "1", "1/0", "-1/2", "a/b"])
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"Expected I/N with I from 1 to N, got {text}"):
+        parse(text)

@@ -96,11 +96,13 @@ def test_what_is_lacking_ends_it_before_anything(project):
     assert run(folder) == 2 and called(folder) == ["gpu_needs"]
 
 
-def test_a_phase_without_end_leaves_time_to_the_others(project, capfd):
+def test_a_phase_without_end_leaves_time_to_the_others(project, capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "TABLE_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "SHARES", {"build": 1, "tests": 1, "layers": 0.5, "steps": 1})
     folder = project(gpu_layers="print('half', flush=True); time.sleep(1000)")
     began = time.monotonic()
-    assert run(folder, "--no-warm", "--seconds", "26") == 1
-    assert time.monotonic() - began < 30
+    assert run(folder, "--no-warm", "--seconds", "22") == 1
+    assert time.monotonic() - began < 26
     out = capfd.readouterr().out
     assert "failed: not done after" in out and "KeyboardInterrupt" in (folder / "out" / "layers.log").read_text()
     assert called(folder)[-2].startswith("gpu_steps") and out.rstrip().endswith("the table")
