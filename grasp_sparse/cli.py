@@ -145,9 +145,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from grasp_sparse.bench.plots import write_plots
-    from grasp_sparse.report.comparison import common_folder, comparison_table, write_comparison
+    from grasp_sparse.report.comparison import COMPARISON_NAME, common_folder, comparison_table, write_comparison
     from grasp_sparse.report.run_page import write_report
-    from grasp_sparse.report.runs import is_run, read_run
+    from grasp_sparse.report.runs import finished_runs, is_run
     from grasp_sparse.train.logging import say
 
     paths, out = [Path(path) for path in arguments.paths], None if arguments.out is None else Path(arguments.out)
@@ -155,13 +155,15 @@ def _report(arguments: argparse.Namespace) -> int:
     if len(folders) == 1:
         say(f"wrote {write_report(folders[0], out)}")
     elif folders:
-        runs = [read_run(folder) for folder in folders]
+        runs = finished_runs(folders)
         page = write_comparison(runs, out or common_folder(runs))
         say(comparison_table(runs))
         say(f"wrote {page}")
     for path in paths:
-        for plot in [] if path in folders else write_plots(path, out):
-            say(f"wrote {plot}")
+        # runs/* names the page of an earlier comparison too
+        if path not in folders and not (folders and path.name == COMPARISON_NAME):
+            for plot in write_plots(path, out):
+                say(f"wrote {plot}")
     return OK
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,21 @@ def read_run(folder: Path) -> Run:
     if not isinstance(result, dict):
         raise UserError(f"Expected {folder / RESULT_NAME} to hold an object, got {type(result).__name__}")
     return Run(folder, result, rows)
+
+
+def finished_runs(folders: Sequence[Path]) -> list[Run]:
+    """Those of several runs that can be read; the others, of which some may still be training, are named in a warning.
+
+    Raises UserError where fewer than two are left to compare.
+    """
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(error)
+    if left_out and len(runs) < 2:
+        raise left_out[0]
+    for error in left_out:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+    return runs

@@ -108,7 +108,7 @@ def lost_ranks_named() -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise RankLost(
-            f"another rank of this run is gone or does not answer ({reason}); the last checkpoint stands, start all of them again "
+            f"another rank of this run is gone or does not answer ({reason}); what was saved before stands, start all of them again "
             "with --resume auto"
         ) from error
 

@@ -34,7 +34,7 @@ from grasp_sparse.train.step import autocast, loss_function, step_options, train
 from grasp_sparse.train.streams import restore_rng, rng_state
 
 
-_MEND = "the last checkpoint stands; try a lower --lr, more --warmup or less --sparsity"
+_MEND = "what was saved before stands; try a lower --lr, more --warmup or less --sparsity"
 
 
 class Trainer:

@@ -124,3 +124,22 @@ def test_the_command_says_what_an_unfinished_run_lacks(tmp_path: Path, capsys: p
     (write_run(tmp_path / "run") / "result.json").unlink()
     assert cli.main(["report", str(tmp_path / "run")]) == 2
     assert "finish it with grasp-sparse train --resume" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_finished_are_left_out_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b, c, d = _runs(tmp_path)
+    (b / "result.json").unlink()
+    (c / "log.jsonl").write_text("{")
+    (tmp_path / "comparison.html").touch()  # of an earlier call: a shell's runs/* names it too
+    assert cli.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    printed = capsys.readouterr()
+    assert [line[0] for line in printed.out.splitlines() if line.startswith(("a ", "b ", "c ", "d "))] == ["a", "d"]
+    first, second = printed.err.splitlines()
+    assert f"left out: Expected a finished run in {b}" in first and f"of a run in {c}, got damaged ones" in second
+
+
+def test_a_single_run_is_not_compared_with_those_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folders = [write_run(tmp_path / name, name=name) for name in "ab"]
+    (folders[1] / "result.json").unlink()
+    assert cli.main(["report", *map(str, folders)]) == 2
+    assert f"Expected a finished run in {folders[1]}" in capsys.readouterr().err and not (tmp_path / "comparison.html").exists()
