@@ -12,7 +12,8 @@
 
 namespace grasp_sparse {
 
-// A packed band should stay in L2, from which it is read; two of them where gradients of both kinds are made in one walk.
+// A packed band should stay in L2, from which it is read; two of them where gradients of both kinds are made in one walk. Twice as
+// much was slower where L2 has 2 MiB too (64 channels at 32x32, 99 %, channels_last, an Intel Xeon: 13 -> 17 ms).
 constexpr int64_t kBandBytes = 512 << 10;
 
 // With a halo, of images whose pixels lie side by side: a band reads few pixels of each channel, and the fewer at a time, the
