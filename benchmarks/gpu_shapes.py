@@ -76,16 +76,17 @@ def in_order(
     """(group, shape, what is measured of it together): every shape in every pattern and sparsity, the most telling first.
 
     TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those
-    with most multiply-adds first, then what is left.
+    with most multiply-adds first, then what is left, of which what keeps most weights comes last.
     """
     combinations = [(pattern, sparsity) for pattern in patterns for sparsity in sparsities]
     targets = [(pattern, sparsity) for pattern, sparsity in combinations if sparsity in TARGETS.get(pattern, ())]
     usual = [combination for combination in combinations if combination in USUAL]
+    sparse = [combination for combination in combinations if combination[1] >= 0.9]
     shapes = {group: sorted(GROUPS[group](), key=lambda shape: -shape.work * shape.count) for group in groups}
     lines = [(group, shape) for group in groups if group == "linear" for shape in shapes[group]]
     images = [(group, shape) for group in groups if group != "linear" for shape in shapes[group]]
-    turns = [(line, targets) for line in lines] + [(line, combinations) for line in lines[:1]]
-    turns += [(image, usual) for image in images] + [(case, combinations) for case in (*lines, *images)]
+    turns = [(line, targets) for line in lines] + [(line, sparse) for line in lines[:1]] + [(image, usual) for image in images]
+    turns += [(case, wanted) for wanted in (sparse, combinations) for case in (*lines, *images)]
     done: set[tuple] = set()
     ordered = []
     for case, wanted in turns:

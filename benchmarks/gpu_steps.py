@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_cases import add_budget, limit_memory, measure_within, use_fastest_convolutions
-from benchmarks.gpu_shapes import NETWORKS, PATTERNS, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
+from benchmarks.gpu_shapes import NETWORKS, PATTERNS, SPARSITIES, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
 from benchmarks.gpu_summary import plan_line, table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
 from grasp_sparse.bench.arms import LAYOUTS
@@ -170,9 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [network.name for network in NETWORKS]
     add_device(flags)
     flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
-    flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=["unstructured", "block(64, 64)"],
-                       help="default: %(default)s")
-    flags.add_argument("--sparsity", type=share, nargs="+", default=(0.9, 0.95), metavar="S", help="default: %(default)s")
+    flags.add_argument("--pattern", nargs="+", choices=tuple(PATTERNS), default=list(PATTERNS), help="default: all")
+    flags.add_argument("--sparsity", type=share, nargs="+", default=SPARSITIES, metavar="S", help="default: %(default)s")
     flags.add_argument("--precision", nargs="+", choices=tuple(STORAGE), default=list(STORAGE), help="default: all")
     flags.add_argument("--rounds", type=int, default=5, help="measured steps of an arm (default: %(default)s)")
     flags.add_argument("--out", type=Path, help="CSV to write (default: gpu-steps.csv in benchmarks/results)")

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grasp_sparse.optim.fused import FusedOptimizer
+from grasp_sparse.optim.fused import FusedOptimizer, refuse_to_record_a_start
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -38,6 +38,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         )
 
     def _calls(self, group: dict, parameters: list[Tensor]) -> list[Callable[[], None]]:
+        refuse_to_record_a_start([p for p in parameters if not self.state.get(p)])
         return [partial(self._adamw, group, parameters)]
 
     def _adamw(self, group: dict, parameters: list[Tensor]) -> None:

@@ -53,7 +53,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         """Replaces all masks. Weights that are no longer kept, and their state, become zero at the next update."""
-        packed = PackedMasks(masks)
+        packed = PackedMasks(masks, before=getattr(self, "_masks", None))
         packed.check_within([p for group in self.param_groups for p in group["params"]])
         self._masks = packed
         if self._raw_gradients:
@@ -66,7 +66,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: gradients that are sparse or complex; nothing has been changed then.
             NotImplementedError: options, loaded from a checkpoint of torch's optimizer, that exist only there.
-            RuntimeError: with ``during_backward``, gradients that were left over or a GradScaler.
+            RuntimeError: with ``during_backward``, gradients that were left over or a GradScaler; the first step of parameters
+                that have a state, while a CUDA graph is recorded.
         """
         loss = None
         if closure is not None:
@@ -182,6 +183,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._hook(index)
             if self._raw_gradients:
                 self._masks.take_raw_gradients()
+
+
+def refuse_to_record_a_start(parameters: Sequence[Tensor]) -> None:
+    """RuntimeError if a CUDA graph is being recorded, each replay of which would start the state of these parameters anew."""
+    if parameters and _is_recording(parameters[0]):
+        raise RuntimeError(
+            "Expected the optimizer to have taken a step before it is recorded in a CUDA graph, got parameters without state, "
+            "which every replay would start anew; take one step first."
+        )
+
+
+def _is_recording(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:

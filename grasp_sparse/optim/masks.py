@@ -39,13 +39,18 @@ def _refuse_others(optimizer: torch.optim.Optimizer, *_) -> None:
 class PackedMasks:
     """The masks of an optimizer, packed when they are first needed and again when a mask or its parameter has changed.
 
-    Changes in place are seen (``load_state_dict`` makes them), also a parameter that took other strides or another device.
+    Changes in place are seen (``load_state_dict`` makes them), also a parameter that took other strides or another device. Bits
+    stay where they are when they change: a CUDA graph that was recorded with them follows the next update outside of it.
+
+    Args:
+        masks: parameter -> mask.
+        before: what these masks replace; bits of the same parameters take their places.
 
     Raises:
         ValueError: a mask is not a bool tensor of the shape of its parameter.
     """
 
-    def __init__(self, masks: Mapping[Tensor, Tensor]) -> None:
+    def __init__(self, masks: Mapping[Tensor, Tensor], before: PackedMasks | None = None) -> None:
         for parameter, mask in masks.items():
             if mask.dtype != torch.bool or mask.shape != parameter.shape:
                 raise ValueError(
@@ -53,7 +58,8 @@ class PackedMasks:
                     "masks= maps each parameter to the mask of its own shape."
                 )
         self._masks = dict(masks)
-        self._packed: dict[Tensor, tuple[tuple, Tensor]] = {}  # parameter -> what the bits were made from, bits
+        # parameter -> what the bits were made from, bits
+        self._packed: dict[Tensor, tuple[tuple, Tensor]] = {p: ((), bits) for p, (_, bits) in before._packed.items()} if before else {}
 
     def __reduce__(self):
         return PackedMasks, (self._masks,)
@@ -87,6 +93,9 @@ class PackedMasks:
     def _bits_of(self, parameter: Tensor) -> Tensor:
         mask = self._masks[parameter]
         made_from = mask._version, parameter.stride(), parameter.device
-        if parameter not in self._packed or self._packed[parameter][0] != made_from:
-            self._packed[parameter] = made_from, pack_like(mask, parameter)
-        return self._packed[parameter][1]
+        made, bits = self._packed.get(parameter, ((), None))
+        if made != made_from:
+            packed = pack_like(mask, parameter)
+            bits = packed if bits is None or bits.device != packed.device else bits.copy_(packed)
+            self._packed[parameter] = made_from, bits
+        return bits

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grasp_sparse.optim.fused import FusedOptimizer
+from grasp_sparse.optim.fused import FusedOptimizer, refuse_to_record_a_start
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -47,6 +47,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             same, buffers = new if buffer is None else old
             same.append(p)
             buffers.append(torch.empty_like(p) if buffer is None else buffer)
+        refuse_to_record_a_start(new[0])
         return [partial(self._sgd, group, *pair, pair is new) for pair in (old, new) if pair[0]]
 
     def _sgd(self, group: dict, parameters: list[Tensor], buffers: list[Tensor], first_step: bool) -> None:

@@ -32,16 +32,18 @@ def test_the_most_telling_layers_come_first_and_each_once():
     assert len(every) == len(set(every)) and set(every) == wanted
     images = [group for group, _, together in ordered if group != "linear" and len(together) == 2]
     assert images == sorted(images, key=list(GROUPS).index)
+    kept = [min(sparsity for _, sparsity in together) for _, _, together in ordered]
+    assert kept.index(0.8) == len(kept) - kept.count(0.8) and all(sparsity >= 0.9 for sparsity in kept[: kept.index(0.8)])
     assert in_order(["vgg16"], ["block(32, 32)"], [0.8])[0][2] == [("block(32, 32)", 0.8)]
 
 
 def test_the_most_telling_steps_come_first():
-    cases = steps_in_order(NETWORKS, ["unstructured", "block(64, 64)"], (0.9, 0.95), list(STORAGE))
+    cases = steps_in_order(NETWORKS, list(PATTERNS), SPARSITIES, list(STORAGE))
     assert [str(case) for case in cases[:4]] == [
         "vgg16_bn block(64, 64) 95% bfloat16", "vgg16_bn unstructured 95% float32",
         "wide_resnet50_2 block(64, 64) 95% bfloat16", "vit_b_16 block(64, 64) 95% bfloat16",
     ]  # fmt: skip
-    assert len(set(cases)) == len(cases) == 4 * 2 * 2 * 3
+    assert len(set(cases)) == len(cases) == 4 * 4 * 5 * 3
 
 
 def test_a_case_that_fails_costs_a_line(capsys):

@@ -77,3 +77,34 @@ def test_a_recorded_step_goes_on_counting(kind):
         reference.step()
     for p, q in zip(ours, stock, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_a_recorded_step_follows_a_mask_once_a_step_outside_has_seen_it(kind):
+    made = parameters()
+    mask = torch.rand(made[0].shape, device="cuda") < 0.5
+    optimizer = OPTIMIZERS[kind][0](made, masks={made[0]: mask}, **OPTIMIZERS[kind][2])
+    set_gradients(made, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    mask.logical_not_()
+    optimizer.step()
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(made[0] != 0, mask)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_a_first_step_is_not_recorded(kind):
+    made = parameters()
+    optimizer = OPTIMIZERS[kind][0](made, **OPTIMIZERS[kind][2])
+    set_gradients(made, 0)
+    held = [p.detach().clone() for p in made]
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="Expected the optimizer to have taken a step before it is recorded"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+    assert all(map(torch.equal, made, held))

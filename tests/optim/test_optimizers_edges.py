@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 
 import grasp_sparse as gs
 from grasp_sparse import optim
+from grasp_sparse.bits import pack_like
 from grasp_sparse.nn import MaskedLinear
+from grasp_sparse.optim import fused
 
 MAKE = {
     "SGD": lambda p, **options: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, **options),
@@ -77,6 +80,46 @@ def test_masks_that_change_are_followed(make):
     masked = torch.ones(8, 16, dtype=torch.bool)
     optimizer.set_masks({})
     step()
+
+
+@every
+def test_bits_stay_in_their_place_for_graphs_that_read_them(make):
+    """A graph holds addresses: what it reads must not be freed when masks change, nor be of yesterday after the next step."""
+    weights = [torch.ones(20, requires_grad=True) for _ in range(2)]
+    mask = torch.rand(20) < 0.5
+    optimizer = make(weights, masks={weights[0]: mask, weights[1]: torch.rand(20) < 0.5})
+
+    def bits() -> list[torch.Tensor]:
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return [optimizer._masks.bits([weight])[0] for weight in weights if optimizer._masks.get(weight) is not None]
+
+    before = bits()
+    mask.logical_not_()
+    assert [b.data_ptr() for b in bits()] == [b.data_ptr() for b in before] and torch.equal(before[0], pack_like(mask, weights[0]))
+    other = torch.rand(20) < 0.5
+    optimizer.set_masks({weights[0]: other})
+    (after,) = bits()
+    assert after.data_ptr() == before[0].data_ptr() and torch.equal(after, pack_like(other, weights[0]))
+    freed = weakref.ref(before[1])
+    del before
+    assert freed() is not None
+
+
+@every
+def test_a_first_step_is_not_recorded(make, monkeypatch):
+    weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    optimizer = make(weights)
+    weights[0].grad = torch.ones(3)
+    optimizer.step()
+    monkeypatch.setattr(fused, "_is_recording", lambda tensor: True)
+    optimizer.step()
+    weights[1].grad = torch.ones(3)
+    held = [weight.detach().clone() for weight in weights]
+    with pytest.raises(RuntimeError, match="Expected the optimizer to have taken a step before it is recorded"):
+        optimizer.step()
+    assert all(map(torch.equal, weights, held)) and not optimizer.state.get(weights[1])
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey")  # they do not, on purpose

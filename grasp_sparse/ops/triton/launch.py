@@ -131,6 +131,7 @@ def sampled(
     _check_size(tokens)
     if tokens == 0 or nblocks == 0:
         return g.new_zeros(nblocks, bh, bw, dtype=torch.float32)
+    outputs, inputs = g.shape[-1], x.shape[-1]
     g, x = _whole_blocks(g, bh), _whole_blocks(x, bw)
     out_channels, in_channels = g.shape[-1], x.shape[-1]
     tiles = (tile,) if tile else sampled_tiles(x.dtype, precision, block_size, has_wgmma(x.device))
@@ -151,7 +152,8 @@ def sampled(
     shape = ("sampled", x.dtype, precision, out_channels, in_channels, bh, bw, geometry)
     with on_device(x):
         launch(fastest((shape, _magnitude(tokens), _magnitude(nblocks)), tiles, launch, x.device))
-    return partial.sum(0) if parts > 1 else partial
+    sums = partial.sum(0) if parts > 1 else partial
+    return _inside_weight(sums, crow_indices, col_indices, outputs, inputs)
 
 
 def _check_size(tokens: int, groups: int = 1) -> None:
@@ -183,12 +185,31 @@ def _whole_blocks(x: Tensor, side: int) -> Tensor:
 
 
 def _inside(values: Tensor, lists: Lists, read_blocks: int, read_channels: int, transposed: bool) -> Tensor:
-    """Values, with zeros where blocks reach past the channels that are read: 0 * nan is no 0."""
-    blocks, dim = lists.entries % read_blocks, 1 if transposed else 2
+    """Values, with zeros where blocks reach past the channels that are read."""
+    blocks = lists.entries % read_blocks
     if lists.places is not None:
         blocks = torch.empty_like(blocks).scatter_(0, lists.places.long(), blocks)
-    channels = blocks[:, None] * values.shape[dim] + torch.arange(values.shape[dim], device=values.device)
-    return torch.where((channels < read_channels).unsqueeze(3 - dim), values, 0)
+    return _zero_past(read_channels, values, blocks, 1 if transposed else 2)
+
+
+def _inside_weight(values: Tensor, crow_indices: Tensor, col_indices: Tensor, out_channels: int, in_channels: int) -> Tensor:
+    """Values, with zeros where blocks reach past the weight."""
+    bh, bw = values.shape[1:]
+    if out_channels % bh:
+        rows = torch.arange(crow_indices.shape[0] - 1, device=values.device)
+        # told the size of its result, this waits for nothing
+        rows = torch.repeat_interleave(rows, crow_indices.diff(), output_size=col_indices.shape[0])
+        values = _zero_past(out_channels, values, rows, 1)
+    if in_channels % bw:
+        values = _zero_past(in_channels, values, col_indices % math.ceil(in_channels / bw), 2)
+    return values
+
+
+def _zero_past(channels: int, values: Tensor, blocks: Tensor, dim: int) -> Tensor:
+    """Padding alone is not enough: 0 * nan is no 0. ``blocks`` says of which channels each is, in blocks, along ``dim``."""
+    side = values.shape[dim]
+    inside = blocks[:, None] * side + torch.arange(side, device=values.device) < channels
+    return torch.where(inside.unsqueeze(3 - dim), values, 0)
 
 
 def _longest_first(pointers: Tensor, programs: int) -> Tensor | None:

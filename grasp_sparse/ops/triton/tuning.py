@@ -88,7 +88,8 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def has_wgmma(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether tensor cores read operands from shared memory: wgmma, and what followed it where there is no wgmma any more (10.x)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 _chosen: dict[Hashable, Tile] = {}
@@ -102,18 +103,29 @@ def fastest(key: Hashable, tiles: Sequence[Tile], launch: Callable[[Tile], None]
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return tiles[0]
-        _chosen[key] = min(tiles, key=lambda tile: _milliseconds(lambda: launch(tile)))
+        _chosen[key] = _fastest_that_runs(tiles, launch)
     return _chosen[key]
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
-    """Of the fastest of some runs; infinite where the device has too little shared memory."""
-    from triton.runtime.errors import OutOfResources
+def _fastest_that_runs(tiles: Sequence[Tile], launch: Callable[[Tile], None]) -> Tile:
+    """Leaves out those that this device has too little shared memory for, or this Triton cannot compile; all of them: its error."""
+    from triton.errors import TritonError
 
-    try:
-        run()
-    except OutOfResources:
-        return math.inf
+    times, reason = {}, None
+    for tile in tiles:
+        try:
+            launch(tile)
+        except TritonError as error:
+            reason = reason or error
+        else:
+            times[tile] = _milliseconds(lambda: launch(tile))
+    if not times:
+        raise reason
+    return min(times, key=times.__getitem__)
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Of the fastest of some runs."""
     begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(RUNS)] for _ in range(2))
     for begin, end in zip(begins, ends, strict=True):
         begin.record()

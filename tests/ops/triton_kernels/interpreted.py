@@ -81,6 +81,21 @@ def sweep_tiles() -> None:
             close(got, gradient, f"{size}, {together} together, {parts} parts")
 
 
+def sweep_edges() -> None:
+    """What is stored of blocks past the edges of a weight is zero, also under gradients that are not finite."""
+    point = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+    for size in ((16, 32), (32, 16), (16, 16)):
+        (_, indices), tokens = block_matrix((20, 40), size, 1.0, torch.float32), 9
+        ones = torch.ones(tokens, 20), torch.ones(tokens, 40)
+        outside = reference_blocks.bsr_sddmm(*indices, *ones, size) == 0
+        g, x = torch.randn(tokens, 20), torch.randn(tokens, 40)
+        g[2, 3], x[5, 7] = float("inf"), float("nan")
+        as_images = g[:, :, None, None], x[:, :, None, None]
+        for got in (linear.bsr_sddmm(*indices, g, x, size), conv2d.bsr_conv2d_wgrad(*indices, *as_images, size, *point)):
+            assert outside.any() and (got[outside] == 0).all(), f"{size}: {got[outside].isnan().sum()} are not zero"
+            assert got.isnan().any()
+
+
 def sweep_lists() -> None:
     """The lists made on the device are those that plain Python makes."""
     for (name, (kernel, stride, padding, dilation, _)), density in product(WINDOWS.items(), (0.0, 0.3, 1.0)):
@@ -128,7 +143,7 @@ def interpreter_counts() -> bool:
     return count.item() == 3
 
 
-SWEEPS = {"linear": sweep_linear, "conv2d": sweep_conv2d, "tiles": sweep_tiles, "lists": sweep_lists}
+SWEEPS = {"linear": sweep_linear, "conv2d": sweep_conv2d, "tiles": sweep_tiles, "edges": sweep_edges, "lists": sweep_lists}
 
 if __name__ == "__main__":
     assert isinstance(launch.product_kernel, InterpretedFunction)

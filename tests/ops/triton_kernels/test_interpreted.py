@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 TESTS, PACKAGE = Path(__file__).parents[1], Path(grasp_sparse.__file__).parents[1]
 
 
-@pytest.mark.parametrize("sweep", ["linear", "conv2d", "tiles", "lists"])
+@pytest.mark.parametrize("sweep", ["linear", "conv2d", "tiles", "edges", "lists"])
 def test_equals_reference(sweep):
     paths = os.pathsep.join((str(TESTS), str(PACKAGE)))
     program = [sys.executable, str(Path(__file__).with_name("interpreted.py")), sweep]

@@ -13,7 +13,7 @@ from op_cases import WINDOWS, block_matrix
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from grasp_sparse.ops import reference_blocks
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS
@@ -114,6 +114,22 @@ def test_one_slow_run_decides_nothing(monkeypatch):
 
     clock.launch = disturbed
     assert clock.fastest("a call") == 128
+
+
+def test_tiles_that_do_not_compile_are_left_out_and_not_all_of_them(monkeypatch):
+    clock = Clock(monkeypatch, {64: math.inf, 128: 5.0, 256: 2.0, 512: 1.0})
+    launch = clock.launch
+
+    def no_largest(tile: tuning.Tile) -> None:
+        if tile.size == 512:
+            raise PTXASError("no registers are left")
+        launch(tile)
+
+    clock.launch = no_largest
+    assert clock.fastest("a call") == 256
+    clock.seconds = dict.fromkeys(clock.seconds, math.inf)
+    with pytest.raises(OutOfResources):
+        clock.fastest("another call")
 
 
 def test_inside_a_graph_the_first_tile_is_taken_unless_one_is_known(monkeypatch):
