@@ -8,7 +8,8 @@
 The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how many
 weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
 asked for and in both memory formats. Each layer of a pruned network runs as gs.plan has measured it to be faster. Pruned networks
-are given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. A step is
+are given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. They take
+their steps with torch's fused SGD, as the dense ones do, and once more with gs.optim.SGD, which masks in the update. A step is
 recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned network are compared with those
 of the dense one with zeros in place before anything is measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv
 with the times of every layer, after every case, and prints a table at the end (benchmarks/gpu_summary.py).
@@ -33,6 +34,7 @@ from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.bench.steps import STEP, check_steps, dense_steps, masked_copy, sparse_steps
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.optim import SGD, layer_masks
 from grasp_sparse.planning import Plan, plan
 from grasp_sparse.pruning import prune
 from grasp_sparse.surgery import sparsify_
@@ -40,6 +42,7 @@ from grasp_sparse.train.optimizer import make_optimizer
 from grasp_sparse.train.step import loss_function, training_step
 
 CLASSES, SCORED = 1000, 16
+OWN_SGD = "peer gs.optim.SGD"  # the pruned network again, with that optimizer
 KEY = ("model", "pattern", "sparsity", "planned_in")
 
 
@@ -55,9 +58,11 @@ class _Autocast(nn.Module):
             return self.model(x)
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor, used: str, device: str) -> Callable[[], object]:
-    """One training step of `model`, which is taken over."""
-    optimizer, loss = make_optimizer(STEP, model), loss_function(STEP)
+def step_of(
+    model: nn.Module, x: Tensor, y: Tensor, used: str, device: str, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], object]:
+    """One training step of `model`, which is taken over; with torch's fused SGD, unless another `optimizer` is given."""
+    optimizer, loss = optimizer or make_optimizer(STEP, model), loss_function(STEP)
     runs = _Autocast(model, device) if STORAGE[used] != torch.float32 else model
 
     def step() -> None:
@@ -81,6 +86,14 @@ def prepared(
         return masked, masks, check_steps(dense_steps(masked, few) | steps, masks)
 
 
+def masking_sgd(model: nn.Module) -> SGD:
+    """Ours, which masks the gradients of masked layers as it reads them: they spare a pass over each."""
+    masks = layer_masks(model)
+    return SGD(
+        model.parameters(), STEP.lr, STEP.momentum, weight_decay=STEP.weight_decay, masks=masks, raw_gradients=bool(masks)
+    )
+
+
 def _computing_in(used: str, device: str) -> AbstractContextManager:
     """As a step in this precision does."""
     contexts = ExitStack()
@@ -93,7 +106,10 @@ def _computing_in(used: str, device: str) -> AbstractContextManager:
 def arms_of(
     masked: nn.Module, masks: MaskSet, x: Tensor, y: Tensor, of_dense: Iterable[str], used: str, device: str
 ) -> tuple[dict[str, Callable[[], object]], Plan]:
-    """Steps of the dense network in the precisions `of_dense`, in both memory formats, of the pruned one in `used`; its plan."""
+    """Steps of the dense network in the precisions `of_dense`, in both memory formats, of the pruned one in `used`; its plan.
+
+    The pruned one takes them with torch's fused SGD, as the dense one does, and beside it with ours.
+    """
     arms = {}
     for other in of_dense:
         for layout, memory_format in LAYOUTS.items():
@@ -104,7 +120,9 @@ def arms_of(
     with _computing_in(used, device):
         chosen = plan(model, masks, given)
         sparsify_(model, masks, plan=chosen)
+    own = copy.deepcopy(model).train()
     arms[f"{SPARSE} {used} channels_last"] = step_of(model.train(), given, y, used, device)
+    arms[f"{OWN_SGD} {used} channels_last"] = step_of(own, given, y, used, device, masking_sgd(own))
     return arms, chosen
 
 
@@ -120,7 +138,7 @@ def measure(
     times = times_of(arms, device, rounds)
     rows = []
     for name in times:
-        kind, used, layout = name.split()
+        kind, *_, used, layout = name.split()
         rivals = [other for other in times if kind_of(other) == kind and used in other.split()]
         dense = min(times[other].median for other in times if kind_of(other) == DENSE and used in other.split())
         rows.append({

@@ -15,7 +15,7 @@ from grasp_sparse.report.curves import QUANTITIES, plot_curves
 from grasp_sparse.report.figures import inline_svg
 from grasp_sparse.report.pages import write_page
 from grasp_sparse.report.recipe import toml_value
-from grasp_sparse.report.runs import SPARSE, Run
+from grasp_sparse.report.runs import SPARSE, Run, in_words
 from grasp_sparse.report.style import SERIES, STYLE, human_bytes, human_seconds
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import human_duration, table
@@ -46,7 +46,7 @@ def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
         "title": f"{len(runs)} runs compared", "curves": curves, "alike": alike, "header": header, "rows": rows,
         "colours": [SERIES[number % len(SERIES)] for number in range(len(named))], "group_header": GROUP_HEADER,
         "groups": seed_groups(named),
-        "machines": sorted({_machine(run) for run in runs}), "recipes": _differences(named),
+        "machines": sorted({in_words(run.timed_in) for run in runs}), "recipes": _differences(named),
     }  # fmt: skip
     return write_page("comparison.html", values, folder / COMPARISON_NAME)
 
@@ -157,13 +157,6 @@ def _made_by(run: Run) -> tuple[str, str]:
 
 def _spread(shares: Sequence[float]) -> str:
     return f"{fmean(shares):.2%} ± {100 * stdev(shares):.2f}"
-
-
-def _machine(run: Run) -> str:
-    environment = run.result["environment"]
-    device = environment.get("cuda") or environment.get("cpu")
-    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
-    return f"{device}, {threads}, torch {environment.get('torch')}, {environment.get('kernels')} kernels"
 
 
 def _differences(named: dict[str, Run]) -> dict[str, Any]:

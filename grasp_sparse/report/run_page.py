@@ -13,7 +13,7 @@ from grasp_sparse.report.curves import QUANTITIES, plot_curve
 from grasp_sparse.report.figures import inline_svg
 from grasp_sparse.report.pages import write_page
 from grasp_sparse.report.recipe import changed_settings, recipe_toml
-from grasp_sparse.report.runs import SPARSE, Run, read_run
+from grasp_sparse.report.runs import SPARSE, Run, in_words, read_run
 from grasp_sparse.report.style import STYLE, human_bytes, human_seconds
 from grasp_sparse.train.logging import human_duration
 from grasp_sparse.train.run import REPORT_NAME
@@ -92,13 +92,15 @@ def _traffic_note(run: Run) -> str:
 def _timing_note(run: Run) -> str:
     if not run.steps:
         return ""
-    environment = run.result["environment"]
+    environment = run.timed_in
     parts = run.config.get("accumulate", 1)
     batch = f"{run.config['batch_size']}" + (f" x {parts} micro-batches" if parts > 1 else "")
     note = (
         f"A step is forward, loss, backward and update on a real batch of {batch}; arms in turns in one process, "
         f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}, allocator: {environment['allocator']}."
     )
+    if (there := in_words(environment)) != in_words(run.result["environment"]):
+        note += f" Timed on {there}; training began elsewhere."
     if run.speedup:
         note += f" The best dense path here is {next(iter(run.steps))}; the sparse step is {run.speedup:.2f} times as fast."
     return note

@@ -69,6 +69,11 @@ class Run:
         return {} if self.result["timing"] is None else self.result["timing"]["arms"]
 
     @property
+    def timed_in(self) -> dict[str, Any]:
+        """The environment in which steps were timed: another than that of the training where it went on elsewhere."""
+        return (self.result["timing"] or {}).get("environment") or self.result["environment"]
+
+    @property
     def phases(self) -> dict[str, dict[str, float]]:
         """Seconds by phase of a step, dense and sparse; empty where they were not measured."""
         return (self.result["timing"] or {}).get("phases") or {}
@@ -103,6 +108,13 @@ class Run:
             f"Pruned before training by {how}, budget {self.config['budget']}: {self.pruning['weight_sparsity']:.2%} of the "
             f"weights and {self.pruning['flop_sparsity']:.2%} of the multiply-adds removed; trained sparse from the first step."
         )
+
+
+def in_words(environment: dict[str, Any]) -> str:
+    """The machine and what computed on it."""
+    device = environment.get("cuda") or environment.get("cpu")
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    return f"{device}, {threads}, torch {environment.get('torch')}, {environment.get('kernels')} kernels"
 
 
 def is_run(path: Path) -> bool:

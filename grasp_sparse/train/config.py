@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -156,7 +159,7 @@ class TrainConfig:
     keep_checkpoints: int = _option(2, "run", "newest checkpoints to keep, beside the one of the best epoch", type=int, metavar="N")
 
     seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
-    device: str = _option("cpu", "run", "cpu, or cuda")
+    device: str = _option("cpu", "run", "cpu, cuda or cuda:N")
     threads: int | None = _option(None, "run", "CPU threads (default: torch's choice)", type=int, metavar="N")
     timing_rounds: int = _option(
         15, "run", "measured steps per arm, dense and sparse in turns, after training; 0 skips", type=int, metavar="N"
@@ -171,7 +174,12 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise UserError for a value out of range; return self."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"Expected {name}: a finite number, got {value!r}")
         for name, ok, expected in (
+            ("name", self.name not in ("", ".", "..") and "/" not in self.name and os.sep not in self.name, "a name of one folder"),
+            ("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "cpu, cuda or cuda:N"),
             ("sparsity", self.sparsity is None or 0 <= self.sparsity < 1, "0 <= sparsity < 1 (0.98 keeps 2 %)"),
             ("min_density", 0 <= self.min_density <= 1, "a share between 0 and 1"),
             ("max_density", self.max_density is None or 0 < self.max_density <= 1, "a share above 0, at most 1"),

@@ -91,6 +91,7 @@ def _read_masks(config: TrainConfig, model: nn.Module) -> MaskSet:
         raise UserError(f"Expected --masks to be a mask file, got {found} at {path}; `grasp-sparse prune` writes one")
     masks = MaskSet.load(path)
     masks.check(model)
+    say(f"masks of {path} as they are, {masks.sparsity:.3%} of the weights removed; --sparsity and --criterion choose nothing")
     return masks
 
 
@@ -151,6 +152,8 @@ def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet,
     """
     costs = weight_costs(model, example_input(config, data), include=list(masks))
     example, ranks = example_batch(config, data), current_ranks()
+    if config.plan == "auto" and config.max_density is None:
+        say(f"measuring how each of {len(masks)} layers runs fastest, unless it was measured before")
     with autocast(example.device, step_options(config).dtype):
         if ranks.size > 1 and config.plan == "auto" and config.max_density is None:
             report = sparsify_(model, masks, example, on_main(lambda: plan(model, masks, example)))

@@ -63,7 +63,7 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 
     `overwrite` deletes the run that is there, but not before data, model and masks have proved good.
     """
-    on_main(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    on_main(lambda: _make_folder(run_dir))
     with _sole_user(run_dir):
         on_main(lambda: _check_vacant(run_dir, overwrite))
         data, model = data_and_model(config)
@@ -87,17 +87,23 @@ def start_run(config: TrainConfig, run_dir: Path, overwrite: bool = False) -> di
 def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
     with _sole_user(run_dir):
-        return _finish(_resumed_trainer(run_dir, given))
+        trainer, trained_as = _resumed_trainer(run_dir, given)
+        measured = None if trained_as is None else on_main(lambda: _measured_before(trainer))
+        return _finish(trainer, trained_as, measured)
 
 
-def _resumed_trainer(run_dir: Path, given: dict[str, Any]) -> Trainer:
-    """A trainer that stands where the newest good checkpoint was written, which is held in memory no longer than this takes."""
+def _resumed_trainer(run_dir: Path, given: dict[str, Any]) -> tuple[Trainer, tuple[TrainConfig, Ranks] | None]:
+    """A trainer that stands where the newest good checkpoint was written, which is held in memory no longer than this takes.
+
+    With it, where nothing is left to train, the settings and the ranks that trained it.
+    """
     path, state = on_main(lambda: _take_up(run_dir))
     config = resumed_config(state, given, path)
     kind = "nothing for a dense run" if config.dense else "a summary"
     require(config.dense == (state["pruning"] is None), f"pruning in {path}", kind, state["pruning"])
     ranks = current_ranks()
     recipe = TrainConfig.from_dict(state["recipe"], str(path))
+    trained_as = config, Ranks(size=len(state["rng"]))
     config = regrouped(config, recipe, len(state["rng"]), ranks)
     data, model = data_and_model(config)
     check_data_of_run(data, state, path)
@@ -116,7 +122,7 @@ def _resumed_trainer(run_dir: Path, given: dict[str, Any]) -> Trainer:
     position = trainer.position
     say(f"{run_dir}: " + ("training is complete" if position.finished else
                           f"going on at epoch {position.epoch + 1}, step {position.step + 1}"))
-    return trainer
+    return trainer, trained_as if position.finished else None
 
 
 def continue_or_start_run(config: TrainConfig, given: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -139,6 +145,12 @@ def _sole_user(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         on_main(lock)
         yield
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"Expected --out to be a folder for the run, got the file {folder}; name another")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _check_vacant(folder: Path, overwrite: bool) -> None:
@@ -170,13 +182,18 @@ def _take_up(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, state
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
-    """Train to the end, measure the step against the dense one, write result.json and return what it holds."""
+def _finish(
+    trainer: Trainer, trained_as: tuple[TrainConfig, Ranks] | None = None, measured: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train to the end, measure the step against the dense one, write result.json and return what it holds.
+
+    `trained_as`: the settings and ranks of a training that was complete before; `measured`: what was measured of its step then.
+    """
     config = trainer.config
     resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
-        comparison = on_main(lambda: _compared_if_possible(trainer))
+        comparison = measured or on_main(lambda: _compared_if_possible(trainer))
     except KeyboardInterrupt as stop:
         saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
         if not saved and not list_checkpoints(trainer.run_dir):
@@ -186,13 +203,14 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         if isinstance(stop, Preempted):
             raise Preempted(f"stopped by a signal; {state}, {resume}", saved=True) from None
         raise (Interrupted if saved else KeyboardInterrupt)(f"interrupted; {state}, {resume}") from None
+    config, ranks = trained_as or (config, trainer.ranks)
     result = {
         "config": config.to_dict(),
         "environment": trainer.extra["environment"],
         "data": trainer.extra["data"],
         "pruning": trainer.extra["pruning"],
         "training": _training_summary(position),
-        "scale": _scale(trainer),
+        "scale": _scale(trainer, config, ranks),
         **comparison,
     }
     text = json.dumps(result, indent=1)
@@ -212,16 +230,31 @@ def _training_summary(position: Position) -> dict[str, Any]:
     }
 
 
-def _scale(trainer: Trainer) -> dict[str, Any]:
+def _scale(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """On how many ranks, and what crossed between them a step: measured bytes beside the numbers they should hold."""
     kept, dense = parameter_counts(trainer.model)
     return {
-        "ranks": trainer.ranks.size,
-        "images_per_step": images_per_step(trainer.config, trainer.ranks),
+        "ranks": ranks.size,
+        "images_per_step": images_per_step(config, ranks),
         "reduced_bytes": trainer.position.history[-1]["reduced_bytes"],
         "values": kept,
         "dense_parameters": dense,
     }
+
+
+def _measured_before(trainer: Trainer) -> dict[str, Any] | None:
+    """What result.json says was measured of the steps of this complete run; None where as much as is asked for now was not."""
+    try:
+        result = json.loads((trainer.run_dir / RESULT_NAME).read_text(encoding="utf-8"))
+        measured = {name: result[name] for name in ("timing", "memory")}
+        if result["training"] != _training_summary(trainer.position) or not all(measured.values()):
+            return None
+        if result["config"]["timing_rounds"] != trainer.config.timing_rounds:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    say("its steps were measured before; another --timing-rounds measures them again")
+    return measured
 
 
 def _compared_if_possible(trainer: Trainer) -> dict[str, Any]:
@@ -252,6 +285,9 @@ def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
     phases = measure_phases(config, dense, sparse, batches, fastest)
     models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
     return {
-        "timing": {"arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": fastest, "phases": phases},
+        "timing": {
+            "arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": fastest, "phases": phases,
+            "environment": describe_environment(),
+        },
         "memory": {name: dataclasses.asdict(measure_footprint(config, model, batches[0])) for name, model in models.items()},
     }

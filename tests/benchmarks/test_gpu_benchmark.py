@@ -101,7 +101,8 @@ def test_steps_write_every_arm(tmp_path):
     arguments = ["--device", "cpu", "--quick", "--rounds", "2", "--sparsity", "0.9", "--pattern", "block(32, 32)", "--precision", "float32"]
     assert gpu_steps.main([*arguments, "--out", str(out)]) == 0
     assert {row["arm"] for row in csv.DictReader(out.open())} == {
-        "dense float32 nchw", "dense float32 channels_last", "sparse float32 channels_last"
+        "dense float32 nchw", "dense float32 channels_last", "sparse float32 channels_last",
+        "peer gs.optim.SGD float32 channels_last",
     }  # fmt: skip
 
 

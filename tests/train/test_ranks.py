@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,14 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
     assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
     assert f"{4 * (values + dense):,} bytes all-reduced a step" in said
     assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
+
+
+def test_a_finished_run_that_is_taken_up_by_others_tells_who_trained_it(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(two_ranks[0], tmp_path / "run")
+    before = json.loads((folder / "result.json").read_text())
+    assert before["scale"]["ranks"] == 2
+    after = resume_run(folder, {})
+    assert all(after[name] == before[name] for name in ("config", "scale", "training"))
 
 
 @pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])

@@ -185,8 +185,13 @@ def test_a_signal_while_steps_are_timed_ends_a_run_that_is_saved(
     assert "stopped by a signal; saved, go on with" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run")["position"]["finished"]
     monkeypatch.undo()
-    assert cli.main(["train", "--resume", "auto", *flags]) == 0
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["timing"]
+    results = []
+    for more in ((), (), ("--timing-rounds", "3")):
+        assert cli.main(["train", "--resume", "auto", *flags, *more]) == 0
+        results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
+    first, again, anew = (result["timing"] for result in results)
+    assert first and first == again != anew  # a loop that starts a finished run again and again measures it once
+    assert first["environment"] == results[0]["environment"]
 
 
 def test_the_command_line_refuses_what_contradicts_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
