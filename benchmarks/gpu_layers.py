@@ -147,7 +147,8 @@ def _rows(
             row["vs dense of this precision"] = f"{min(rivals) / times[name].median:.3f}"
         if name in arms:
             flops, size = work(layer, x, y, STORAGE[used].itemsize, backward)
-            row["roofline"] = f"{ceilings.seconds(flops, size, used, bool(layer.block_size)) / times[name].median:.3f}"
+            # three digits of whatever it is: 0.000 has no logarithm
+            row["roofline"] = f"{ceilings.seconds(flops, size, used, bool(layer.block_size)) / times[name].median:.3g}"
         rows.append(row)
     return rows
 
