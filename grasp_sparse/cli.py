@@ -75,7 +75,11 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 def _out(arguments: argparse.Namespace, config: TrainConfig) -> Path:
     """The folder of a run that is not named by --resume."""
-    return Path(arguments.out) if arguments.out else Path("runs") / config.name
+    if arguments.out:
+        return Path(arguments.out)
+    if config.name in ("", "..") or Path(config.name).name != config.name:
+        raise UserError(f"Expected --name to be that of one folder in runs, got {config.name!r}; name another folder with --out")
+    return Path("runs") / config.name
 
 
 def _train(arguments: argparse.Namespace) -> int:

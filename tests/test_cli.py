@@ -203,6 +203,7 @@ def _criterion_arg(value: str) -> list[str]:
         (["train", *_SMALL, "--seed", "123456789012345678901"], "Expected seed"),
         (["train", *_SMALL, "--threads", "1000000"], "Expected threads: 1 to 4096"),
         (["train", *_SMALL, "--masks", "."], "Expected --masks to be a mask file, got a folder"),
+        (["train", *_SMALL, "--name", "../elsewhere"], "Expected --name to be that of one folder in runs"),
         (["train", *_SMALL, "--out", os.devnull], "Expected --out to be a folder for the run, got the file"),
         (["prune", *_SCORING, "--out", "."], "Expected --out to be a file for the masks, got the folder"),
         (_binary_recipe, "Expected recipe binary.toml to be a TOML file"),

@@ -59,7 +59,9 @@ class PackedMasks:
                 )
         self._masks = dict(masks)
         # parameter -> what the bits were made from, bits
-        self._packed: dict[Tensor, tuple[tuple, Tensor]] = {p: ((), bits) for p, (_, bits) in before._packed.items()} if before else {}
+        self._packed: dict[Tensor, tuple[tuple, Tensor]] = {}
+        if before is not None:
+            self._packed = {parameter: ((), bits) for parameter, (_, bits) in before._packed.items()}
 
     def __reduce__(self):
         return PackedMasks, (self._masks,)
@@ -96,6 +98,7 @@ class PackedMasks:
         made, bits = self._packed.get(parameter, ((), None))
         if made != made_from:
             packed = pack_like(mask, parameter)
-            bits = packed if bits is None or bits.device != packed.device else bits.copy_(packed)
+            same_place = bits is not None and (bits.device, bits.shape) == (packed.device, packed.shape)
+            bits = bits.copy_(packed) if same_place else packed
             self._packed[parameter] = made_from, bits
         return bits

@@ -152,10 +152,11 @@ def sparsify_for_training(config: TrainConfig, model: nn.Module, masks: MaskSet,
     """
     costs = weight_costs(model, example_input(config, data), include=list(masks))
     example, ranks = example_batch(config, data), current_ranks()
-    if config.plan == "auto" and config.max_density is None:
+    measured = config.plan == "auto" and config.max_density is None
+    if measured:
         say(f"measuring how each of {len(masks)} layers runs fastest, unless it was measured before")
     with autocast(example.device, step_options(config).dtype):
-        if ranks.size > 1 and config.plan == "auto" and config.max_density is None:
+        if ranks.size > 1 and measured:
             report = sparsify_(model, masks, example, on_main(lambda: plan(model, masks, example)))
         else:
             report = sparsify_(model, masks, example, config.plan, config.max_density)

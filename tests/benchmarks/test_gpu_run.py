@@ -13,6 +13,7 @@ import torch
 from benchmarks import gpu_cases, gpu_layers, gpu_peers, gpu_steps
 from benchmarks.gpu_shapes import GROUPS, NETWORKS, PATTERNS, SPARSITIES, TARGETS, in_order, steps_in_order
 from grasp_sparse.bench import cuda_arms
+from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.precision import STORAGE
 
 TINY = ["--device", "cpu", "--quick", "--rounds", "2", "--sparsity", "0.5", "0.75", "--pattern", "unstructured"]
@@ -127,6 +128,15 @@ def test_what_cannot_be_measured_together_is_measured_apart(tmp_path, monkeypatc
     assert gpu_layers.main([*TINY, "--out", str(out), "--resume"]) == 0
     after = rows_of(out)
     assert after[: len(before)] == before and {row["sparsity"] for row in after} == {"0.5", "0.75"}
+
+
+def test_a_tiny_share_of_the_roofline_is_not_nothing(tmp_path, monkeypatch, capsys):
+    """Of a busy machine, say: rounded to 0.000 it had no logarithm, and no table was printed."""
+    monkeypatch.setattr(gpu_layers, "measure_ceilings", lambda device: Ceilings(dict.fromkeys(STORAGE, 1e30), 1e30))
+    assert gpu_layers.main([*TINY, "--out", str(tmp_path / "layers.csv")]) == 0
+    shares = [float(row["roofline"]) for row in rows_of(tmp_path / "layers.csv") if row["roofline"]]
+    assert shares and all(0 < share < 1e-12 for share in shares)
+    assert "x 0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", [1, 2])

@@ -76,7 +76,7 @@ def test_an_unknown_recipe_names_the_packaged_ones() -> None:
      ("label_smoothing", 1.0), ("max_seconds", 0.0), ("threads", 0), ("milestones", [1.5]), ("timing_rounds", 1),
      ("min_density", 2.0), ("threads", 1_000_000), ("seed", 10**20), ("seed", -(2**63) - 1), ("image_size", 100_000), ("max_density", 0.0),
      ("momentum", 0.0), ("sparsity", float("nan")), ("lr", float("inf")), ("weight_decay", float("inf")), ("device", "meta"),
-     ("device", "cuda:"), ("name", "../elsewhere"), ("name", "..")],
+     ("device", "cuda:")],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(field: str, value: object) -> None:
     with pytest.raises(UserError, match="Expected (nesterov|" + field + ")"):
