@@ -32,7 +32,7 @@ from grasp_sparse.train.checkpoint_files import list_checkpoints
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.run import continue_or_start_run
 
-_RANKS = 2
+_RANKS, TOOK_TOO_LONG = 2, 98
 _CONFIG = several_ranks.small_config(
     model="several_ranks:noisy_net", train_limit=64, batch_size=16, epochs=3, checkpoint_minutes=0.0, keep_checkpoints=1
 )
@@ -59,7 +59,7 @@ def forked(work: Callable[[], int], said: Path, **environment: str) -> int:
 
 
 def ended(process: int, seconds: float = 60.0) -> int:
-    """The exit code of the process, minus the signal that ended it; one that takes too long is killed and gives 98."""
+    """The exit code of the process, minus the signal that ended it; one that takes longer is killed: TOOK_TOO_LONG."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -68,7 +68,7 @@ def ended(process: int, seconds: float = 60.0) -> int:
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return 98
+    return TOOK_TOO_LONG
 
 
 def auto(folder: Path, config: TrainConfig) -> int:
@@ -90,17 +90,21 @@ def what_stands(folder: Path) -> tuple[int, int] | str:
 
 
 def killed_at_random(folder: Path, seed: int, whole: Path, seconds: float) -> dict[str, Any]:
-    """A run that is killed two times at moments drawn by `seed` and then let go to its end."""
+    """A run that is killed two times at moments drawn by `seed` and then let go to its end.
+
+    `seconds`: what a whole run takes, as far as is known; in the result as far as is known then. On a machine that others use too, it
+    may have become shorter, and moments drawn from too many seconds would come when runs have ended.
+    """
     draw, target, stood, codes = random.Random(seed), folder / f"seed-{seed}", [], []
     for _ in range(2):
-        process = forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt")
-        time.sleep(draw.uniform(0, seconds))
-        os.kill(process, signal.SIGKILL)
-        codes.append(ended(process))
+        begun, fresh = time.monotonic(), not list_checkpoints(target)
+        codes.append(ended(forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt"), draw.uniform(0, seconds)))
+        if fresh and codes[-1] != TOOK_TOO_LONG:
+            seconds = time.monotonic() - begun
         stood.append(what_stands(target))
     last = ended(forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt"))
     return {
-        "codes": codes, "stood": stood, "last": last, "said": (folder / f"seed-{seed}.txt").read_text() if last else "",
+        "seconds": seconds, "codes": codes, "stood": stood, "last": last, "said": (folder / f"seed-{seed}.txt").read_text() if last else "",
         "differing": [] if last else differing_parts(target, whole),
         "left": sorted(path.name for path in target.iterdir() if path.suffix == ".partial"),
     }  # fmt: skip
@@ -186,8 +190,10 @@ def main(arguments: Sequence[str]) -> None:
     start = time.monotonic()
     assert ended(forked(lambda: auto(whole, _CONFIG), folder / "whole.txt")) == 0, (folder / "whole.txt").read_text()
     seconds = time.monotonic() - start
-    happened["seconds"] = seconds
-    happened["seeds"] = [killed_at_random(folder, seed, whole, seconds) for seed in range(seeds)]
+    happened["seeds"] = []
+    for seed in range(seeds):
+        happened["seeds"].append(killed_at_random(folder, seed, whole, seconds))
+        seconds = happened["seeds"][-1]["seconds"]
     (folder / "happened.json").write_text(json.dumps(happened))
 
 
