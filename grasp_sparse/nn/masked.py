@@ -22,13 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grasp_sparse.nn.kernels import channels_last
 from grasp_sparse.nn.linear import check_mask
-
+from grasp_sparse.ops.differentiable import is_transformed
 
 # Integers of the size of a floating-point number, to take its bits as they are.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# Up to this many weights two passes by torch.where take less than one call of a Python function.
-_FEW = 4096
 
 
 class Consumer(Protocol):
@@ -55,17 +52,12 @@ def consumer_of(weight: Tensor) -> Consumer | None:
 class _MaskGradient(torch.autograd.Function):
     """The weight itself, with a gradient that is zero where the mask is False, or as it is for who masks it later."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[1])
+    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
         # What is compiled outlives the answer to who consumes the gradient: it always masks.
-        ctx.weight = None if torch.compiler.is_compiling() else weakref.ref(inputs[0])
+        ctx.weight = None if torch.compiler.is_compiling() else weakref.ref(weight)
+        return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -118,7 +110,8 @@ class _Masked:
         """The stored weight, which is zero where pruned; its gradient will be, too."""
         if not self.weight.requires_grad:
             return self.weight
-        return _MaskGradient.apply(self.weight, self.mask) if self.mask.numel() > _FEW else self.to_dense_weight()
+        # A function that functorch may transform is called through more of Python than it does itself.
+        return self.to_dense_weight() if is_transformed() else _MaskGradient.apply(self.weight, self.mask)
 
     def _apply(self, fn, recurse: bool = True):
         mask = self.mask

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.nn.kernels import runs_here
+from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.dtypes import compute_dtype
 
 
@@ -34,11 +35,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         if self._fusible(x, residual, running):
             if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
-                y, mean, var = torch.ops.grasp_sparse.batch_norm_train(x, residual, self.weight, self.bias, self.eps, self.relu)
+                y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, self.relu)
                 self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
                 return y
             if not batch_statistics and (x.is_cuda or not self._differentiated(x, residual)):
-                return torch.ops.grasp_sparse.batch_norm_eval(x, residual, self.weight, self.bias, *running, self.eps, self.relu)
+                return call("batch_norm_eval", x, residual, self.weight, self.bias, *running, self.eps, self.relu)
         y = F.batch_norm(x, *running, self.weight, self.bias, batch_statistics, momentum, self.eps)
         if residual is not None:
             y += residual  # in place, as residual networks do: batch norm does not keep its output

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from grasp_sparse.nn.kernels import runs_here
+from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.layout import is_batch_innermost, is_channels_last
 
 _MOST_TAPS = 255  # a place in the window is one byte
@@ -25,7 +26,7 @@ class MaxPool2d(nn.MaxPool2d):
         kernel_size, stride, padding, dilation = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
         if not self._supported(input, kernel_size, padding, dilation):
             return super().forward(input)
-        return torch.ops.grasp_sparse.max_pool2d(input, kernel_size, stride, padding, dilation, self.ceil_mode)[0]
+        return call("max_pool2d", input, kernel_size, stride, padding, dilation, self.ceil_mode)[0]
 
     def _supported(self, x: Tensor, kernel_size, padding, dilation) -> bool:
         if x.dim() != 4 or x.numel() == 0 or self.return_indices:

@@ -19,6 +19,7 @@ import torch
 
 from grasp_sparse.ops import reference, reference_pool
 from grasp_sparse.ops.dense import computed
+from grasp_sparse.ops.differentiable import differentiable
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -241,4 +242,4 @@ for _name, _backward, _setup in (
     ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
     ("batch_norm_eval", _batch_norm_eval_backward, _setup_batch_norm_eval),
 ):
-    torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)
+    differentiable(_name, _backward, _setup)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from grasp_sparse.ops.autograd import gated
+from grasp_sparse.ops.differentiable import differentiable
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -120,4 +121,4 @@ for _name, _backward, _setup in (
     ("bsr_conv2d_dgrad", _dgrad_backward, _setup_dgrad),
     ("bsr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
 ):
-    torch.library.register_autograd(f"grasp_sparse::{_name}", _backward, setup_context=_setup)
+    differentiable(_name, _backward, _setup)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, block_grid
+from grasp_sparse.ops.differentiable import call
 
 _COMPUTE = (torch.float32, torch.float64)
 # Asked once: of a device that autocast does not know (meta) it must not be asked, and not every torch.compile traces the question.
@@ -34,7 +35,7 @@ def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | No
     _check_features(x, cols)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     flat = _rows(x)
-    y = torch.ops.grasp_sparse.csr_spmm(values, *indices, bias, flat, relu)
+    y = call("csr_spmm", values, *indices, bias, flat, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
     return y if y.dtype == result else y.to(result)
@@ -57,7 +58,7 @@ def bsr_linear(
     _check_features(x, cols)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     flat = _rows(x)
-    y = torch.ops.grasp_sparse.bsr_spmm(values, *indices, bias, flat, rows, relu)
+    y = call("bsr_spmm", values, *indices, bias, flat, rows, relu)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], rows)
     return y if y.dtype == result else y.to(result)
@@ -90,8 +91,8 @@ def csr_conv2d(
     _check_images(x, channels, kernel_size, padding, dilation)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    y = torch.ops.grasp_sparse.csr_conv2d_fprop(
-        values, *indices, bias, batched, list(kernel_size), list(stride), list(padding), list(dilation)
+    y = call(
+        "csr_conv2d_fprop", values, *indices, bias, batched, list(kernel_size), list(stride), list(padding), list(dilation)
     )
     if x.dim() == 3:
         y = y.squeeze(0)
@@ -124,8 +125,8 @@ def bsr_conv2d(
     _check_images(x, channels, kernel_size, padding, dilation)
     (x, values, bias), result = _compute_dtype(x, values, bias)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    y = torch.ops.grasp_sparse.bsr_conv2d_fprop(
-        values, *indices, bias, batched, out_channels, kernel_size, list(stride), list(padding), list(dilation), relu
+    y = call(
+        "bsr_conv2d_fprop", values, *indices, bias, batched, out_channels, kernel_size, list(stride), list(padding), list(dilation), relu
     )
     if x.dim() == 3:
         y = y.squeeze(0)

@@ -10,7 +10,6 @@ import torch
 from layer_cases import DENSE, pruned, random_mask, sparse_of
 from torch import nn
 
-from grasp_sparse.nn import masked as masked_module
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 
 
@@ -97,15 +96,9 @@ def test_wrong_mask_is_refused(make):
             make(dense, mask)
 
 
-@pytest.fixture(params=["few weights", "many weights"])
-def count(request, monkeypatch):
-    """Masked layers mask small and large weights in two ways."""
-    monkeypatch.setattr(masked_module, "_FEW", 1 << 20 if request.param == "few weights" else 0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_gradients_that_are_not_finite_stop_at_the_mask(bad, dtype, count):
+def test_gradients_that_are_not_finite_stop_at_the_mask(bad, dtype):
     dense = nn.Linear(6, 4).to(dtype)
     mask = random_mask(dense)
     layer = masked_of(dense, mask)
@@ -119,7 +112,7 @@ def test_gradients_that_are_not_finite_stop_at_the_mask(bad, dtype, count):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_masked_gradients_are_those_of_a_masked_weight(layout, count):
+def test_masked_gradients_are_those_of_a_masked_weight(layout):
     dense = nn.Conv2d(3, 8, 3).to(memory_format=layout)
     mask = random_mask(dense)
     layer, x = masked_of(dense, mask), torch.randn(2, 3, 6, 6).to(memory_format=layout)
@@ -129,7 +122,7 @@ def test_masked_gradients_are_those_of_a_masked_weight(layout, count):
     assert torch.equal(layer.weight.grad, dense.weight.grad * mask)
 
 
-def test_masked_layers_have_second_derivatives(count):
+def test_masked_layers_have_second_derivatives():
     layer = masked_of(nn.Linear(5, 4).double(), torch.rand(4, 5) < 0.5)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
 
@@ -145,7 +138,7 @@ def test_masked_layers_have_second_derivatives(count):
     torch.testing.assert_close(second, expected)
 
 
-def test_a_masked_layer_works_under_functional_transforms(count):
+def test_a_masked_layer_works_under_functional_transforms():
     layer, x = masked_of(nn.Linear(5, 4), torch.rand(4, 5) < 0.5), torch.randn(3, 5)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     each = torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sum()), in_dims=(None, 0))

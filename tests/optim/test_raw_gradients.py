@@ -12,7 +12,7 @@ from mixed_model import assert_equal_parameters, backward, mixed_model, train
 from torch import nn
 
 from grasp_sparse import optim
-from grasp_sparse.nn import MaskedLinear, masked
+from grasp_sparse.nn import MaskedLinear
 
 MAKE = {
     "SGD": lambda p, **options: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2, **options),
@@ -23,11 +23,6 @@ STOCK = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
 }
 every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-
-
-@pytest.fixture(autouse=True)
-def small_weights_too(monkeypatch):
-    monkeypatch.setattr(masked, "_FEW", 0)
 
 
 def masked_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,117 @@
+"""The short way to call an operation gives, bit for bit, what the operation gives, and steps aside where more than eager autograd looks on."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from op_cases import CALLS, examples, norm_inputs, operation, sparse_matrix
+
+from grasp_sparse.ops import csr_linear, differentiable
+
+
+def _norms_and_pools() -> dict[str, tuple]:
+    x, residual, weight, bias = (t.requires_grad_() for t in norm_inputs((3, 4, 5, 2), residual=True, affine=True))
+    statistics = (torch.randn(4, dtype=x.dtype), torch.rand(4, dtype=x.dtype) + 0.5)
+    return {
+        "batch_norm_train": (x, residual, weight, bias, 1e-5, True),
+        "batch_norm_eval": (x, None, weight, bias, *statistics, 1e-5, True),
+        "max_pool2d": (x, (2, 2), (1, 1), (1, 0), (1, 1), False),
+    }
+
+
+OTHERS = tuple(_norms_and_pools())
+
+
+def _call_of(case: str) -> tuple[str, list]:
+    """The name and all arguments, defaults too: those who take the short way give them all."""
+    name, inputs = case.partition(",")[0], list((examples() | _norms_and_pools())[case])
+    schema = operation(case).default._schema.arguments
+    return name, inputs + [argument.default_value for argument in schema[len(inputs) :]]
+
+
+def _results(y) -> list[torch.Tensor]:
+    return [t for t in ((y,) if isinstance(y, torch.Tensor) else y) if t.requires_grad]
+
+
+def test_there_is_a_short_way_for_every_case():
+    assert {case.partition(",")[0] for case in (*CALLS, *OTHERS)} == set(differentiable._functions)
+
+
+@pytest.mark.parametrize("case", (*CALLS, *OTHERS))
+def test_same_bits_and_same_derivatives(case):
+    torch.manual_seed(0)
+    name, inputs = _call_of(case)
+    leaves = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
+    found = []
+    for run in (lambda: getattr(torch.ops.grasp_sparse, name)(*inputs), lambda: differentiable.call(name, *inputs)):
+        torch.manual_seed(1)
+        results = _results(run())
+        first = torch.autograd.grad(results, leaves, [torch.randn_like(t) for t in results], create_graph=True, materialize_grads=True)
+        wanted = [g for g in first if g.requires_grad]
+        second = torch.autograd.grad(wanted, leaves, [torch.randn_like(g) for g in wanted], materialize_grads=True) if wanted else ()
+        found.append([*results, *first, *second])
+    assert len(found[0]) == len(found[1]) > len(leaves)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def _linear():
+    values, indices, _ = sparse_matrix(6, 8, 0.5)
+    return values.requires_grad_(), indices, torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+
+
+def test_eager_calls_take_it():
+    values, indices, x = _linear()
+    assert type(csr_linear(x, values, indices).grad_fn).__name__ == "csr_spmmBackward"
+    with torch.no_grad():
+        assert csr_linear(x, values, indices).grad_fn is None
+
+
+def test_compilers_and_tracers_see_the_operation():
+    values, indices, x = _linear()
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: csr_linear(x, values, indices), backend=backend, fullgraph=True)(x)
+    assert [str(target) for target in seen] == ["grasp_sparse.csr_spmm"]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_mapped_call_sees_the_operation():
+    values, indices, x = _linear()
+    stacked = torch.stack([x.detach(), -x.detach()])
+    y = torch.func.vmap(lambda x: csr_linear(x, values, indices))(stacked)
+    expected = csr_linear(stacked, values, indices)
+    torch.testing.assert_close(y, expected)
+    got, want = (torch.autograd.grad(result.square().sum(), values)[0] for result in (y, expected))
+    torch.testing.assert_close(got, want)
+
+
+def test_what_was_saved_and_then_written_to_is_noticed():
+    values, indices, x = _linear()
+    y = csr_linear(x * 1, values, indices).sum()
+    with torch.no_grad():
+        values.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_nothing_outlives_the_result(relu):
+    values, indices, x = _linear()
+    gc.collect()
+    gc.disable()
+    try:
+        inner = x * 1
+        y = csr_linear(inner, values, indices, None, relu)
+        kept = weakref.ref(inner), weakref.ref(y)
+        del inner, y
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
