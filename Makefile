@@ -53,8 +53,9 @@ demo: $(PACKAGE) data
 	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
 		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(DEMO_ARGS)
 
+# Test processes share the cores: a thread that spins while it waits for another takes a core from the next process.
 test: $(TEST_PACKAGES)
-	@$(VENV)/bin/python -m pytest tests -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest tests -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 sanitize: $(TEST_PACKAGES)
 	@echo "building the sanitized kernels in $(SANITIZED) (some minutes the first time)"

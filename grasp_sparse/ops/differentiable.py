@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_ops = torch.ops.grasp_sparse
 _functions: dict[str, type[torch.autograd.Function]] = {}
 # Of functorch there is no public question. Where torch does not answer this one, every call takes the long way.
 is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -19,10 +20,9 @@ is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transform
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
     """Gives ``grasp_sparse::name`` its derivative: as ``torch.library.register_autograd``, which needs these two, and for :func:`call`."""
-    operation = getattr(torch.ops.grasp_sparse, name)
 
     def forward(ctx, *inputs):
-        output = operation(*inputs)
+        output = getattr(_ops, name)(*inputs)
         setup(ctx, inputs, output)
         return output
 
@@ -35,4 +35,4 @@ def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
     """``torch.ops.grasp_sparse.name(*inputs)``, with less of torch around it where nothing but eager autograd looks on."""
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()):
         return _functions[name].apply(*inputs)
-    return getattr(torch.ops.grasp_sparse, name)(*inputs)
+    return getattr(_ops, name)(*inputs)
