@@ -214,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
       if (y) image.gate = const_data<S>(gate) + p.first * mg.row_stride;
       return image;
     };
-    // One walk for both, as convolutions have it, gained nothing here: the two gather from different matrices, and the wider
-    // one would make the panels of both narrow.
+    // One walk for both, as convolutions have it, gains nothing here: the two gather from different matrices, whose panels do not
+    // stay in L2 together (2 MiB of it, 1024 -> 4096 and back, 99 %: .83 to .96 of the speed at batch 512, 1.0 to 1.1 at 2048).
     if (input_grad)
       for (const Piece& p : pieces(mx.rows, product_columns(csr, mg.features), kLanes<T>))
         image_dgrad<S>(csr, const_data<T>(v), gradient(p), point(p), image_of(mutable_data<S>(dx), matrix_of(dx), p));
