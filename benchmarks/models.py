@@ -9,8 +9,8 @@ Networks: the paper's VGG-19 and ResNet-32 (batch 128, 32x32), torchvision's Res
 Fashion-MNIST, under a budget in multiply-adds and one in weights; they are kept in --mask-dir. The dense network is the same
 one with zeros where pruned; both run in both memory formats, in turns in one process, after loss, all gradients of the kept
 weights and each sparse layer alone were found equal on memory poisoned with NaN. A measured step follows an unmeasured one of the
-same network, as it does in training. Writes benchmarks/results/models.csv, and models-breakdown.csv with where the time goes in the
-fastest dense and the fastest sparse step, after every case.
+same network, as it does in training; denormal numbers count as zero. Writes benchmarks/results/models.csv, and models-breakdown.csv
+with where the time goes in the fastest dense and the fastest sparse step, after every case.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images, masks_of
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
 from grasp_sparse.bench.breakdown import breakdown
+from grasp_sparse.bench.denormals import flush_denormals
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
 from grasp_sparse.costs import weight_costs
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags.parse_args(arguments)
 
     seconds = options.seconds_per_case or (5.0 if options.quick else 30.0)
-    settings = settings_of(options)
+    settings = {"denormals": flush_denormals()} | settings_of(options)
     path = options.out or RESULTS / ("models-quick.csv" if options.quick else "models.csv")
     results = Results(path, settings, options.resume)
     shares = Results(path.with_name(f"{path.stem}-breakdown{path.suffix}"), settings, options.resume)

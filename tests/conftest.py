@@ -25,6 +25,7 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed_and_threads():
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # benchmarks set it
     # Tests are small: two threads that wait for each other take longer. Those that are about threads ask for them.
     torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.layers import layer_table, measure_layers, verdict
+from grasp_sparse.bench.denormals import flush_denormals
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, write_rows
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
 from grasp_sparse.choice import sparsity_under
@@ -87,6 +88,7 @@ def model_and_batch(options: BenchOptions, shape: tuple[int, ...]) -> tuple[nn.M
 def run_bench(options: BenchOptions) -> None:
     """Prunes, measures, prints both tables, writes the CSV if one is wanted. Raises UserError for bad input."""
     shape = _checked(options)
+    denormals = flush_denormals()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, batch = model_and_batch(options, shape)
@@ -109,7 +111,7 @@ def run_bench(options: BenchOptions) -> None:
             "weight_sparsity": f"{masks.sparsity:.5f}",
             "flop_sparsity": f"{masks.flop_sparsity(costs):.5f}",
         }  # fmt: skip
-        environment = machine()
+        environment = {"denormals": denormals} | machine()
         write_rows(options.out, [common | row | environment for row in rows])
         say(f"wrote {options.out}")
 
