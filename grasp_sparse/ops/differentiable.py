@@ -19,7 +19,7 @@ is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transform
 
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
-    """Gives ``grasp_sparse::name`` its derivative: as ``torch.library.register_autograd``, which needs these two, and for :func:`call`."""
+    """Gives ``grasp_sparse::name`` its derivative, in the terms of ``torch.library.register_autograd``: there and in :func:`call`."""
 
     def forward(ctx, *inputs):
         output = getattr(_ops, name)(*inputs)
@@ -28,11 +28,15 @@ def differentiable(name: str, backward: Callable, setup: Callable) -> None:
 
     torch.library.register_autograd(f"grasp_sparse::{name}", backward, setup_context=setup)
     # The name is what a graph shows: csr_spmmBackward.
-    _functions[name] = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    _functions[name] = type(name, (torch.autograd.Function,), members)
 
 
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
-    """``torch.ops.grasp_sparse.name(*inputs)``, with less of torch around it where nothing but eager autograd looks on."""
+    """``torch.ops.grasp_sparse.name(*inputs)``, with less of torch around it where nothing but eager autograd looks on.
+
+    Of an operation that :func:`differentiable` knows, and with all its arguments: defaults are not filled in.
+    """
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()):
         return _functions[name].apply(*inputs)
     return getattr(_ops, name)(*inputs)

@@ -126,8 +126,9 @@ def bsr_conv2d(
     (x, values, bias), result = _compute_dtype(x, values, bias)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     y = call(
-        "bsr_conv2d_fprop", values, *indices, bias, batched, out_channels, kernel_size, list(stride), list(padding), list(dilation), relu
-    )
+        "bsr_conv2d_fprop", values, *indices, bias, batched, out_channels, kernel_size, list(stride), list(padding), list(dilation),
+        relu,
+    )  # fmt: skip
     if x.dim() == 3:
         y = y.squeeze(0)
     return y if y.dtype == result else y.to(result)

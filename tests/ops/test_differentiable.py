@@ -1,4 +1,4 @@
-"""The short way to call an operation gives, bit for bit, what the operation gives, and steps aside where more than eager autograd looks on."""
+"""The short way to call an operation gives, bit for bit, what that gives, and steps aside where more than eager autograd looks on."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ def test_same_bits_and_same_derivatives(case):
     for run in (lambda: getattr(torch.ops.grasp_sparse, name)(*inputs), lambda: differentiable.call(name, *inputs)):
         torch.manual_seed(1)
         results = _results(run())
-        first = torch.autograd.grad(results, leaves, [torch.randn_like(t) for t in results], create_graph=True, materialize_grads=True)
+        seeds = [torch.randn_like(t) for t in results]
+        first = torch.autograd.grad(results, leaves, seeds, create_graph=True, materialize_grads=True)
         wanted = [g for g in first if g.requires_grad]
-        second = torch.autograd.grad(wanted, leaves, [torch.randn_like(g) for g in wanted], materialize_grads=True) if wanted else ()
+        seeds = [torch.randn_like(g) for g in wanted]
+        second = torch.autograd.grad(wanted, leaves, seeds, materialize_grads=True) if wanted else ()
         found.append([*results, *first, *second])
     assert len(found[0]) == len(found[1]) > len(leaves)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
