@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grasp_sparse.bench.arms import WrongResultError
-from grasp_sparse.bench.layers import layer_table, measure_layers, verdict
 from grasp_sparse.bench.denormals import flush_denormals
+from grasp_sparse.bench.layers import layer_table, measure_layers, verdict
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, write_rows
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
 from grasp_sparse.choice import sparsity_under

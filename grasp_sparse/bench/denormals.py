@@ -1,8 +1,8 @@
-"""Numbers too small to be normal, which some processors take a hundred times as long to multiply.
+"""Numbers too small to be normal, which some processors take many times as long to multiply.
 
 A step that is measured again and again trains on one batch, and in a network without 98 % of its weights gradients fade until they
-are such numbers: after three steps of a ResNet-50 the dense one took four times as long on an Intel Xeon, 4 seconds and then 17,
-the sparse one as long as before. That says nothing about sparsity, so steps are measured with those numbers taken for zero.
+are such numbers: on an Intel Xeon a dense ResNet-50 then took several times as long as in its first steps, and the sparse one as
+long as before. That says nothing about sparsity, so steps are measured with those numbers taken for zero.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def test_layers_whole_steps_and_a_csv(capsys: pytest.CaptureFixture) -> None:
     first, other = ({row["input_grad"] for row in rows if row["layer"] == layer} for layer in ("0", "3"))
     assert (first, other) == ({"no"}, {"yes"})
     assert all(row["kernels"] and row["threads"] == "1" and row["criterion"] == "grasp" for row in rows)
+    assert {row["denormals"] for row in rows} == {"zero"} and not torch.tensor([1e-40]).mul(1.0).any()
 
 
 def test_a_pattern(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

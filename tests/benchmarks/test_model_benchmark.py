@@ -59,6 +59,7 @@ def test_steps_and_breakdown_are_written_and_resumed(tmp_path: Path, monkeypatch
         assert row["data"] == "Pictures (small)" and row["pass"] == "training step" and float(row["median_s"]) > 0
         reached = float(row["flop_sparsity" if row["budget"] == "flops" else "weight_sparsity"])
         assert reached == pytest.approx(float(row["sparsity"]), abs=0.02)
+    assert {row["denormals"] for row in rows} == {"zero"} and not torch.tensor([1e-40]).mul(1.0).any()
     sparse = conv[2]
     assert sum(int(sparse[f"layers_{kind}"]) for kind in ("sparse", "masked", "dense")) == 3
     shares: dict[tuple[str, ...], float] = {}

@@ -71,7 +71,7 @@ def test_eager_calls_take_it():
         assert csr_linear(x, values, indices).grad_fn is None
 
 
-def test_compilers_and_tracers_see_the_operation():
+def test_compilers_see_the_operation():
     values, indices, x = _linear()
     seen = []
 
@@ -82,6 +82,14 @@ def test_compilers_and_tracers_see_the_operation():
     torch._dynamo.reset()
     torch.compile(lambda x: csr_linear(x, values, indices), backend=backend, fullgraph=True)(x)
     assert [str(target) for target in seen] == ["grasp_sparse.csr_spmm"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_tracers_see_the_operation():
+    values, indices, x = _linear()
+    traced = torch.jit.trace(lambda x, values: csr_linear(x, values, indices), (x, values))
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert "grasp_sparse::csr_spmm" in kinds and "prim::PythonOp" not in kinds
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
