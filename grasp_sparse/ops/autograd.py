@@ -19,7 +19,7 @@ import torch
 
 from grasp_sparse.ops import reference, reference_pool
 from grasp_sparse.ops.dense import computed
-from grasp_sparse.ops.differentiable import differentiable
+from grasp_sparse.ops.differentiable import calls, differentiable
 
 _ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
@@ -34,14 +34,14 @@ def _spmm_backward(ctx, grad):
     values, *indices, x, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if needs[0]:
-        dx, dvalues, dbias = _ops.csr_spmm_backward(values, *indices, grad, x, y, needs[7])
+        dx, dvalues, dbias = calls.csr_spmm_backward(values, *indices, grad, x, y, needs[7])
         return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx if needs[7] else None, None
     grad = gated(grad, y)
     return (
         None,
         *_NO_INDEX_GRADS,
         grad.sum(0, dtype=values.dtype) if needs[6] else None,
-        _ops.csr_spmm_t(values, *indices, grad) if needs[7] else None,
+        calls.csr_spmm_t(values, *indices, grad) if needs[7] else None,
         None,
     )
 
@@ -59,9 +59,9 @@ def _spmm_t_backward(ctx, grad):
     values, *indices, g = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _ops.csr_sddmm(*indices, g, grad) if needs[0] else None,
+        calls.csr_sddmm(*indices, g, grad) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _ops.csr_spmm(values, *indices, None, grad) if needs[6] else None,
+        calls.csr_spmm(values, *indices, None, grad) if needs[6] else None,
     )
 
 
@@ -74,8 +74,8 @@ def _sddmm_backward(ctx, grad):
     needs = ctx.needs_input_grad
     return (
         *_NO_INDEX_GRADS,
-        _ops.csr_spmm(grad, *indices, None, x) if needs[5] else None,
-        _ops.csr_spmm_t(grad, *indices, g) if needs[6] else None,
+        calls.csr_spmm(grad, *indices, None, x) if needs[5] else None,
+        calls.csr_spmm_t(grad, *indices, g) if needs[6] else None,
     )
 
 
@@ -91,12 +91,12 @@ def _linear_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
     if not ctx.input_grad:
         grad_dx = torch.zeros_like(x)
     return (
-        _ops.csr_sddmm(*indices, g, grad_dx) if needs[0] else None,
+        calls.csr_sddmm(*indices, g, grad_dx) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        gated(_ops.csr_spmm(values, *indices, grad_dbias, grad_dx) + _ops.csr_spmm(grad_dvalues, *indices, None, x), y)
+        gated(calls.csr_spmm(values, *indices, grad_dbias, grad_dx) + calls.csr_spmm(grad_dvalues, *indices, None, x), y)
         if needs[6]
         else None,
-        _ops.csr_spmm_t(grad_dvalues, *indices, g) if needs[7] else None,
+        calls.csr_spmm_t(grad_dvalues, *indices, g) if needs[7] else None,
         None,
         None,
     )
@@ -112,13 +112,13 @@ def _fprop_backward(ctx, grad):
     values, *indices, x = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if needs[0] and needs[7]:
-        dx, dvalues, dbias = _ops.csr_conv2d_backward(values, *indices, grad, x, *ctx.window)
+        dx, dvalues, dbias = calls.csr_conv2d_backward(values, *indices, grad, x, *ctx.window)
         return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx, *(None,) * 4
     return (
-        _ops.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
+        calls.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
         grad.sum((0, 2, 3), dtype=values.dtype) if needs[6] else None,
-        _ops.csr_conv2d_dgrad(values, *indices, grad, x.shape[2:], *ctx.window) if needs[7] else None,
+        calls.csr_conv2d_dgrad(values, *indices, grad, x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 4,
     )
 
@@ -132,9 +132,9 @@ def _dgrad_backward(ctx, grad):
     values, *indices, g = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _ops.csr_conv2d_wgrad(*indices, g, grad, *ctx.window) if needs[0] else None,
+        calls.csr_conv2d_wgrad(*indices, g, grad, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _ops.csr_conv2d_fprop(values, *indices, None, grad, *ctx.window) if needs[6] else None,
+        calls.csr_conv2d_fprop(values, *indices, None, grad, *ctx.window) if needs[6] else None,
         *(None,) * 5,
     )
 
@@ -149,8 +149,8 @@ def _wgrad_backward(ctx, grad):
     needs = ctx.needs_input_grad
     return (
         *_NO_INDEX_GRADS,
-        _ops.csr_conv2d_fprop(grad, *indices, None, x, *ctx.window) if needs[5] else None,
-        _ops.csr_conv2d_dgrad(grad, *indices, g, x.shape[2:], *ctx.window) if needs[6] else None,
+        calls.csr_conv2d_fprop(grad, *indices, None, x, *ctx.window) if needs[5] else None,
+        calls.csr_conv2d_dgrad(grad, *indices, g, x.shape[2:], *ctx.window) if needs[6] else None,
         *(None,) * 4,
     )
 
@@ -162,14 +162,14 @@ def _setup_conv_backward(ctx, inputs, output):
 
 def _conv_backward_backward(ctx, grad_dx, grad_dvalues, grad_dbias):
     values, *indices, g, x = ctx.saved_tensors
-    needs, fprop = ctx.needs_input_grad, _ops.csr_conv2d_fprop
+    needs, fprop = ctx.needs_input_grad, calls.csr_conv2d_fprop
     return (
-        _ops.csr_conv2d_wgrad(*indices, g, grad_dx, *ctx.window) if needs[0] else None,
+        calls.csr_conv2d_wgrad(*indices, g, grad_dx, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
         fprop(values, *indices, grad_dbias, grad_dx, *ctx.window) + fprop(grad_dvalues, *indices, None, x, *ctx.window)
         if needs[6]
         else None,
-        _ops.csr_conv2d_dgrad(grad_dvalues, *indices, g, x.shape[2:], *ctx.window) if needs[7] else None,
+        calls.csr_conv2d_dgrad(grad_dvalues, *indices, g, x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 4,
     )
 

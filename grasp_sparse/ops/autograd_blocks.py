@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from grasp_sparse.ops.autograd import gated
-from grasp_sparse.ops.differentiable import differentiable
+from grasp_sparse.ops.differentiable import calls, differentiable
 
-_ops = torch.ops.grasp_sparse
 _NO_INDEX_GRADS = (None,) * 5
 
 
@@ -24,10 +23,10 @@ def _spmm_backward(ctx, grad):
     values, *indices, x, y = ctx.saved_tensors
     needs, grad = ctx.needs_input_grad, gated(grad, y)
     return (
-        _ops.bsr_sddmm(*indices, grad, x, values.shape[1:]) if needs[0] else None,
+        calls.bsr_sddmm(*indices, grad, x, values.shape[1:]) if needs[0] else None,
         *_NO_INDEX_GRADS,
         grad.sum(0, dtype=values.dtype) if needs[6] else None,
-        _ops.bsr_spmm_t(values, *indices, grad, x.shape[1]) if needs[7] else None,
+        calls.bsr_spmm_t(values, *indices, grad, x.shape[1]) if needs[7] else None,
         None,
         None,
     )
@@ -41,9 +40,9 @@ def _spmm_t_backward(ctx, grad):
     values, *indices, g = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _ops.bsr_sddmm(*indices, g, grad, values.shape[1:]) if needs[0] else None,
+        calls.bsr_sddmm(*indices, g, grad, values.shape[1:]) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _ops.bsr_spmm(values, *indices, None, grad, g.shape[1]) if needs[6] else None,
+        calls.bsr_spmm(values, *indices, None, grad, g.shape[1]) if needs[6] else None,
         None,
     )
 
@@ -57,8 +56,8 @@ def _sddmm_backward(ctx, grad):
     needs = ctx.needs_input_grad
     return (
         *_NO_INDEX_GRADS,
-        _ops.bsr_spmm(grad, *indices, None, x, g.shape[1]) if needs[5] else None,
-        _ops.bsr_spmm_t(grad, *indices, g, x.shape[1]) if needs[6] else None,
+        calls.bsr_spmm(grad, *indices, None, x, g.shape[1]) if needs[5] else None,
+        calls.bsr_spmm_t(grad, *indices, g, x.shape[1]) if needs[6] else None,
         None,
     )
 
@@ -73,10 +72,10 @@ def _fprop_backward(ctx, grad):
     values, *indices, x, y = ctx.saved_tensors
     needs, grad = ctx.needs_input_grad, gated(grad, y)
     return (
-        _ops.bsr_conv2d_wgrad(*indices, grad, x, values.shape[1:], *ctx.window) if needs[0] else None,
+        calls.bsr_conv2d_wgrad(*indices, grad, x, values.shape[1:], *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
         grad.sum((0, 2, 3), dtype=values.dtype) if needs[6] else None,
-        _ops.bsr_conv2d_dgrad(values, *indices, grad, x.shape[1], x.shape[2:], *ctx.window) if needs[7] else None,
+        calls.bsr_conv2d_dgrad(values, *indices, grad, x.shape[1], x.shape[2:], *ctx.window) if needs[7] else None,
         *(None,) * 6,
     )
 
@@ -90,9 +89,9 @@ def _dgrad_backward(ctx, grad):
     values, *indices, g = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _ops.bsr_conv2d_wgrad(*indices, g, grad, values.shape[1:], *ctx.window) if needs[0] else None,
+        calls.bsr_conv2d_wgrad(*indices, g, grad, values.shape[1:], *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
-        _ops.bsr_conv2d_fprop(values, *indices, None, grad, g.shape[1], *ctx.window) if needs[6] else None,
+        calls.bsr_conv2d_fprop(values, *indices, None, grad, g.shape[1], *ctx.window) if needs[6] else None,
         *(None,) * 6,
     )
 
@@ -107,8 +106,8 @@ def _wgrad_backward(ctx, grad):
     needs = ctx.needs_input_grad
     return (
         *_NO_INDEX_GRADS,
-        _ops.bsr_conv2d_fprop(grad, *indices, None, x, g.shape[1], *ctx.window) if needs[5] else None,
-        _ops.bsr_conv2d_dgrad(grad, *indices, g, x.shape[1], x.shape[2:], *ctx.window) if needs[6] else None,
+        calls.bsr_conv2d_fprop(grad, *indices, None, x, g.shape[1], *ctx.window) if needs[5] else None,
+        calls.bsr_conv2d_dgrad(grad, *indices, g, x.shape[1], x.shape[2:], *ctx.window) if needs[6] else None,
         *(None,) * 5,
     )
 

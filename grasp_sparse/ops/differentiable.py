@@ -1,42 +1,105 @@
-"""How operations get their derivatives, and the short way to call them with these.
+"""How operations get their derivatives, and how to call them with these.
 
-``torch.library`` lets every operation be traced, transformed and compiled, and on each call of one that is differentiated spends in
+``torch.library`` lets every operation be traced, mapped and compiled, and on each call of one that is differentiated spends in
 Python about as much again as the kernel of a small layer takes. An eager call needs none of that: an autograd function with the
-same formulas is enough.
+same formulas is enough. Nor does it know ``torch.func.grad`` (an error) and ``torch.func.jvp`` (zeros, without a word): there a
+third form of the same formulas serves the one and refuses the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ops = torch.ops.grasp_sparse
-_functions: dict[str, type[torch.autograd.Function]] = {}
-# Of functorch there is no public question. Where torch does not answer this one, every call takes the long way.
-is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# Of functorch there is no public question. Where torch does not answer these, nothing counts as transformed.
+is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_levels: Callable[[], list | None] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may carry tangents, which ``no_grad`` does not keep them from."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def _is_functionalized() -> bool:
+    """Whether ``functionalize`` looks on, which knows operations but no autograd functions."""
+    return any(level.key().name == "Functionalize" for level in _levels() or ())
+
+
+class _Ways(NamedTuple):
+    eager: type[torch.autograd.Function]
+    transformed: type[torch.autograd.Function]
+    defaults: tuple[object, ...]  # of all arguments, None where there is no default
+
+
+_ways: dict[str, _Ways] = {}
 
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
     """Gives ``grasp_sparse::name`` its derivative, in the terms of ``torch.library.register_autograd``: there and in :func:`call`."""
+    operation = getattr(_ops, name)
 
-    def forward(ctx, *inputs):
-        output = getattr(_ops, name)(*inputs)
+    def forward(*inputs):
+        return operation(*inputs)
+
+    def forward_with(ctx, *inputs):
+        output = operation(*inputs)
         setup(ctx, inputs, output)
         return output
 
+    def no_jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"Expected reverse mode (backward, torch.func.grad, vjp, jacrev), got forward mode (torch.func.jvp, jacfwd, hessian, "
+            f"torch.autograd.forward_ad), in which grasp_sparse::{name} has no derivative; of a hessian take jacrev(jacrev(f))."
+        )
+
+    def function(**members):
+        # The name is what a graph shows: csr_spmmBackward.
+        members = {key: staticmethod(member) for key, member in (members | {"backward": backward, "jvp": no_jvp}).items()}
+        return type(name, (torch.autograd.Function,), members)
+
     torch.library.register_autograd(f"grasp_sparse::{name}", backward, setup_context=setup)
-    # The name is what a graph shows: csr_spmmBackward.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    _functions[name] = type(name, (torch.autograd.Function,), members)
+    # Two forms, for torch calls the second through more of Python, transformed or not.
+    eager = function(forward=forward_with)
+    transformed = function(forward=forward, setup_context=setup)
+    transformed.generate_vmap_rule = True
+    _ways[name] = _Ways(eager, transformed, tuple(argument.default_value for argument in operation.default._schema.arguments))
 
 
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
-    """``torch.ops.grasp_sparse.name(*inputs)``, with less of torch around it where nothing but eager autograd looks on.
+    """``torch.ops.grasp_sparse.name(*inputs)`` of an operation that :func:`differentiable` knows.
 
-    Of an operation that :func:`differentiable` knows, and with all its arguments: defaults are not filled in.
+    With less of torch around it where nothing but eager autograd looks on, and so that ``torch.func.grad``, ``vmap`` and what is
+    made of these differentiate it.
+
+    Raises:
+        NotImplementedError: it is differentiated in forward mode, which no operation here knows.
     """
-    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()):
-        return _functions[name].apply(*inputs)
-    return getattr(_ops, name)(*inputs)
+    way = None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        pass
+    elif is_transformed():
+        way = None if _is_functionalized() else _ways[name].transformed
+    elif torch.is_grad_enabled() or _in_forward_mode():
+        way = _ways[name].eager
+    if way is None:
+        return getattr(_ops, name)(*inputs)
+    return way.apply(*inputs, *_ways[name].defaults[len(inputs) :])
+
+
+class _Calls:
+    """``torch.ops.grasp_sparse`` by way of :func:`call`, for formulas: they are differentiated as well."""
+
+    def __getattr__(self, name: str) -> Callable:
+        def called(*inputs: object) -> Tensor | tuple[Tensor, ...]:
+            return call(name, *inputs)
+
+        return called
+
+
+calls = _Calls()

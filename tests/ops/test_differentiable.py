@@ -7,29 +7,10 @@ import weakref
 
 import pytest
 import torch
-from op_cases import CALLS, examples, norm_inputs, operation, sparse_matrix
+from differentiable_cases import CASES, call_of
+from op_cases import sparse_matrix
 
 from grasp_sparse.ops import csr_linear, differentiable
-
-
-def _norms_and_pools() -> dict[str, tuple]:
-    x, residual, weight, bias = (t.requires_grad_() for t in norm_inputs((3, 4, 5, 2), residual=True, affine=True))
-    statistics = (torch.randn(4, dtype=x.dtype), torch.rand(4, dtype=x.dtype) + 0.5)
-    return {
-        "batch_norm_train": (x, residual, weight, bias, 1e-5, True),
-        "batch_norm_eval": (x, None, weight, bias, *statistics, 1e-5, True),
-        "max_pool2d": (x, (2, 2), (1, 1), (1, 0), (1, 1), False),
-    }
-
-
-OTHERS = tuple(_norms_and_pools())
-
-
-def _call_of(case: str) -> tuple[str, list]:
-    """The name and all arguments, defaults too: those who take the short way give them all."""
-    name, inputs = case.partition(",")[0], list((examples() | _norms_and_pools())[case])
-    schema = operation(case).default._schema.arguments
-    return name, inputs + [argument.default_value for argument in schema[len(inputs) :]]
 
 
 def _results(y) -> list[torch.Tensor]:
@@ -37,13 +18,13 @@ def _results(y) -> list[torch.Tensor]:
 
 
 def test_there_is_a_short_way_for_every_case():
-    assert {case.partition(",")[0] for case in (*CALLS, *OTHERS)} == set(differentiable._functions)
+    assert {case.partition(",")[0] for case in CASES} == set(differentiable._ways)
 
 
-@pytest.mark.parametrize("case", (*CALLS, *OTHERS))
+@pytest.mark.parametrize("case", CASES)
 def test_same_bits_and_same_derivatives(case):
     torch.manual_seed(0)
-    name, inputs = _call_of(case)
+    name, inputs = call_of(case)
     leaves = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
     found = []
     for run in (lambda: getattr(torch.ops.grasp_sparse, name)(*inputs), lambda: differentiable.call(name, *inputs)):
