@@ -13,6 +13,7 @@ from grasp_sparse.ops.dtypes import compute_dtype
 ops = torch.ops.grasp_sparse
 EPS = 1e-5
 SHAPES = [(3, 5, 7, 7), (2, 3, 40, 41), (33, 67, 4, 4), (1, 1, 3, 5), (130, 24, 2, 2), (5, 600, 3, 1), (1, 2, 300, 1)]
+SHAPES += [(3, 260, 5, 9), (2, 1100, 9, 5)]  # rows of less and of more than a page, several runs of them
 
 
 def chain(x, residual, weight, bias, relu):
