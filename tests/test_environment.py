@@ -9,7 +9,7 @@ import pytest
 
 from grasp_sparse.environment import cpu_model
 
-CORE = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
+CORE = "processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-// Batch norm, one sheet at a time. Every loop is bound by memory, so each is one pass with as much done in it as can be, in the order
-// in which the sheet lies there. Sums run in the type that x is computed in over kRun rows only and are then added up in double; the
-// moments of a run are taken about its own first row, so that the digits of the spread survive a mean of any size: the value they
-// are taken about is at most sqrt(kRun) deviations from the run's mean.
+// Batch norm, one sheet at a time. Every loop is bound by memory, so each is one pass with as much done in it as can be, in the
+// order in which the sheet lies there. Sums run in the type that x is computed in over kRun rows only and are then added up in
+// double; the moments of a run are taken about its own first row, so that the digits of the spread survive a mean of any size: the
+// value they are taken about is at most sqrt(kRun) deviations from the run's mean.
 #pragma once
 
 #include <algorithm>
@@ -46,10 +46,10 @@ GRASP_SPARSE_INLINE void for_columns(int64_t col, int64_t end, const Block& bloc
   if (col < end) block(Count<1>{}, FirstLanes<T>{static_cast<int>(end - col)}, col);
 }
 
-// Rows that pass by while what belongs to some vectors of columns stays in registers. All of a run, where those vectors are a whole row;
-// else one, for the processor foresees who reads line after line, and not who takes a piece of every row (256 channels at 56x56 on a
-// Zen 4: 79 -> 63 ms for all loops). Rows of a page or more are foreseen each, and so are rows that lie apart: four of them read once
-// what belongs to a column (1024 channels at 14x14: 15.3 -> 12.7 ms). To ask for lines early was slower in all of these orders.
+// Rows that pass by while what belongs to some vectors of columns stays in registers. All of a run, where those vectors are a whole
+// row; else one, for the processor foresees who reads line after line, and not who takes a piece of every row (256 channels at 56x56
+// on a Zen 4: 79 -> 63 ms for all loops). Rows of a page or more are foreseen each, and so are rows that lie apart: four of them read
+// once what belongs to a column (1024 channels at 14x14: 15.3 -> 12.7 ms). To ask for lines early was slower in all these orders.
 template <class S>
 GRASP_SPARSE_INLINE int64_t turn_of(const NormArgs<S>& p) {
   constexpr int64_t kPageBytes = 4 << 10;
@@ -63,7 +63,9 @@ GRASP_SPARSE_INLINE void for_blocks(const NormArgs<S>& p, const Block& block) {
   const int64_t turn = turn_of(p);
   for (int64_t row = 0; row < p.rows; row += turn) {
     const int rows = static_cast<int>(p.rows - row < turn ? p.rows - row : turn);
-    for_columns<Compute<S>>(0, p.cols, [&](auto vectors, const auto& lanes, int64_t col) { block(vectors, lanes, row, rows, col); });
+    for_columns<Compute<S>>(0, p.cols, [&](auto vectors, const auto& lanes, int64_t col) {
+      block(vectors, lanes, row, rows, col);
+    });
   }
 }
 
