@@ -21,7 +21,6 @@ using Count = std::integral_constant<int, K>;
 // How the vectors of a block are read and written: all lanes, or the first few at the end of a row.
 template <class T>
 struct WholeLanes {
-  static constexpr int count = kNativeLanes<T>;
   template <class S>
   GRASP_SPARSE_INLINE Native<T> load(const S* p) const { return load_native(p); }
   template <bool Stream, class S>

@@ -20,7 +20,8 @@ struct Gated {
   GRASP_SPARSE_INLINE T one(const S* at) const { return to_compute(*gate_of(at)) <= T(0) ? T(0) : to_compute(*at); }
 };
 
-// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes. Rows [row_begin, row_end).
+// Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes, and ask for the next run, of the next
+// channel at last. Rows [row_begin, row_end).
 template <class S, class Read>
 GRASP_SPARSE_INLINE void pack_pixel_runs(const PackArgs<S>& p, const Read& read, int row_begin, int row_end) {
   using T = Compute<S>;
@@ -41,6 +42,8 @@ GRASP_SPARSE_INLINE void pack_pixel_runs(const PackArgs<S>& p, const Read& read,
         places[i] = used ? dst + row_place[row] + p.col_place[col] : unused;
         if (++col == p.width) col = 0, ++row;
       }
+      const int64_t ahead = q + L < pixels ? L : p.sc - first;
+      for (int lane = 0; lane < p.lanes; ++lane) __builtin_prefetch(src + first + lane * p.sn + ahead, 0, 2);
       transpose(src + first, p.sn, p.lanes, read, [&](int i) { return places[i]; });
     }
   }
@@ -60,21 +63,28 @@ void pack_pixels(const PackArgs<S>& p, const Read& read) {
   }
 }
 
-// Channels innermost: transpose L channels x L lanes of one pixel.
+// Channels innermost: transpose L channels x L lanes of one pixel, and ask for those of the next one, or for what comes soon in this
+// one where all lanes of a pixel are a large part of L2: so many streams no hardware prefetcher follows (1x1, 256 -> 64 channels at
+// 56x56, 98 %, a Zen 4: forward 12.6 -> 8.9 ms). Asking for it into L1 gained less.
 template <class S, class Read>
 void pack_channel_runs(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
+  constexpr int64_t kPixelBytes = 64 << 10, kSoon = 256 / sizeof(S);
+  const bool by_pixel = p.channels * static_cast<int64_t>(L * sizeof(S)) <= kPixelBytes;
   for (int row = p.row_begin; row < p.row_end; ++row) {
     const int64_t row_place = p.row_place[row - p.row_begin];
     if (row_place < 0) continue;
     for (int col = 0; col < p.width; ++col) {
       if (p.col_place[col] < 0) continue;
+      const bool skips = col + 1 < p.width && p.col_place[col + 1] < 0;  // a 1x1 window of stride 2
+      const int64_t ahead = by_pixel ? p.sw * (skips ? 2 : 1) : kSoon;
       const S* src = p.src + row * p.sh + col * p.sw;
       T* dst = p.dst + row_place + p.col_place[col];
       for (int c = 0; c < p.channels; c += L) {
         const int first = c + L <= p.channels ? c : p.channels - L;
         T* to = dst + first * p.channel_size;
+        for (int lane = 0; lane < p.lanes; ++lane) __builtin_prefetch(src + first + lane * p.sn + ahead, 0, 2);
         transpose(src + first, p.sn, p.lanes, read, [&](int i) { return to + i * p.channel_size; });
       }
     }
