@@ -15,6 +15,7 @@ namespace GRASP_SPARSE_ISA {
 
 constexpr int kRun = 32;
 constexpr int kNormVectors = kCanStream ? 8 : 4;  // what the registers hold, about: up to five values for each
+
 template <int K>
 using Count = std::integral_constant<int, K>;
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _ops = torch.ops.grasp_sparse
-# Of functorch there is no public question. Where torch does not answer these, nothing counts as transformed.
-is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# Of functorch there is no public question. Where torch does not answer this one, every call goes the way that suits all transforms.
+is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _levels: Callable[[], list | None] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
 
 
