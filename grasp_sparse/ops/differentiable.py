@@ -42,13 +42,12 @@ _ways: dict[str, _Ways] = {}
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
     """Gives ``grasp_sparse::name`` its derivative, in the terms of ``torch.library.register_autograd``: there and in :func:`call`."""
-    operation = getattr(_ops, name)
 
     def forward(*inputs):
-        return operation(*inputs)
+        return getattr(_ops, name)(*inputs)
 
     def forward_with(ctx, *inputs):
-        output = operation(*inputs)
+        output = forward(*inputs)
         setup(ctx, inputs, output)
         return output
 
@@ -68,7 +67,8 @@ def differentiable(name: str, backward: Callable, setup: Callable) -> None:
     eager = function(forward=forward_with)
     transformed = function(forward=forward, setup_context=setup)
     transformed.generate_vmap_rule = True
-    _ways[name] = _Ways(eager, transformed, tuple(argument.default_value for argument in operation.default._schema.arguments))
+    arguments = getattr(_ops, name).default._schema.arguments
+    _ways[name] = _Ways(eager, transformed, tuple(argument.default_value for argument in arguments))
 
 
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
