@@ -8,6 +8,7 @@ third form of the same formulas serves the one and refuses the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,10 +97,7 @@ class _Calls:
     """``torch.ops.grasp_sparse`` by way of :func:`call`, for formulas: they are differentiated as well."""
 
     def __getattr__(self, name: str) -> Callable:
-        def called(*inputs: object) -> Tensor | tuple[Tensor, ...]:
-            return call(name, *inputs)
-
-        return called
+        return functools.partial(call, name)
 
 
 calls = _Calls()
