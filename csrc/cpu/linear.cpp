@@ -1,78 +1,12 @@
-// csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward, and the first three of bsr_*. A matrix [N, features] is an image: L rows are
-// the lanes, T groups of L rows lie side by side as columns (one panel), panels lie below one another. So the three passes over
-// images are the only loops.
-#include <algorithm>
-
-#include "isa.h"
-#include "parallel.h"
+// csr_spmm, csr_spmm_t, csr_sddmm, csr_spmm_backward, and the first three of bsr_*: checks, layouts, and the call of the pass.
+#include "panels.h"
 #include "tensors.h"
 
 namespace grasp_sparse {
 
 namespace {
 
-struct Matrix {
-  int64_t rows, features, row_stride, feature_stride;
-};
-
 Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
-
-// Columns of a panel: what keeps its packed features (64 bytes each) in L2, at least 8, so that a weight's own loads are
-// shared by several multiply-adds; the passes take more features than then fit in blocks. The product of blocks shares loads
-// among outputs as well, and their sampled product would fold sums of fewer pixels too often.
-constexpr int64_t kLeastColumns = 8, kLeastColumnsOfBlocks = 4, kMostColumns = 16;
-
-int64_t panel_columns(int64_t features, int64_t least) {
-  constexpr int64_t kPanelBytes = 512 << 10;
-  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), least, kMostColumns);
-}
-
-int64_t product_columns(const CsrView& csr, int64_t features) {
-  return panel_columns(features, csr.has_blocks ? kLeastColumnsOfBlocks : kLeastColumns);
-}
-
-int64_t sampled_columns(const CsrView& csr, int64_t features) {
-  return panel_columns(features, csr.has_blocks ? kMostColumns : kLeastColumns);
-}
-
-// One rectangular piece of a matrix: rows [first, first + panels * columns * lanes).
-struct Piece {
-  int64_t first, panels, columns, lanes;
-};
-
-// Columns of the panels of a batch: as many as `most`, or somewhat fewer where that leaves less over. Of a small batch two
-// narrow panels rather than one: threads that share a panel pack it twice. It must not depend on the number of threads, sums
-// would; two is what is assumed.
-int64_t panel_width(int64_t groups, int64_t most) {
-  most = std::clamp<int64_t>(ceil_div(groups, 2), 4, most);
-  const auto cost = [&](int64_t width) { return ceil_div(groups / width, 2) * width + groups % width; };
-  int64_t best = most;
-  for (int64_t width = most; width * 4 >= most * 3; --width)
-    if (cost(width) < cost(best)) best = width;
-  return best;
-}
-
-// Whole panels, the columns left over, the rows left over; of no rows, one empty piece.
-std::vector<Piece> pieces(int64_t rows, int64_t most, int64_t L) {
-  const int64_t groups = rows / L, columns = panel_width(groups, most);
-  const int64_t panels = groups / columns, rest = groups % columns;
-  std::vector<Piece> out;
-  if (panels) out.push_back({0, panels, columns, L});
-  if (rest) out.push_back({panels * columns * L, 1, rest, L});
-  if (rows % L || rows == 0) out.push_back({groups * L, 1, 1, rows % L});
-  return out;
-}
-
-template <class T>
-Image<T> image_of(T* data, const Matrix& m, const Piece& p) {
-  constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
-  return {data + p.first * m.row_stride, p.lanes, m.features, p.panels, p.columns,
-          m.row_stride, m.feature_stride, p.columns * L * m.row_stride, L * m.row_stride, L * m.row_stride};
-}
-
-Window point(const Piece& p) {
-  return {{1, 1, 1, 0, p.panels, p.panels}, {1, 1, 1, 0, p.columns, p.columns}};
-}
 
 // [N, features] in the layout of `like`: feature-major if that is, row-major otherwise. The rule of ops/layout.py.
 Tensor empty_rows(const Tensor& like, int64_t features) {

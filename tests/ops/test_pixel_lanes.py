@@ -1,4 +1,4 @@
-"""1x1 convolutions on NCHW images take pixels for lanes: any number of pixels, memory that begins and strides anyhow."""
+"""1x1 convolutions take pixels for lanes, in NCHW and channels_last: any number of pixels, memory that begins and strides anyhow."""
 
 from __future__ import annotations
 
@@ -36,12 +36,36 @@ def _misaligned(t: Tensor) -> Tensor:
     return flat[3:].view(t.shape)
 
 
+def _last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _last_and_cut(t: Tensor) -> Tensor:
+    """Pixels of all images at equal distances that are not the number of channels."""
+    wide = _last(torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), torch.nan, dtype=t.dtype))
+    wide[:, 2:-1] = t
+    return wide[:, 2:-1]
+
+
+def _last_and_framed(t: Tensor) -> Tensor:
+    """The inner part of larger images: their rows do not follow one another."""
+    n, c, h, w = t.shape
+    framed = _last(torch.full((n, c, h + 2, w + 1), torch.nan, dtype=t.dtype))
+    framed[:, :, 1:-1, 1:] = t
+    return framed[:, :, 1:-1, 1:]
+
+
 PLACES = {
     "contiguous": (Tensor.contiguous, Tensor.contiguous),
     "slices of channels": (_channel_slice, _channel_slice),
     "x misaligned": (_misaligned, Tensor.contiguous),
     "g misaligned": (Tensor.contiguous, _misaligned),
-    "g channels_last": (Tensor.contiguous, lambda g: g.contiguous(memory_format=torch.channels_last)),
+    "g channels_last": (Tensor.contiguous, _last),
+    "channels_last": (_last, _last),
+    "channels_last, slices of channels": (_last_and_cut, _last_and_cut),
+    "channels_last, x the inner part": (_last_and_framed, _last),
+    "channels_last, g the inner part": (_last, _last_and_framed),
+    "channels_last, one g for all": (_last, lambda g: g[:1, :, :1, :1].expand(g.shape)),
 }
 
 
@@ -58,8 +82,9 @@ def _arguments(image: tuple[int, int], batch: int, dtype: torch.dtype):
 def test_equals_dense_formula(dtype, image, place):
     for batch in (1, 5, 18):
         values, indices, mask, bias, x, g = _arguments(image, batch, dtype)
-        weight, x64, g64 = dense_matrix(values.double(), mask), x.double(), g.double()
+        weight, x64 = dense_matrix(values.double(), mask), x.double()
         x, g = place[0](x), place[1](g)
+        g64 = g.double()
         y = torch.einsum("oi,nihw->nohw", weight, x64) + bias.double()[:, None, None]
         dx = torch.einsum("oi,nohw->nihw", weight, g64)
         dvalues = torch.einsum("nohw,nihw->oi", g64, x64)[mask].unsqueeze(0)
@@ -71,10 +96,12 @@ def test_equals_dense_formula(dtype, image, place):
             close(got, wanted, "backward")
 
 
+@pytest.mark.parametrize("lay", [Tensor.contiguous, _last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
-def test_pixels_do_not_meet(image):
+def test_pixels_do_not_meet(image, lay):
     """A NaN in one pixel is in that pixel of the result, and in no other."""
     values, indices, mask, bias, x, g = _arguments(image, 2, torch.float32)
+    x, g = lay(x), lay(g)
     x[1, :, 3, 4] = g[1, :, 3, 4] = torch.nan
     for result, used in (
         (ops.csr_conv2d_fprop(values, *indices, bias, x, *WINDOW), mask.any(1)),
@@ -85,9 +112,11 @@ def test_pixels_do_not_meet(image):
         assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("lay", [Tensor.contiguous, _last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
-def test_same_bits_for_any_number_of_threads(image):
+def test_same_bits_for_any_number_of_threads(image, lay):
     values, indices, _, _, x, g = _arguments(image, 5, torch.float32)
+    x, g = lay(x), lay(g)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
