@@ -39,7 +39,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
       ProductArgs<S> args{};
-      args.row_step = input.row_step();
+      args.row_step = input.row_step(), args.ring = input.ring(row);
       if (input.in_place() && band != band_held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
       args.values = values, args.bias = bias, args.blocks = input.blocks(walk, y.c);

@@ -53,6 +53,14 @@ struct Ahead {
   int channels, rows, lines;       // lines of 64 bytes in a row
 };
 
+// How the rows of a packed band lie in a ring: row r of the image where row r % rows does, so that a band gives its place to the next
+// one row after row. The places of the taps depend on where a row of output begins; there is a list of them for every beginning.
+struct Ring {
+  int rows;  // 0: no ring, rows lie one after the other
+  int first;           // where in the ring the first row of output begins
+  int64_t list_step;   // from the list of places for one beginning to that of the next, in entries
+};
+
 // The kept weights that a pass walks, channel after channel. Entry j reads the pixel at packed + place[j] where the places were
 // looked up, and checked, before; else at packed + (place[j] - first) * step, and a walk ends at the first place that is not
 // in [first, first + count): what follows belongs to another block of channels, or the place is corrupt.
@@ -102,6 +110,7 @@ struct ProductArgs {
   T* partial;
   bool last;  // block: write to out
   Ahead ahead;
+  Ring ring;  // of packed, which then is where the ring begins
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the pixel], and, if
@@ -120,6 +129,7 @@ struct SampledArgs {
   T* channel_sums;  // [channels] or null
   bool start;       // nothing is in the sums yet: write them
   Ahead ahead, ahead_g;  // of packed, of g
+  Ring ring, ring_g;     // likewise
 };
 
 // Max pooling of `runs` runs of `length` windows, or gradients of as many pixels. Element i of place k of run r is

@@ -31,10 +31,39 @@ void run_rows(const Args& p, int row, int width) {
   }
 }
 
+// One row of pixels of a band in a ring.
+template <class S>
+ProductArgs<S> row_of_ring(const ProductArgs<S>& p, int row) {
+  ProductArgs<S> one = p;
+  one.entries.place += (p.ring.first + row) % p.ring.rows * p.ring.list_step;
+  one.out += row * p.oh, one.rows = 1, one.ring = Ring{};
+  return one;
+}
+template <class T>
+SampledArgs<T> row_of_ring(const SampledArgs<T>& p, int row) {
+  SampledArgs<T> one = p;
+  if (p.ring.rows)
+    one.entries.place += (p.ring.first + row) % p.ring.rows * p.ring.list_step;
+  else
+    one.packed += row * p.row_step;
+  one.g += (p.ring_g.rows ? (p.ring_g.first + row) % p.ring_g.rows : row) * p.g_row_step;
+  one.start = p.start && row == 0, one.rows = 1, one.ring = one.ring_g = Ring{};
+  return one;
+}
+
+template <class T>
+GRASP_SPARSE_INLINE bool in_ring(const ProductArgs<T>& p) { return p.ring.rows; }
+template <class T>
+GRASP_SPARSE_INLINE bool in_ring(const SampledArgs<T>& p) { return p.ring.rows || p.ring_g.rows; }
+
 template <class T, template <class, int, int> class Strip, class Args>
 void run_tiles(const Args& p) {
   const int strips = (p.cols + kMaxTile - 1) / kMaxTile;
   const int width = strips ? (p.cols + strips - 1) / strips : 1;
+  if (in_ring(p)) {
+    for (int row = 0; row < p.rows; ++row) run_rows<T, Strip, Args, 1>(row_of_ring(p, row), 0, width);
+    return;
+  }
   for (int row = 0; row < p.rows;) {
     const int left = p.rows - row;
     if (left >= 4 && width * 4 <= kMaxTile) {

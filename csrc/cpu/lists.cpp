@@ -43,7 +43,7 @@ void check_pointers(const Walk& walk) {
   if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
 }
 
-void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets) {
+void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t lists, int32_t* offsets) {
   check_pointers(walk);
   std::atomic<bool> valid{true};
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
@@ -52,7 +52,7 @@ void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offs
       const int32_t col = walk.col[j];
       const bool in = inside(col, walk.cols);
       ok &= in;
-      offsets[j] = column_place[in ? col : 0];
+      for (int64_t i = 0; i < lists; ++i) offsets[i * walk.nnz + j] = column_place[i * walk.cols + (in ? col : 0)];
     }
     if (!ok) valid = false;
   });
@@ -86,14 +86,14 @@ void check_permutation(const Walk& walk) {
 
 template <class T>
 void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, int64_t groups, const int64_t* group_ptr,
-                            const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place,
-                            const TransposedLists<T>& lists) {
+                            const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place, int64_t lists,
+                            const TransposedLists<T>& out) {
   if (!valid_pointers(csr.ccol, csr.cols, csr.nnz)) corrupt("ccol_indices");
   const int64_t channels = csr.cols / taps;
   const int64_t channel_step = csr.has_blocks ? 1 : taps, tap_step = csr.has_blocks ? channels : 1;
   int32_t place = 0;
   for (int64_t q = 0; q < groups; ++q) {
-    int32_t* row_ptr = lists.row_ptr + q * (channels + 1);
+    int32_t* row_ptr = out.row_ptr + q * (channels + 1);
     for (int64_t channel = 0; channel < channels; ++channel) {
       row_ptr[channel] = place;
       for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
@@ -109,7 +109,7 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
     bool ok = true;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t channel = item / groups, q = item % groups;  // a range of channels: groups differ in size, one may be empty
-      int32_t to = lists.row_ptr[q * (channels + 1) + channel];
+      int32_t to = out.row_ptr[q * (channels + 1) + channel];
       for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
         const int64_t col = channel * channel_step + tap_of[k] * tap_step;
         for (int32_t j = csr.ccol[col]; j < csr.ccol[col + 1]; ++j, ++to) {
@@ -117,11 +117,12 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
           const int32_t row = csr.row[j], from = csr.permutation[j];
           const bool in = inside(row, csr.rows) && inside(from, csr.nnz);
           ok &= in;
-          lists.offsets[to] = row_place[in ? row : 0] + tap_place[tap_of[k]];
+          for (int64_t i = 0; i < lists; ++i)
+            out.offsets[i * csr.nnz + to] = row_place[in ? row : 0] + tap_place[i * taps + tap_of[k]];
           if constexpr (std::is_same_v<T, int32_t>)
-            lists.values[to] = from;
+            out.values[to] = from;
           else
-            lists.values[to] = values[in ? from : 0];
+            out.values[to] = values[in ? from : 0];
         }
       }
     }
@@ -133,10 +134,10 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
 template const float* walked_values(const Walk&, const float*, float*);
 template const double* walked_values(const Walk&, const double*, double*);
 template void build_transposed_lists(const CsrView&, const float*, int64_t, int64_t, const int64_t*, const int64_t*,
-                                     const int32_t*, const int32_t*, const TransposedLists<float>&);
+                                     const int32_t*, const int32_t*, int64_t, const TransposedLists<float>&);
 template void build_transposed_lists(const CsrView&, const double*, int64_t, int64_t, const int64_t*, const int64_t*,
-                                     const int32_t*, const int32_t*, const TransposedLists<double>&);
+                                     const int32_t*, const int32_t*, int64_t, const TransposedLists<double>&);
 template void build_transposed_lists(const CsrView&, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
-                                     const int32_t*, const int32_t*, const TransposedLists<int32_t>&);
+                                     const int32_t*, const int32_t*, int64_t, const TransposedLists<int32_t>&);
 
 }  // namespace grasp_sparse

@@ -25,8 +25,9 @@ inline Blocks blocks_of(const BlockOrder& block, int64_t outputs, int64_t inputs
           static_cast<int32_t>(last * channel_size), static_cast<int>(inputs - last), static_cast<int>(outputs), index};
 }
 
-// offsets[j] = column_place[col[j]], in the order of the walk. Throws std::runtime_error on an index out of range.
-void build_row_list(const Walk& walk, const int32_t* column_place, int32_t* offsets);
+// `lists` lists, one after the other: offsets[j] = column_place[col[j]], in the order of the walk, and the next one's of the places
+// that follow. Throws std::runtime_error on an index out of range.
+void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t lists, int32_t* offsets);
 
 // The values in the order of the walk: themselves, or gathered into `gathered` [nnz].
 template <class T>
@@ -37,17 +38,18 @@ void check_permutation(const Walk& walk);
 
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
 // Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.
-// row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap].
+// row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap]; `lists` lists
+// of offsets, one after the other, each of the next taps' places.
 // Of blocks, a channel is a chunk of channels, and instead of its value (T is int32_t) an entry has the number of its block.
 template <class T>
 struct TransposedLists {
   T* values;         // [nnz]
-  int32_t* offsets;  // [nnz]
+  int32_t* offsets;  // [lists * nnz]
   int32_t* row_ptr;
 };
 template <class T>
 void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, int64_t groups, const int64_t* group_ptr,
-                            const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place,
-                            const TransposedLists<T>& lists);
+                            const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place, int64_t lists,
+                            const TransposedLists<T>& to);
 
 }  // namespace grasp_sparse

@@ -46,16 +46,22 @@ class PackedInput {
   int64_t size() const { return in_place_ ? 0 : channels_ * channel_size_; }
 
   // What a pass over the packed channels walks: the columns themselves where there is one tap, else their places, looked up
-  // in `list`. Throws std::runtime_error on corrupt indices, of a single tap on corrupt pointers only.
-  Entries entries(const Walk& walk, AlignedBuffer& list) const {
+  // in `list`. Throws std::runtime_error on corrupt indices, of a single tap on corrupt pointers only. Bands are cut before.
+  Entries entries(const Walk& walk, AlignedBuffer& list) {
     if (window_.taps() == 1 && !walk.has_blocks) {
       check_pointers(walk);
       return {walk.col, walk.ptr, walk.ptr + 1, walk.ptr, false, 0, static_cast<uint32_t>(channels_), channel_size_, nullptr, nullptr};
     }
-    int32_t* places = list.reserve<int32_t>(walk.nnz);
-    build_row_list(walk, walk.has_blocks ? chunk_places(walk.block.inputs) : column_places(), places);
+    nnz_ = walk.nnz;
+    ring_ = walk.has_blocks ? 0 : ring_rows(rows_, window_.h.output, height_, window_.w.output, nnz_);
+    const int64_t lists = std::max<int64_t>(1, ring_);
+    int32_t* places = list.reserve<int32_t>(lists * nnz_);
+    build_row_lists(walk, walk.has_blocks ? chunk_places(walk.block.inputs) : column_places(lists), lists, places);
     return checked_entries(places, walk.ptr);
   }
+
+  // How the band of output rows from `row` on lies; after entries().
+  Ring ring(int64_t row) const { return ring_ ? Ring{static_cast<int>(ring_), static_cast<int>(row % ring_), nnz_} : Ring{}; }
 
   // Of a walk over blocks whose outputs number `outputs`; of one over single weights, none.
   Blocks blocks(const Walk& walk, int64_t outputs) const {
@@ -74,30 +80,33 @@ class PackedInput {
   template <class S>
   void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst, MovingBand::Held& held) const {
     static thread_local std::vector<int64_t> row_places, col_places;
-    const MovingBand::Shape shape{x.c, channel_size_, phases_h(), phases_w(), phase_size_, height_, row_step()};
+    const MovingBand::Shape shape{x.c, channel_size_, phases_h(), phases_w(), phase_size_, height_, row_step(), ring_ > 0};
     const bool fresh = held.nothing();
     const int64_t first = MovingBand::advance(shape, held, slice, row, rows_, dst);
-    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), row_places);
-    axis_places(window_.w, col_phases_, phase_size_, 0, 0, width_, L, col_places);
-    pack_rest(x, slice, shape, fresh, first, row_places, col_places, dst);
+    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), ring_, row_places);
+    axis_places(window_.w, col_phases_, phase_size_, 0, 0, width_, L, 0, col_places);
+    pack_rest(x, slice, shape, held, fresh, first, row_places, col_places, dst);
   }
 
-  // Place of every tap within a packed channel, relative to an output pixel.
-  std::vector<int64_t> tap_places() const {
+  // Place of every tap within a packed channel, relative to an output pixel; in a ring, to the first of a row that begins there.
+  std::vector<int64_t> tap_places(int64_t begin = 0) const {
     std::vector<int64_t> places;
     for (int64_t r = 0; r < window_.h.kernel; ++r)
       for (int64_t s = 0; s < window_.w.kernel; ++s) {
         const int64_t phase = index_of(row_phases_, window_.h.phase(r)) * phases_w() + index_of(col_phases_, window_.w.phase(s));
-        places.push_back(phase * phase_size_ + window_.h.shift(r) * row_step() + window_.w.shift(s) * L);
+        const int64_t row = begin + window_.h.shift(r);
+        places.push_back(phase * phase_size_ + (ring_ ? row % ring_ : row) * row_step() + window_.w.shift(s) * L);
       }
     return places;
   }
-  // Of every column of the weight matrix [out, in * kh * kw].
-  const int32_t* column_places() const {
-    int32_t *const places = reserve_places(channels_), *to = places;
-    const std::vector<int64_t> taps = tap_places();
-    for (int64_t channel = 0; channel < channels_; ++channel)
-      for (int64_t tap : taps) *to++ = static_cast<int32_t>(channel * channel_size_ + tap);
+  // Of every column of the weight matrix [out, in * kh * kw], for rows that begin at 0, at 1, ….
+  const int32_t* column_places(int64_t beginnings) const {
+    int32_t *const places = reserve_places(beginnings * channels_), *to = places;
+    for (int64_t begin = 0; begin < beginnings; ++begin) {
+      const std::vector<int64_t> taps = tap_places(begin);
+      for (int64_t channel = 0; channel < channels_; ++channel)
+        for (int64_t tap : taps) *to++ = static_cast<int32_t>(channel * channel_size_ + tap);
+    }
     *to = 0;  // an index that fails its check reads place 0 of an empty weight
     return places;
   }
@@ -132,6 +141,7 @@ class PackedInput {
   std::vector<int64_t> row_phases_, col_phases_;
   int64_t width_, rows_, height_, row_step_, phase_size_, channel_size_;
   bool in_place_ = false;
+  int64_t ring_ = 0, nnz_ = 0;  // rows of a band in a ring, 0 where there is none; entries of the list for one beginning
 };
 
 }  // namespace grasp_sparse

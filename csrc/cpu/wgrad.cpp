@@ -55,7 +55,7 @@ struct PlainGradient {
 // With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
 template <class S>
 void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<const S>& x, const ChannelBlocks& blocks,
-                    const PackedInput<Compute<S>>& input, const TransposedProduct<S>* product, Compute<S>* sums,
+                    PackedInput<Compute<S>>& input, const TransposedProduct<S>* product, Compute<S>* sums,
                     Compute<S>* bias_sums, bool add) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
@@ -97,7 +97,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
           const int64_t place = product->h().first + row;
           const T* band = product->band(g, slice, place, packed_g, held_g);
           product->run(band, slice, place, dx_cut[part], dx_cut[part + 1], ahead_g);
-          args.g = band + product->pixel(row, place);
+          args.g = band + product->pixel(row, place), args.ring_g = product->ring(row);
           args.g_channel_size = product->channel_size(), args.g_row_step = product->row_step();
         } else {
           const auto channel = [&](int64_t row) { return std::min(row * csr.bh, g.c); };
@@ -105,7 +105,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
           args.ahead_g = ahead_g, args.g_channel_size = plain.channel_size, args.g_row_step = plain.row_step;
         }
         if (count <= 0) continue;  // dx has more places than g has rows
-        args.row_step = input.row_step();
+        args.row_step = input.row_step(), args.ring = input.ring(row);
         args.rows = static_cast<int>(count), args.cols = static_cast<int>(g.w);
         args.channel_begin = cut[part], args.channel_end = cut[part + 1];
         args.sums = mine, args.start = start, args.blocks = input.blocks(by_row(csr), g.c);

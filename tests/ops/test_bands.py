@@ -22,15 +22,22 @@ WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, ima
 }
 
 
+# How bands lie: more than eight columns and few weights put their rows in a ring, else they are moved. Columns more, and filters.
+BANDS = {"narrow": (0, FILTERS), "in a ring": (11, FILTERS), "wide, many weights": (4, 240)}
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "CHWN"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_every_band_reads_what_it_should(window, layout):
+@pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
+def test_every_band_reads_what_it_should(bands, window, layout):
     kernel, stride, padding, dilation, image = window
+    more, filters = bands
+    image = (image[0], image[1] + more * stride[1])
     dtype = torch.bfloat16 if stride == (2, 1) else torch.float32
     lay, _ = IMAGE_LAYOUTS[layout]
-    values, indices, mask = sparse_matrix(FILTERS, CHANNELS * kernel[0] * kernel[1], 0.05, compute_dtype(dtype))
-    weight = dense_matrix(values.double(), mask).view(FILTERS, CHANNELS, *kernel).requires_grad_()
-    bias = torch.randn(FILTERS, dtype=compute_dtype(dtype))
+    values, indices, mask = sparse_matrix(filters, CHANNELS * kernel[0] * kernel[1], 0.05, compute_dtype(dtype))
+    weight = dense_matrix(values.double(), mask).view(filters, CHANNELS, *kernel).requires_grad_()
+    bias = torch.randn(filters, dtype=compute_dtype(dtype))
     x = torch.randn(BATCH, CHANNELS, *image).to(dtype).double().requires_grad_()
     expected = dense_conv(x, weight, bias.double(), stride, padding, dilation)
     g = torch.randn(expected.shape).to(dtype)
