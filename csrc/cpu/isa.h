@@ -53,12 +53,12 @@ struct Ahead {
   int channels, rows, lines;       // lines of 64 bytes in a row
 };
 
-// How the rows of a packed band lie in a ring: row r of the image where row r % rows does, so that a band gives its place to the next
-// one row after row. The places of the taps depend on where a row of output begins; there is a list of them for every beginning.
+// Rows of a packed band that lie in a ring, row r of the image at r % rows: the next band overwrites what nobody reads any more and
+// moves nothing. The places of the taps depend on where in the ring a row of output begins; there is a list for every beginning.
 struct Ring {
-  int rows;  // 0: no ring, rows lie one after the other
-  int first;           // where in the ring the first row of output begins
-  int64_t list_step;   // from the list of places for one beginning to that of the next, in entries
+  int rows;           // 0: no ring, rows lie one after the other
+  int first;          // where the first row of output begins
+  int64_t list_step;  // from the list for one beginning to that of the next, in entries
 };
 
 // The kept weights that a pass walks, channel after channel. Entry j reads the pixel at packed + place[j] where the places were

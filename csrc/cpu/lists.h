@@ -25,7 +25,7 @@ inline Blocks blocks_of(const BlockOrder& block, int64_t outputs, int64_t inputs
           static_cast<int32_t>(last * channel_size), static_cast<int>(inputs - last), static_cast<int>(outputs), index};
 }
 
-// `lists` lists, one after the other: offsets[j] = column_place[col[j]], in the order of the walk, and the next one's of the places
+// `lists` lists, one after the other: offsets[j] = column_place[col[j]], in the order of the walk, the next one of the columns' places
 // that follow. Throws std::runtime_error on an index out of range.
 void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t lists, int32_t* offsets);
 
@@ -38,8 +38,8 @@ void check_permutation(const Walk& walk);
 
 // The transposed lists: for each group of taps (a stride phase) and each input channel, the entries (value, offset).
 // Group q of `groups` has taps tap_of[group_ptr[q] … group_ptr[q + 1]); no tap is in two.
-// row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap]; `lists` lists
-// of offsets, one after the other, each of the next taps' places.
+// row_ptr [groups * (channels + 1)] counts from the start of the whole list. offset = row_place[row] + tap_place[tap]; there
+// are `lists` lists of offsets, one after the other, the next one of the taps' places that follow.
 // Of blocks, a channel is a chunk of channels, and instead of its value (T is int32_t) an entry has the number of its block.
 template <class T>
 struct TransposedLists {
@@ -50,6 +50,6 @@ struct TransposedLists {
 template <class T>
 void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, int64_t groups, const int64_t* group_ptr,
                             const int64_t* tap_of, const int32_t* row_place, const int32_t* tap_place, int64_t lists,
-                            const TransposedLists<T>& to);
+                            const TransposedLists<T>& out);
 
 }  // namespace grasp_sparse
