@@ -89,6 +89,17 @@ struct Blocks {
   const int32_t* index;  // [entries] which block of values an entry is; null: its own number
 };
 
+// What a product takes along: beside out, sums[entry] += sum over pixels and lanes of x[channel][pixel] * packed[place of the entry
+// + place of the pixel]. With packed g and the transposed list these are both gradients, of one load for two multiply-adds.
+template <class T>
+struct Companion {
+  const T* x;  // packed, at the first pixel
+  int64_t channel_size, row_step;
+  T* sums;
+  bool start;   // nothing is in the sums yet: write them
+  Ahead ahead;  // of x
+};
+
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].
 template <class S>
 struct ProductArgs {
@@ -111,6 +122,7 @@ struct ProductArgs {
   bool last;  // block: write to out
   Ahead ahead;
   Ring ring;  // of packed, which then is where the ring begins
+  Companion<T> with;  // of gradients() only
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the pixel], and, if
@@ -176,6 +188,7 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const UnpackArgs<T>&);
   void (*product)(const ProductArgs<T>&);
+  void (*gradients)(const ProductArgs<T>&);  // a product with its companion; null where there are too few registers for both
   void (*sampled)(const SampledArgs<T>&);
   void (*max_pool)(PoolArgs<T>);
   void (*max_pool_grad)(PoolArgs<T>);
@@ -190,6 +203,7 @@ struct Kernels<Bf16> {
   void (*pack)(const PackArgs<Bf16>&);
   void (*unpack)(const UnpackArgs<Bf16>&);
   void (*product)(const ProductArgs<Bf16>&);
+  void (*gradients)(const ProductArgs<Bf16>&);
   void (*max_pool)(PoolArgs<Bf16>);
   void (*max_pool_grad)(PoolArgs<Bf16>);
   NormKernels<Bf16> norm;

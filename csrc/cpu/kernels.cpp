@@ -2,6 +2,7 @@
 // Cuts an image into tiles of R x C pixels, R*C <= kMaxTile, and calls the loop compiled for exactly that tile.
 #include "block_product.h"
 #include "block_sampled.h"
+#include "gradients.h"
 #include "isa.h"
 #include "norm.h"
 #include "pack.h"
@@ -37,6 +38,7 @@ ProductArgs<S> row_of_ring(const ProductArgs<S>& p, int row) {
   ProductArgs<S> one = p;
   one.entries.place += (p.ring.first + row) % p.ring.rows * p.ring.list_step;
   one.out += row * p.oh, one.rows = 1, one.ring = Ring{};
+  one.with.x += row * p.with.row_step, one.with.start = p.with.start && row == 0;
   return one;
 }
 template <class T>
@@ -81,7 +83,11 @@ void run_tiles(const Args& p) {
 
 template <class T, int R, int C>
 struct ProductStrip {
-  static GRASP_SPARSE_INLINE void run(const ProductArgs<T>& p, int row, int col) { product_strip<T, R, C>(p, row, col); }
+  static GRASP_SPARSE_INLINE void run(const ProductArgs<T>& p, int row, int col) { product_strip<T, false, R, C>(p, row, col); }
+};
+template <class T, int R, int C>
+struct GradientStrip {
+  static GRASP_SPARSE_INLINE void run(const ProductArgs<T>& p, int row, int col) { product_strip<T, true, R, C>(p, row, col); }
 };
 template <class T, int R, int C>
 struct SampledStrip {
@@ -91,12 +97,18 @@ struct SampledStrip {
 template <class T>
 void product(const ProductArgs<T>& p) {
   if (p.blocks.outputs) return block_product(p);
-  run_tiles<T, ProductStrip, ProductArgs<T>>(p);
+  run_tiles<T, ProductStrip>(p);
 }
+template <class T>
+void gradients(const ProductArgs<T>& p) {
+  run_tiles<T, GradientStrip>(p);
+}
+template <class T>
+constexpr auto kGradients = kMaxGradientTile > 1 ? &gradients<T> : nullptr;
 template <class T>
 void sampled(const SampledArgs<T>& p) {
   if (p.blocks.outputs) return block_sampled(p);
-  run_tiles<T, SampledStrip, SampledArgs<T>>(p);
+  run_tiles<T, SampledStrip>(p);
 }
 
 #define GRASP_SPARSE_TEXT_(x) #x
@@ -104,11 +116,11 @@ void sampled(const SampledArgs<T>& p) {
 extern const IsaBody body;
 const IsaBody body = {
     GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &unpack<float>, &product<float>, &sampled<float>, &max_pool<float>, &max_pool_grad<float>, &sgd<float>,
-     &adamw<float>, kNormKernels<float>},
-    {&pack<double>, &unpack<double>, &product<double>, &sampled<double>, &max_pool<double>, &max_pool_grad<double>, &sgd<double>,
-     &adamw<double>, kNormKernels<double>},
-    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>, kNormKernels<Bf16>},
+    {&pack<float>, &unpack<float>, &product<float>, kGradients<float>, &sampled<float>, &max_pool<float>, &max_pool_grad<float>,
+     &sgd<float>, &adamw<float>, kNormKernels<float>},
+    {&pack<double>, &unpack<double>, &product<double>, kGradients<double>, &sampled<double>, &max_pool<double>, &max_pool_grad<double>,
+     &sgd<double>, &adamw<double>, kNormKernels<double>},
+    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, kGradients<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>, kNormKernels<Bf16>},
 };
 
 }  // namespace GRASP_SPARSE_ISA

@@ -43,6 +43,13 @@ void check_pointers(const Walk& walk) {
   if (!valid_pointers(walk.ptr, walk.rows, walk.nnz)) corrupt("crow_indices or ccol_indices");
 }
 
+void check_indices(const Walk& walk) {
+  check_pointers(walk);
+  bool valid = true;
+  for (int64_t j = 0; j < walk.nnz; ++j) valid &= inside(walk.col[j], walk.cols);
+  if (!valid) corrupt("col_indices or row_indices");
+}
+
 void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t lists, int32_t* offsets) {
   check_pointers(walk);
   std::atomic<bool> valid{true};

@@ -13,6 +13,9 @@ namespace grasp_sparse {
 // Throws unless the pointers of the walk rise from 0 to nnz.
 void check_pointers(const Walk& walk);
 
+// And unless every index lies inside: of a walk that nobody takes.
+void check_indices(const Walk& walk);
+
 // Of a list of places, whose channels begin at row_ptr.
 inline Entries checked_entries(const int32_t* places, const int32_t* row_ptr) {
   return {places, row_ptr, row_ptr + 1, row_ptr, true, 0, UINT32_MAX, 1, nullptr, nullptr};

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "gradients.h"
 #include "unpack.h"
 #include "walk.h"
 
@@ -72,23 +73,29 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, int
   return aligned(p.oc) && aligned(p.oh) && aligned(p.ow);
 }
 
-template <class T, bool Stream, int R, int C, class S>
-GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* partial, S* out, const Ahead& ahead,
-                                          bool channels_last, bool runs) {
+// `begun` is where the pixels begin in what tiles start from: a partial image, or null; of gradients, what their companion reads.
+template <class T, bool Gradients, bool Stream, int R, int C, class S>
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* begun, S* out, const Ahead& ahead,
+                                          bool start, bool channels_last, bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
   const int64_t partial_size = static_cast<int64_t>(p.rows) * p.cols * L;
-  const auto tile_of = p.entries.checked ? &product_tile<T, R, C, true, S> : &product_tile<T, R, C, false, S>;
-  const auto from = [&](int channel) { return partial && is_begun(p.entries, channel) ? partial + channel * partial_size : nullptr; };
+  const auto product_of = p.entries.checked ? &product_tile<T, R, C, true, S> : &product_tile<T, R, C, false, S>;
+  const auto fill = [&](int channel, T* tile) {
+    fetch_share(ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
+    if constexpr (Gradients) {
+      if (ahead.data) fetch_share(p.with.ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
+      gradient_tiles<T, R, C>(p, packed, channel, begun + channel * p.with.channel_size, start, tile);
+    } else {
+      product_of(p, packed, channel, begun && is_begun(p.entries, channel) ? begun + channel * partial_size : nullptr, tile);
+    }
+  };
   // channels_last computes a group of channels before it writes; a group of large tiles is smaller, to stay in L1.
   constexpr int kGroup = L * (R * C <= 8 ? kStagedBlocks : kStagedBlocks / 2);
   alignas(64) T tiles[kGroup * kTile];
   if (channels_last) {
     for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
       const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
-      for (int i = 0; i < count; ++i) {
-        fetch_share(ahead, channel + i - p.channel_begin, p.channel_end - p.channel_begin);
-        tile_of(p, packed, channel + i, from(channel + i), tiles + i * kTile);
-      }
+      for (int i = 0; i < count; ++i) fill(channel + i, tiles + i * kTile);
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
           unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);
@@ -97,8 +104,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
   }
   const bool one_run = runs && (R == 1 || p.oh == C);
   for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
-    fetch_share(ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
-    tile_of(p, packed, channel, from(channel), tiles);
+    fill(channel, tiles);
     S* to = out + channel * p.oc;
     if (one_run) {
       unpack_pixel_run<T, Stream, R * C>(tiles, to, p.on, p.lanes);
@@ -113,13 +119,14 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
 }
 
 // All channels of one tile whose first pixel is (row, col).
-template <class S, int R, int C>
+template <class S, bool Gradients, int R, int C>
 void product_strip(const ProductArgs<S>& p, int row, int col) {
   using T = Compute<S>;
   const T* packed = p.packed + row * p.row_step + col * kLanes<T>;
   S* out = p.out + row * p.oh + col * p.ow;
   // The strips of these R rows share R * cols pixels of a partial image, one after the other.
   T* partial = p.partial ? p.partial + (static_cast<int64_t>(row) * p.cols + col * R) * kLanes<T> : nullptr;
+  const T* const begun = Gradients ? p.with.x + row * p.with.row_step + col * kLanes<T> : partial;
   if (partial && !p.last) {
     for (int channel = p.channel_begin; channel < p.channel_end; ++channel) {
       if (is_idle(p.entries, channel)) {
@@ -131,15 +138,16 @@ void product_strip(const ProductArgs<S>& p, int row, int col) {
     }
     return;
   }
-  const Ahead ahead = row == 0 && col == 0 ? p.ahead : Ahead{};
+  const bool first = row == 0 && col == 0, start = p.with.start && first;
+  const Ahead ahead = first ? p.ahead : Ahead{};
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
     if (writes_lines<T>(p, out, p.channel_begin, channels_last, runs)) {
-      product_channels<T, true, R, C>(p, packed, partial, out, ahead, channels_last, runs);
+      product_channels<T, Gradients, true, R, C>(p, packed, begun, out, ahead, start, channels_last, runs);
       return stream_fence();
     }
   }
-  product_channels<T, false, R, C>(p, packed, partial, out, ahead, channels_last, runs);
+  product_channels<T, Gradients, false, R, C>(p, packed, begun, out, ahead, start, channels_last, runs);
 }
 
 }  // namespace GRASP_SPARSE_ISA

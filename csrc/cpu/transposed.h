@@ -142,11 +142,13 @@ class TransposedProduct {
     return buffer;
   }
 
-  // Writes rows [row_begin, row_end) of the lists, of the pixels of dx that these places are; `ahead` is read after that.
-  void run(const T* packed, int64_t slice, int64_t begin, int row_begin, int row_end, const Ahead& ahead) const {
+  // Writes rows [row_begin, row_end) of the lists, of the pixels of dx that these places are; `ahead` is read after that. A companion
+  // is taken along where strides are 1.
+  void run(const T* packed, int64_t slice, int64_t begin, int row_begin, int row_end, const Ahead& ahead,
+           const Companion<T>& with = {}) const {
     const int lanes = static_cast<int>(std::min(L, dx_.n - slice * L));
     if (window_.w.stride == 1 || dx_.sw != 1 || dx_.sn == 1)
-      run_phases<S>(packed, begin, row_begin, row_end, dx_.slice(slice), dx_, lanes, ahead);
+      run_phases<S>(packed, begin, row_begin, row_end, dx_.slice(slice), dx_, lanes, ahead, with);
     else
       run_staged(packed, slice, begin, row_begin, row_end, lanes);
   }
@@ -168,7 +170,7 @@ class TransposedProduct {
       const int64_t channel = row * width_, count = std::min(rows * width_, dx_.c - channel);
       const Image<T> stage{nullptr, L, count, bottom - top, dx_.w, 1, channel_size, dx_.w * L, L, 0};
       T* const origin = staged - channel * channel_size - top * stage.sh;
-      run_phases<T>(packed, begin, row, row + rows, origin, stage, static_cast<int>(L), Ahead{});
+      run_phases<T>(packed, begin, row, row + rows, origin, stage, static_cast<int>(L), Ahead{}, {});
       kernels<S>().unpack({staged, channel_size, static_cast<int>(bottom - top), static_cast<int>(dx_.w), static_cast<int>(count),
                            dx_.slice(slice) + channel * dx_.sc + top * dx_.sh, dx_.sn, dx_.sc, dx_.sh, lanes});
     }
@@ -177,7 +179,7 @@ class TransposedProduct {
   // `out` is where pixel (0, 0) of channel 0 would be, of an image that lies like `like`.
   template <class Out>
   void run_phases(const T* packed, int64_t begin, int row_begin, int row_end, Out* out, const Image<Out>& like, int lanes,
-                  const Ahead& ahead) const {
+                  const Ahead& ahead, const Companion<T>& with) const {
     const int64_t end = std::min(begin + rows_, h_.end);
     for (const auto& [phase_h, phase_w, group] : groups_.pairs) {
       const int64_t top = std::max(begin, window_.h.first_place(phase_h)), bottom = std::min(end, window_.h.end_place(phase_h));
@@ -196,7 +198,8 @@ class TransposedProduct {
       args.out = out + y0 * like.sh + x0 * like.sw;
       args.on = like.sn, args.oc = like.sc, args.oh = window_.h.stride * like.sh, args.ow = window_.w.stride * like.sw;
       args.lanes = lanes, args.stream = streams(like);
-      kernels<Out>().product(args);
+      args.with = with;
+      with.x ? kernels<Out>().gradients(args) : kernels<Out>().product(args);
     }
   }
 

@@ -5,52 +5,12 @@
 #include <atomic>
 
 #include "blocks.h"
+#include "gradient_passes.h"
 #include "packed_input.h"
-#include "transposed.h"
 
 namespace grasp_sparse {
 
 namespace {
-
-// A second group costs another pass over all sums, a second thread in one group packs x again. A power of two, to go evenly
-// among threads.
-int64_t sum_groups(int64_t tasks, int64_t sums, int64_t x_elements) {
-  const int64_t most = std::min<int64_t>({tasks, 16, x_elements / (8 * std::max<int64_t>(1, sums))});
-  int64_t groups = 1;
-  while (groups * 2 <= most) groups *= 2;
-  return groups;
-}
-
-// Where the sampled product finds output row `row` of a packed g, and how it packs it.
-template <class S>
-struct PlainGradient {
-  using T = Compute<S>;
-  static constexpr int64_t L = kLanes<T>;
-  PlainGradient(const Image<const S>& g, int64_t rows)
-      : rows(rows), in_place(lies_packed(g)), row_step(in_place ? g.sh : g.w * L),
-        channel_size(in_place ? g.sc : spread(rows * row_step, L)), size(in_place ? 0 : g.c * channel_size) {}
-
-  // Rows [row, row + rows) of one slice, of these channels; packed into `buffer` if need be.
-  const T* band(const Image<const S>& g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* buffer) const {
-    if (in_place) return band_in_place(g, slice, row);
-    pack(g, slice, row, channel_begin, channel_end, buffer);
-    return buffer;
-  }
-
-  int64_t rows;
-  bool in_place;
-  int64_t row_step, channel_size, size;
-
- private:
-  void pack(const Image<const S>& g, int64_t slice, int64_t row, int64_t channel_begin, int64_t channel_end, T* packed) const {
-    static thread_local std::vector<int64_t> row_places, col_places;
-    row_places.assign(g.h, -1), col_places.resize(g.w);
-    for (int64_t i = 0; i < std::min(rows, g.h - row); ++i) row_places[row + i] = i * row_step;
-    for (int64_t col = 0; col < g.w; ++col) col_places[col] = col * L;
-    const Image<const S> part = g.some_channels(channel_begin, channel_end - channel_begin);
-    pack_slice(part, slice, row_places, col_places, false, channel_size, packed + channel_begin * channel_size);
-  }
-};
 
 // With `product`, bands go over places of dx and output row r is taken up by the band that holds place r + first.
 template <class S>
@@ -59,7 +19,7 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
                     Compute<S>* bias_sums, bool add) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
-  const PlainGradient<S> plain(g, input.rows());
+  const PlainBand<S> plain(g, input.rows());
   const int64_t rows = input.rows(), slices = ceil_div(g.n, L);
   const int64_t bands = product ? product->bands() : ceil_div(g.h, rows), tasks = slices * bands;
   const int64_t g_size = product ? product->size() : plain.size;
@@ -164,9 +124,16 @@ void image_backward(const CsrView& csr, const Compute<S>* values, const Image<co
     image_dgrad<S>(csr, values, g, window, dx);
     return image_wgrad<S>(csr, g, x, window, sums, bias_sums, add);
   }
+  TransposedProduct<S> product(window, dx, g.c);
+  if (takes_gradient_passes(csr, x, window)) {
+    product.read_in_place(g);
+    product.limit_band(lies_packed(x) ? rows_in_place(x) : band_rows(x.h, 0, x.c * x.w * kSliceBytes, kBandBytes, least_rows(window)));
+    product.build(csr, values);
+    check_indices(by_row(csr));
+    return gradient_passes<S>(csr, g, x, product, sums, bias_sums, add);
+  }
   const ChannelBlocks blocks(x.c, window, by_row(csr));
   PackedInput<Compute<S>> input(x, blocks.size, window);
-  TransposedProduct<S> product(window, dx, g.c);
   input.read_in_place(x);
   product.read_in_place(g);
   product.limit_band(input.rows());
