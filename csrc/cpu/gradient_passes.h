@@ -1,22 +1,12 @@
-// Both gradients of weights and images in one walk (gradients.h): bands of g are packed, or read in place, once for both.
-// The tasks (slice x band) are dealt to a number of groups that depends on shapes and nnz only; each group sums in its own
-// buffer, in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads. Where
-// there are fewer groups than threads, threads share a group, each with channels of x, and so weights, of its own.
+// Both gradients, of weights and of images, in one walk (gradients.h): bands of g are packed, or read in place, once for both. Threads
+// that share a group of tasks (sum_groups.h) have channels of x, and so weights, of their own.
 #pragma once
 
 #include "plain_band.h"
+#include "sum_groups.h"
 #include "transposed.h"
 
 namespace grasp_sparse {
-
-// A second group costs another pass over all sums, a second thread in one group packs x again. A power of two, to go evenly
-// among threads.
-inline int64_t sum_groups(int64_t tasks, int64_t sums, int64_t x_elements) {
-  const int64_t most = std::min<int64_t>({tasks, 16, x_elements / (8 * std::max<int64_t>(1, sums))});
-  int64_t groups = 1;
-  while (groups * 2 <= most) groups *= 2;
-  return groups;
-}
 
 // Whether one walk pays: its sums have to be put into the order of the values, which few pixels would not make up for.
 template <class S>

@@ -1,7 +1,5 @@
 // dvalues = the sampled product of g and x, and with it, from the same packed g, the sums of g and dx.
-// The tasks (slice x band) are dealt to a number of groups that depends on shapes and nnz only; each group sums in its own
-// buffer, in order, and the buffers are added in order: the result is the same, bit for bit, for any number of threads. Where
-// there are fewer groups than threads, threads share a group, each with channels of g, and so weights, of its own.
+// Threads that share a group of tasks (sum_groups.h) have channels of g, and so weights, of their own.
 #include <atomic>
 
 #include "blocks.h"

@@ -1,0 +1,20 @@
+// How sums of weights come out the same, bit for bit, for any number of threads: the tasks (slice x band) are dealt to a number of
+// groups that depends on shapes and nnz only, each group sums in its own buffer, in order, and the buffers are added in order. Where
+// there are fewer groups than threads, threads share a group.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace grasp_sparse {
+
+// A second group costs another pass over all sums, a second thread in one group packs x again. A power of two, to go evenly
+// among threads.
+inline int64_t sum_groups(int64_t tasks, int64_t sums, int64_t x_elements) {
+  const int64_t most = std::min<int64_t>({tasks, 16, x_elements / (8 * std::max<int64_t>(1, sums))});
+  int64_t groups = 1;
+  while (groups * 2 <= most) groups *= 2;
+  return groups;
+}
+
+}  // namespace grasp_sparse
