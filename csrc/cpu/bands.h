@@ -73,7 +73,7 @@ inline std::vector<int> balanced_rows(const int32_t* row_ptr, int64_t rows, int6
 }
 
 // Where each source row (or column) goes within a packed channel, in elements; -1 where it is not used. Packed are places
-// [first + begin, first + end), at a distance of `step` from `first` on, or in a ring of so many.
+// [first + begin, first + end), at a distance of `step` from `first` on, or in a ring of so many; 0: in none.
 inline void axis_places(const Axis& axis, const std::vector<int64_t>& phases, int64_t phase_size, int64_t first, int64_t begin,
                         int64_t end, int64_t step, int64_t ring, std::vector<int64_t>& places) {
   places.assign(axis.input, -1);

@@ -52,7 +52,7 @@ void gradient_passes(const CsrView& csr, const Image<const S>& g, const Image<co
         product.run(band, slice, place, cut[part], cut[part + 1],
                     more && product.in_place() ? ahead_in_place(g, task + 1, bands, rows) : Ahead{}, with);
         if (row >= g.h) continue;  // dx has more places than g has rows
-        SampledArgs<T> args{};
+        SampledArgs<T> args{};  // of no entries: sums of channels only
         args.g = band + product.pixel(row, place), args.ring_g = product.ring(row);
         args.g_channel_size = product.channel_size(), args.g_row_step = product.row_step();
         args.rows = static_cast<int>(std::min(rows, g.h - row)), args.cols = static_cast<int>(g.w);
@@ -70,7 +70,7 @@ void gradient_passes(const CsrView& csr, const Image<const S>& g, const Image<co
       to = add ? to + sum : sum;
     }
   });
-  for (int64_t row = 0; bias_sums && row < csr.rows; ++row) {
+  for (int64_t row = 0; row < csr.rows; ++row) {
     if (!add) bias_sums[row] = T(0);
     for (int64_t group = 0; group < groups; ++group) bias_sums[row] += partial[group * width + csr.nnz + row];
   }

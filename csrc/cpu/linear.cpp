@@ -13,11 +13,8 @@ Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t
 // (an Intel Xeon, 2 MiB of L2, 95 and 99 %: 1024 -> 1024, batch 128, .90 and .94 of the speed of two walks, batch 2048 1.17 and 1.08).
 constexpr int64_t kFewOutputs = 2048, kRowsOfFew = 512, kRowsOfMany = 2048;
 
-// Columns of their panels.
-int64_t gradient_columns(int64_t outputs) {
-  constexpr int64_t kBytes = 1 << 20;
-  return std::clamp<int64_t>(kBytes / (kSliceBytes * std::max<int64_t>(outputs, 1)), 4, 8);
-}
+// Columns of their panels, of which there is nothing to gain from more than a tile has (gradients.h).
+int64_t gradient_columns(int64_t outputs) { return panel_columns(outputs, 4, 8, 1 << 20); }
 
 // [N, features] in the layout of `like`: feature-major if that is, row-major otherwise. The rule of ops/layout.py.
 Tensor empty_rows(const Tensor& like, int64_t features) {

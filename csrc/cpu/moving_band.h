@@ -15,12 +15,25 @@ namespace grasp_sparse {
 constexpr int64_t kRingBytes = 512 << 10;
 constexpr int64_t kRingColumns = 8;
 
-// How many rows a ring has of bands of `rows` of `all` rows of output, `cols` wide, and `height` rows of input; 0 where there is none.
-// Narrow images are worked on in tiles of several rows, which have to lie one after the other.
-inline int64_t ring_rows(int64_t rows, int64_t all, int64_t height, int64_t cols, int64_t nnz) {
-  const bool moves = height > rows && rows < all;
-  return moves && cols > kRingColumns && height * nnz * static_cast<int64_t>(sizeof(int32_t)) <= kRingBytes ? height : 0;
-}
+// The rows of bands, in a ring or one after the other.
+struct BandRows {
+  BandRows() = default;
+  // Of bands of `rows` of `all` rows of output, `cols` wide, and `height` rows of input. Narrow images are worked on in tiles of several
+  // rows, which have to lie one after the other.
+  BandRows(int64_t rows, int64_t all, int64_t height, int64_t cols, int64_t nnz) : nnz(nnz) {
+    const bool moves = height > rows && rows < all;
+    if (moves && cols > kRingColumns && height * nnz * static_cast<int64_t>(sizeof(int32_t)) <= kRingBytes) ring = height;
+  }
+
+  // Lists of places: one for every beginning.
+  int64_t lists() const { return std::max<int64_t>(1, ring); }
+  // Where row `row` of the image lies, of which `in_band` have gone before in the band.
+  int64_t at(int64_t row, int64_t in_band) const { return ring ? row % ring : in_band; }
+  Ring from(int64_t row) const { return ring ? Ring{static_cast<int>(ring), static_cast<int>(row % ring), nnz} : Ring{}; }
+
+  int64_t ring = 0;  // rows of it; 0: none
+  int64_t nnz = 0;
+};
 
 // A packed band, [channels][phases][height rows] of row_step elements, and what a task leaves in its buffer between two of them:
 // rows that both read stay where they are in a ring, or are moved, not packed again, and only the rows where padding takes the place
@@ -29,7 +42,7 @@ class MovingBand {
  public:
   struct Shape {
     int64_t channels, channel_size, row_phases, col_phases, phase_size, height, row_step;
-    bool ring;
+    BandRows rows;
   };
   // The band in the buffer: rows from `row` on of a slice, or nothing yet.
   struct Held {
@@ -42,7 +55,7 @@ class MovingBand {
   static int64_t advance(const Shape& s, Held& held, int64_t slice, int64_t row, int64_t rows, T* packed) {
     const int64_t shared = held.slice == slice && held.row + rows == row ? s.height - rows : 0;
     held = {slice, row};
-    for (int64_t c = 0; shared > 0 && !s.ring && c < s.channels; ++c)
+    for (int64_t c = 0; shared > 0 && !s.rows.ring && c < s.channels; ++c)
       for (int64_t phase = 0; phase < s.row_phases * s.col_phases; ++phase) {
         T* to = packed + c * s.channel_size + phase * s.phase_size;
         std::memmove(to, to + rows * s.row_step, shared * s.row_step * sizeof(T));
@@ -61,7 +74,7 @@ class MovingBand {
       if (place >= 0) has_source[place / row_phase_size * s.height + place % row_phase_size / s.row_step] = 1;
     for (int64_t phase = 0; phase < s.row_phases; ++phase)
       for (int64_t i = first; i < s.height; ++i) {
-        const int64_t row = s.ring ? (held.row + i) % s.height : i;
+        const int64_t row = s.rows.at(held.row + i, i);
         if (has_source[phase * s.height + row]) continue;
         for (int64_t c = 0; c < s.channels; ++c) {
           T* const at = packed + c * s.channel_size + phase * row_phase_size + row * s.row_step;

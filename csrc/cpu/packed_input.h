@@ -52,16 +52,15 @@ class PackedInput {
       check_pointers(walk);
       return {walk.col, walk.ptr, walk.ptr + 1, walk.ptr, false, 0, static_cast<uint32_t>(channels_), channel_size_, nullptr, nullptr};
     }
-    nnz_ = walk.nnz;
-    ring_ = walk.has_blocks ? 0 : ring_rows(rows_, window_.h.output, height_, window_.w.output, nnz_);
-    const int64_t lists = std::max<int64_t>(1, ring_);
-    int32_t* places = list.reserve<int32_t>(lists * nnz_);
+    if (!walk.has_blocks) band_rows_ = BandRows(rows_, window_.h.output, height_, window_.w.output, walk.nnz);
+    const int64_t lists = band_rows_.lists();
+    int32_t* places = list.reserve<int32_t>(lists * walk.nnz);
     build_row_lists(walk, walk.has_blocks ? chunk_places(walk.block.inputs) : column_places(lists), lists, places);
     return checked_entries(places, walk.ptr);
   }
 
   // How the band of output rows from `row` on lies; after entries().
-  Ring ring(int64_t row) const { return ring_ ? Ring{static_cast<int>(ring_), static_cast<int>(row % ring_), nnz_} : Ring{}; }
+  Ring ring(int64_t row) const { return band_rows_.from(row); }
 
   // Of a walk over blocks whose outputs number `outputs`; of one over single weights, none.
   Blocks blocks(const Walk& walk, int64_t outputs) const {
@@ -80,10 +79,10 @@ class PackedInput {
   template <class S>
   void pack(const Image<const S>& x, int64_t slice, int64_t row, T* dst, MovingBand::Held& held) const {
     static thread_local std::vector<int64_t> row_places, col_places;
-    const MovingBand::Shape shape{x.c, channel_size_, phases_h(), phases_w(), phase_size_, height_, row_step(), ring_ > 0};
+    const MovingBand::Shape shape{x.c, channel_size_, phases_h(), phases_w(), phase_size_, height_, row_step(), band_rows_};
     const bool fresh = held.nothing();
     const int64_t first = MovingBand::advance(shape, held, slice, row, rows_, dst);
-    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), ring_, row_places);
+    axis_places(window_.h, row_phases_, phases_w() * phase_size_, row, first, height_, row_step(), band_rows_.ring, row_places);
     axis_places(window_.w, col_phases_, phase_size_, 0, 0, width_, L, 0, col_places);
     pack_rest(x, slice, shape, held, fresh, first, row_places, col_places, dst);
   }
@@ -95,7 +94,7 @@ class PackedInput {
       for (int64_t s = 0; s < window_.w.kernel; ++s) {
         const int64_t phase = index_of(row_phases_, window_.h.phase(r)) * phases_w() + index_of(col_phases_, window_.w.phase(s));
         const int64_t row = begin + window_.h.shift(r);
-        places.push_back(phase * phase_size_ + (ring_ ? row % ring_ : row) * row_step() + window_.w.shift(s) * L);
+        places.push_back(phase * phase_size_ + band_rows_.at(row, row) * row_step() + window_.w.shift(s) * L);
       }
     return places;
   }
@@ -141,7 +140,7 @@ class PackedInput {
   std::vector<int64_t> row_phases_, col_phases_;
   int64_t width_, rows_, height_, row_step_, phase_size_, channel_size_;
   bool in_place_ = false;
-  int64_t ring_ = 0, nnz_ = 0;  // rows of a band in a ring, 0 where there is none; entries of the list for one beginning
+  BandRows band_rows_;
 };
 
 }  // namespace grasp_sparse

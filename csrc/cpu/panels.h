@@ -19,9 +19,8 @@ struct Matrix {
 // among outputs as well, and their sampled product would fold sums of fewer pixels too often.
 constexpr int64_t kLeastColumns = 8, kLeastColumnsOfBlocks = 4, kMostColumns = 16;
 
-inline int64_t panel_columns(int64_t features, int64_t least) {
-  constexpr int64_t kPanelBytes = 512 << 10;
-  return std::clamp<int64_t>(kPanelBytes / (kSliceBytes * std::max<int64_t>(features, 1)), least, kMostColumns);
+inline int64_t panel_columns(int64_t features, int64_t least, int64_t most = kMostColumns, int64_t bytes = 512 << 10) {
+  return std::clamp<int64_t>(bytes / (kSliceBytes * std::max<int64_t>(features, 1)), least, most);
 }
 
 inline int64_t product_columns(const CsrView& csr, int64_t features) {

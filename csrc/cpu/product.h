@@ -74,17 +74,18 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, int
 }
 
 // `begun` is where the pixels begin in what tiles start from: a partial image, or null; of gradients, what their companion reads.
+// `first`: these are the first pixels of the band.
 template <class T, bool Gradients, bool Stream, int R, int C, class S>
-GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* begun, S* out, const Ahead& ahead,
-                                          bool start, bool channels_last, bool runs) {
+GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* packed, const T* begun, S* out, bool first,
+                                          bool channels_last, bool runs) {
   constexpr int L = kLanes<T>, kTile = R * C * L;
   const int64_t partial_size = static_cast<int64_t>(p.rows) * p.cols * L;
   const auto product_of = p.entries.checked ? &product_tile<T, R, C, true, S> : &product_tile<T, R, C, false, S>;
   const auto fill = [&](int channel, T* tile) {
-    fetch_share(ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
+    if (first) fetch_share(p.ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
     if constexpr (Gradients) {
-      if (ahead.data) fetch_share(p.with.ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
-      gradient_tiles<T, R, C>(p, packed, channel, begun + channel * p.with.channel_size, start, tile);
+      if (first) fetch_share(p.with.ahead, channel - p.channel_begin, p.channel_end - p.channel_begin);
+      gradient_tiles<T, R, C>(p, packed, channel, begun + channel * p.with.channel_size, first && p.with.start, tile);
     } else {
       product_of(p, packed, channel, begun && is_begun(p.entries, channel) ? begun + channel * partial_size : nullptr, tile);
     }
@@ -138,16 +139,15 @@ void product_strip(const ProductArgs<S>& p, int row, int col) {
     }
     return;
   }
-  const bool first = row == 0 && col == 0, start = p.with.start && first;
-  const Ahead ahead = first ? p.ahead : Ahead{};
+  const bool first = row == 0 && col == 0;
   const bool channels_last = p.oc == 1 && p.on != 1, runs = p.ow == 1 && p.on != 1;
   if constexpr (kCanStream) {
     if (writes_lines<T>(p, out, p.channel_begin, channels_last, runs)) {
-      product_channels<T, Gradients, true, R, C>(p, packed, begun, out, ahead, start, channels_last, runs);
+      product_channels<T, Gradients, true, R, C>(p, packed, begun, out, first, channels_last, runs);
       return stream_fence();
     }
   }
-  product_channels<T, Gradients, false, R, C>(p, packed, begun, out, ahead, start, channels_last, runs);
+  product_channels<T, Gradients, false, R, C>(p, packed, begun, out, first, channels_last, runs);
 }
 
 }  // namespace GRASP_SPARSE_ISA

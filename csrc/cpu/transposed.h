@@ -24,12 +24,12 @@ struct GradAxis {
   int64_t count() const { return end - first; }
   // Where output `place` lies in a packed band that begins at place `begin`.
   int64_t index(int64_t place, int64_t begin) const { return place - begin + axis.halo(); }
-  // Where the outputs go that packed rows [first, end) of a band from place `begin` on hold, in a ring of so many or in none.
-  void places(int64_t begin, int64_t first, int64_t end, int64_t step, int64_t ring, std::vector<int64_t>& out) const {
+  // Where the outputs go that packed rows [first, end) of a band from place `begin` on hold.
+  void places(int64_t begin, int64_t first, int64_t end, int64_t step, const BandRows& rows, std::vector<int64_t>& out) const {
     out.assign(axis.output, -1);
     const int64_t top = begin - axis.halo();
     for (int64_t i = std::max<int64_t>(0, top + first); i < std::min(axis.output, top + end); ++i)
-      out[i] = (ring ? (i + axis.halo()) % ring : index(i, begin)) * step;
+      out[i] = rows.at(i + axis.halo(), index(i, begin)) * step;
   }
   Axis axis;
   std::vector<int64_t> phases;  // those that some input pixel has
@@ -81,9 +81,9 @@ class TransposedProduct {
   int64_t row_step() const { return row_step_; }
   int64_t channel_size() const { return channel_size_; }
   // Element of a packed channel that holds output pixel (row, 0) in the band that begins at place `begin`; in a ring, (ring().first, 0).
-  int64_t pixel(int64_t row, int64_t begin) const { return (ring_ ? 0 : h_.index(row, begin)) * row_step_ + w_.index(0, w_.first) * L; }
+  int64_t pixel(int64_t row, int64_t begin) const { return (band_rows_.ring ? 0 : h_.index(row, begin)) * row_step_ + w_.index(0, w_.first) * L; }
   // Where in the ring output row `row` lies, if there is one; after build().
-  Ring ring(int64_t row) const { return ring_at(row + window_.h.halo()); }
+  Ring ring(int64_t row) const { return band_rows_.from(row + window_.h.halo()); }
 
   // No packing where g lies as a packed image does. First of all: bands are then small.
   void read_in_place(const Image<const S>& g) {
@@ -98,9 +98,8 @@ class TransposedProduct {
   // Builds the lists, in the scratch of the calling thread; checks every index.
   void build(const CsrView& csr, const T* values) {
     CallScratch& call = CallScratch::mine();
-    nnz_ = csr.nnz;
-    ring_ = csr.has_blocks ? 0 : ring_rows(rows_, h_.count(), rows_ + window_.h.halo(), w_.count(), nnz_);
-    const int64_t lists = std::max<int64_t>(1, ring_);
+    if (!csr.has_blocks) band_rows_ = BandRows(rows_, h_.count(), rows_ + window_.h.halo(), w_.count(), csr.nnz);
+    const int64_t lists = band_rows_.lists();
     int32_t* const row_place = call.places.template reserve<int32_t>(csr.rows + 1 + lists * window_.taps());
     int32_t* const tap_place = row_place + csr.rows + 1;
     for (int64_t row = 0; row < csr.rows; ++row) row_place[row] = static_cast<int32_t>(row * csr.bh * channel_size_);
@@ -110,7 +109,7 @@ class TransposedProduct {
         for (int64_t s = 0; s < window_.w.kernel; ++s) {
           const int64_t row = begin + window_.h.halo() - window_.h.shift(r);
           tap_place[begin * window_.taps() + r * window_.w.kernel + s] =
-              static_cast<int32_t>((ring_ ? row % ring_ : row) * row_step_ + (window_.w.halo() - window_.w.shift(s)) * L);
+              static_cast<int32_t>(band_rows_.at(row, row) * row_step_ + (window_.w.halo() - window_.w.shift(s)) * L);
         }
     width_ = csr.bw, lists_rows_ = csr.cols / window_.taps();
     offsets_ = call.transposed_offsets.template reserve<int32_t>(lists * csr.nnz);
@@ -186,8 +185,8 @@ class TransposedProduct {
       const int64_t left = window_.w.first_place(phase_w), right = window_.w.end_place(phase_w);
       if (top >= bottom || left >= right) continue;
       ProductArgs<Out> args{};
-      args.packed = packed + (ring_ ? 0 : top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
-      args.ring = ring_at(top);
+      args.packed = packed + (band_rows_.ring ? 0 : top - begin) * row_step_ + (left - w_.first) * L, args.row_step = row_step_;
+      args.ring = band_rows_.from(top);
       args.rows = static_cast<int>(bottom - top), args.cols = static_cast<int>(right - left);
       const int32_t* row_ptr = row_ptr_ + group * (lists_rows_ + 1);
       args.values = values_, args.entries = checked_entries(offsets_, row_ptr), args.blocks = blocks_;
@@ -206,16 +205,12 @@ class TransposedProduct {
   void pack(const Image<const S>& g, int64_t slice, int64_t begin, T* packed, MovingBand::Held& held) const {
     static thread_local std::vector<int64_t> row_places, col_places;
     const int64_t height = rows_ + window_.h.halo();
-    const MovingBand::Shape shape{g.c, channel_size_, 1, 1, channel_size_, height, row_step_, ring_ > 0};
+    const MovingBand::Shape shape{g.c, channel_size_, 1, 1, channel_size_, height, row_step_, band_rows_};
     const bool fresh = held.nothing();
     const int64_t first = MovingBand::advance(shape, held, slice, begin, rows_, packed);
-    h_.places(begin, first, height, row_step_, ring_, row_places);
-    w_.places(w_.first, 0, w_.count() + window_.w.halo(), L, 0, col_places);
+    h_.places(begin, first, height, row_step_, band_rows_, row_places);
+    w_.places(w_.first, 0, w_.count() + window_.w.halo(), L, BandRows(), col_places);
     pack_rest(g, slice, shape, held, fresh, first, row_places, col_places, packed);
-  }
-
-  Ring ring_at(int64_t begin) const {
-    return ring_ ? Ring{static_cast<int>(ring_), static_cast<int>(begin % ring_), nnz_} : Ring{};
   }
 
   void set_rows(int64_t rows) {
@@ -231,7 +226,7 @@ class TransposedProduct {
   TapGroups groups_;
   int64_t g_channels_, row_step_, rows_, channel_size_;
   bool in_place_ = false;
-  int64_t ring_ = 0, nnz_ = 0;  // rows of a band in a ring, 0 where there is none; entries of the list for one beginning
+  BandRows band_rows_;
   int64_t width_ = 1, lists_rows_ = 0;
   const T* values_ = nullptr;
   int32_t *offsets_ = nullptr, *row_ptr_ = nullptr;

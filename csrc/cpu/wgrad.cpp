@@ -5,6 +5,8 @@
 #include "blocks.h"
 #include "gradient_passes.h"
 #include "packed_input.h"
+#include "plain_band.h"
+#include "sum_groups.h"
 
 namespace grasp_sparse {
 
