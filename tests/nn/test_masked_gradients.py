@@ -1,0 +1,116 @@
+"""Who masks the gradient of a masked layer's weight: a hook on the weight, one, of the mask the layer has now."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear
+
+DENSE = {"linear": nn.Linear(6, 4), "conv2d": nn.Conv2d(3, 4, 3)}
+INPUT = {"linear": (5, 6), "conv2d": (2, 3, 5, 5)}
+every = pytest.mark.parametrize("kind", DENSE)
+
+
+def mask_of(kind: str, seed: int) -> torch.Tensor:
+    mask = torch.rand(DENSE[kind].weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert mask.any() and not mask.all()
+    return mask
+
+
+def masked(kind: str) -> nn.Module:
+    layer = MaskedLinear if kind == "linear" else MaskedConv2d
+    return layer.from_dense(DENSE[kind], mask_of(kind, 0))
+
+
+def kept(layer: nn.Module, kind: str) -> torch.Tensor:
+    """Where the weight has a gradient after a forward and backward; with positive inputs it has one wherever it may."""
+    layer.zero_grad()
+    layer(torch.rand(INPUT[kind]) + 0.5).sum().backward()
+    return layer.weight.grad != 0
+
+
+@every
+def test_one_hook_however_often_the_layer_runs(kind):
+    layer = masked(kind)
+    for _ in range(3):
+        assert torch.equal(kept(layer, kind), layer.mask)
+    assert len(layer.weight._backward_hooks) == 1
+
+
+@every
+def test_follows_a_mask_that_changes_and_one_that_is_another(kind):
+    layer = masked(kind)
+    kept(layer, kind)
+    layer.mask.copy_(mask_of(kind, 1))
+    assert torch.equal(kept(layer, kind), mask_of(kind, 1))
+    layer.mask = mask_of(kind, 2)
+    assert torch.equal(kept(layer, kind), mask_of(kind, 2))
+    assert len(layer.weight._backward_hooks) == 1
+
+
+@every
+def test_follows_another_weight(kind):
+    layer = masked(kind)
+    kept(layer, kind)
+    before, layer.weight = layer.weight, nn.Parameter(torch.ones_like(layer.weight))
+    assert torch.equal(kept(layer, kind), layer.mask)
+    assert len(layer.weight._backward_hooks) == 1 and not before._backward_hooks
+
+
+def by_torch(layer: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), by_torch], ids=["deepcopy", "pickle", "save"])
+@every
+def test_copies_mask_their_own(kind, copied):
+    layer = masked(kind)
+    kept(layer, kind)
+    twin = copied(layer)
+    twin.mask = mask_of(kind, 3)
+    assert torch.equal(kept(twin, kind), mask_of(kind, 3))
+    assert torch.equal(kept(layer, kind), mask_of(kind, 0))
+    assert torch.equal(kept(twin.double().float(), kind), mask_of(kind, 3))
+
+
+@every
+def test_no_hook_where_nothing_is_trained(kind):
+    layer = masked(kind)
+    x = torch.rand(INPUT[kind], requires_grad=True)
+    with torch.no_grad():
+        layer(x)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert not layer.weight._backward_hooks and layer.weight.grad is None
+
+
+@every
+def test_a_weight_that_is_computed_is_masked_on_its_way(kind):
+    layer = masked(kind)
+    source = torch.ones_like(layer.weight, requires_grad=True)
+    torch.func.functional_call(layer, {"weight": 2 * source}, torch.rand(INPUT[kind]) + 0.5).sum().backward()
+    assert torch.equal(source.grad != 0, layer.mask)
+
+
+@every
+def test_other_uses_of_the_weight_move_no_pruned_entry(kind):
+    """A penalty on the weight, which the layer knows nothing of."""
+    layer = masked(kind)
+    (layer(torch.rand(INPUT[kind])).sum() + (layer.weight - 1).square().sum()).backward()
+    assert not layer.weight.grad[~layer.mask].any()
+
+
+@every
+def test_infinite_gradients_are_zero_where_pruned(kind):
+    layer = masked(kind)
+    layer(torch.full(INPUT[kind], torch.inf)).sum().backward()
+    assert not layer.weight.grad[~layer.mask].any() and torch.isinf(layer.weight.grad[layer.mask]).all()
