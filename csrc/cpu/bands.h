@@ -52,10 +52,14 @@ bool streams(const Image<S>& out) {
 // of the first-level cache, when one pixel of many channels is packed (channels_last) as when a weight list walks them.
 inline int64_t spread(int64_t elements, int64_t lanes) { return elements + (elements / lanes % 2 == 0 ? lanes : 0); }
 
-// Places in a packed band are 32-bit.
-inline void check_band(int64_t elements) {
+// Places in a packed band are 32-bit. Its sizes, of which paddings and dilations can make anything, come one by one: their
+// product may be more than 64 bits hold.
+inline void check_band(std::initializer_list<int64_t> sizes) {
+  double elements = 1;
+  for (int64_t size : sizes) elements *= static_cast<double>(size);
   if (elements >= INT32_MAX)
-    throw std::runtime_error("grasp_sparse: one band of this image needs " + std::to_string(elements) +
+    throw std::runtime_error("grasp_sparse: one band of this image needs " +
+                             std::to_string(static_cast<int64_t>(std::min(elements, 9e18))) +
                              " packed elements, more than 32-bit offsets reach; use narrower images or fewer channels.");
 }
 

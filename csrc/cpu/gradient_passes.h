@@ -62,6 +62,7 @@ void gradient_passes(const CsrView& csr, const Image<const S>& g, const Image<co
       }
     }
   });
+  if (!add) std::fill_n(sums, csr.nnz, T(0));  // a corrupt permutation leaves some out
   parallel_for(0, csr.nnz, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       T sum = partial[j];

@@ -73,6 +73,7 @@ __attribute__((noinline)) void gradient_tile(const ProductArgs<S>& p, const T* p
     Native<T> sum = fold_lanes<T, B>(s[0]);
     if (!start) sum += load_part(sums + j, count);
     store_part(sums + j, sum, count);
+    if (count < B) break;  // j + B may be more than 31 bits hold
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) store(tile + i * L, acc[i]);

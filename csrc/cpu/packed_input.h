@@ -127,9 +127,10 @@ class PackedInput {
     rows_ = rows;
     if (in_place_) return;
     height_ = rows + window_.h.halo();
+    check_band({channels_, phases_h(), phases_w(), height_, width_, L});
     row_step_ = width_ * L, phase_size_ = height_ * row_step_;
     channel_size_ = spread(phases_h() * phases_w() * phase_size_, L);
-    check_band(size());
+    check_band({size()});
   }
   static int64_t index_of(const std::vector<int64_t>& phases, int64_t phase) {
     return std::find(phases.begin(), phases.end(), phase) - phases.begin();

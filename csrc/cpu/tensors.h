@@ -136,7 +136,7 @@ T* mutable_data(const Tensor& t) {
 // Contiguous, of the type that sums beside activations `like` have.
 inline Tensor empty_sums(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   return empty_strided(like, sizes, strides, true);
 }
 

@@ -216,8 +216,9 @@ class TransposedProduct {
   void set_rows(int64_t rows) {
     rows_ = rows;
     if (in_place_) return;
+    check_band({g_channels_, rows + window_.h.halo(), row_step_});
     channel_size_ = spread((rows + window_.h.halo()) * row_step_, L);
-    check_band(size());
+    check_band({size()});
   }
 
   Window window_;

@@ -6,6 +6,8 @@ import pytest
 import torch
 from op_cases import COMPILED, OPERATIONS, examples
 
+from grasp_sparse.formats import csr_from_mask
+
 INDEX_NAMES = ("crow_indices", "col_indices", "ccol_indices", "row_indices", "permutation")
 REFUSED = (RuntimeError, IndexError, ValueError)
 
@@ -167,3 +169,20 @@ def test_window_that_overflows_is_refused(window, huge):
     arguments[place] = [huge, *arguments[place][1:]]
     with pytest.raises(RuntimeError, match=f"{window} between"):
         _call("csr_conv2d_fprop", arguments)
+
+
+@pytest.mark.skipif(not COMPILED, reason="the reference pads for real, and there is not that much memory")
+@pytest.mark.parametrize("channels, dilation", [(16, 2**28 - 1), (1, 2**31 - 1), (1, 2**20)])
+def test_bands_that_overflow_are_refused(channels, dilation):
+    """One pixel that a window of 2 x 2 far apart taps sees: sizes whose product 64 bits do not hold, or 32."""
+    indices = csr_from_mask(torch.ones(8, 4 * channels, dtype=torch.bool))
+    values, x, g = torch.randn(1, indices.nnz), torch.randn(1, channels, 1, 1), torch.randn(1, 8, 1, 1)
+    window = [2, 2], [1, 1], [dilation, 0, dilation, 0], [dilation, dilation]
+    for name, arguments in (
+        ("csr_conv2d_fprop", (values, *indices, None, x, *window)),
+        ("csr_conv2d_wgrad", (*indices, g, x, *window)),
+        ("csr_conv2d_dgrad", (values, *indices, g, [1, 1], *window)),
+        ("csr_conv2d_backward", (values, *indices, g, x, *window)),
+    ):
+        with pytest.raises(RuntimeError, match="32-bit offsets"):
+            _call(name, arguments)

@@ -17,6 +17,7 @@ from op_cases import (
     sparse_matrix,
 )
 
+from grasp_sparse.formats import csr_from_mask
 from grasp_sparse.ops import reference
 from grasp_sparse.ops.dtypes import compute_dtype
 
@@ -142,3 +143,14 @@ def test_arguments_are_not_written_to():
     ops.csr_sddmm(*indices, g, x)
     ops.csr_spmm_backward(values, *indices, g, x)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+@pytest.mark.parametrize("rows, cols, batch", [(0, 5, 4), (5, 0, 4), (5, 4, 0)])
+def test_empty_results_have_the_strides_that_torch_gives_them(rows, cols, batch):
+    indices = csr_from_mask(torch.zeros(rows, cols, dtype=torch.bool))
+    values, x, g = torch.empty(1, 0), torch.randn(batch, cols), torch.randn(batch, rows)
+    for result in (
+        ops.csr_spmm(values, *indices, None, x), ops.csr_spmm_t(values, *indices, g), ops.csr_sddmm(*indices, g, x),
+        *ops.csr_spmm_backward(values, *indices, g, x),
+    ):  # fmt: skip
+        assert result.stride() == torch.empty(result.shape).stride()
