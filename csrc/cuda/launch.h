@@ -17,22 +17,25 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("grasp_sparse: CUDA: ") + cudaGetErrorString(error));
 }
 
-template <class... Params, class... Args>
-void launch(void* stream, void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, const Args&... args) {
-  if (blocks == 0) return;
-  if (blocks > INT32_MAX) throw std::runtime_error("grasp_sparse: Expected work for at most 2^31 - 1 blocks; split the batch.");
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  check(cudaGetLastError());
-}
-
 inline DeviceLimits limits_of(int device) {
   DeviceLimits limits{};
   check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return limits;
+}
+
+template <class... Params, class... Args>
+void launch(void* stream, void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes, const Args&... args) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("grasp_sparse: Expected work for at most 2^31 - 1 blocks; split the batch.");
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (shared_bytes > kWithoutAsking) {  // for the most there is: what one thread allows for its launch also holds for another's
+    int device = 0;
+    check(cudaGetDevice(&device));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(device).shared_bytes));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError());
 }
 
 #else

@@ -82,10 +82,11 @@ __device__ inline int dealt_row(const int* by_count, int rows, int tiles, int ti
 
 constexpr int kRankThreads = 256;
 
-// by_count: a row's place is the number of rows before it. Every row is compared with every other, a block of them at a time.
+// by_count: a row's place is the number of rows before it. Every row is compared with every other: a block does so for a row a
+// lane, each of its warps with a share of the others.
 static __global__ void __launch_bounds__(kRankThreads) rank_rows(Lists lists, int* by_count) {
   int* const counts = reinterpret_cast<int*>(shared_memory());
-  const int per_row = lists.per_row(), row = blockIdx.x * kRankThreads + threadIdx.x;
+  const int per_row = lists.per_row(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = blockIdx.x * kWarp + lane;
   const auto weights = [&](int64_t r) { return lists.end(r * per_row + per_row - 1) - lists.begin(r * per_row); };
   const int own = row < lists.rows ? weights(row) : 0;
   int rank = 0;
@@ -94,10 +95,15 @@ static __global__ void __launch_bounds__(kRankThreads) rank_rows(Lists lists, in
     __syncthreads();
     counts[threadIdx.x] = other < lists.rows ? weights(other) : -1;
     __syncthreads();
-    const int count = min(kRankThreads, lists.rows - first);
-    for (int i = 0; i < count; ++i) rank += counts[i] > own || (counts[i] == own && first + i < row);
+    for (int i = warp * kWarp; i < (warp + 1) * kWarp; ++i)
+      rank += counts[i] > own || (counts[i] == own && first + i < row);
   }
-  if (row < lists.rows) by_count[rank] = row;
+  __syncthreads();
+  counts[threadIdx.x] = rank;
+  __syncthreads();
+  if (warp > 0 || row >= lists.rows) return;
+  for (int i = lane + kWarp; i < kRankThreads; i += kWarp) rank += counts[i];
+  by_count[rank] = row;
 }
 
 constexpr int kBoundThreads = 256;
@@ -121,12 +127,30 @@ static __global__ void __launch_bounds__(kBoundThreads) find_bounds(Lists lists,
   bounds[i] = low;
 }
 
+constexpr int kPlaceThreads = 256;
+constexpr uint32_t kPlaceBits = 0xffff, kNowhere = ~kPlaceBits;
+
+// Where a weight of a list by row multiplies, for a pass that walks the list once for every tile: its chunk above 16 bits of place
+// in it. No such chunk, where its index points outside the weight.
+static __global__ void __launch_bounds__(kPlaceThreads) find_places(Lists lists, uint32_t* places) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * kPlaceThreads + threadIdx.x;
+  if (j >= lists.nnz) return;
+  const int index = lists.index[j], channel = index / lists.taps;
+  const bool inside = index >= 0 && channel < lists.channels;
+  const uint32_t chunk = inside ? channel / lists.chunk : 0, place = inside ? lists.place(channel, index % lists.taps) : 0;
+  places[j] = inside ? chunk << 16 | place : kNowhere;
+}
+
 // Weights of a row in a chunk: of its one list, or of those of the taps in use before `tap`.
 __device__ inline int64_t weights_before(const Lists& lists, const Bounds& bounds, int64_t row, int chunk, int tap) {
   if (!lists.by_column) return tap ? bounds.count(row, chunk) : 0;
   int64_t sum = 0;
-  for (int k = 0; k < tap; ++k)
-    if (lists.place(0, k) >= 0) sum += bounds.count(row * lists.taps + k, chunk);
+  for (int a = 0; a < lists.h.count; ++a)  // not every tap asked whether it is in use: that divides
+    for (int b = 0; b < lists.w.count; ++b) {
+      const int k = (lists.h.first + a * lists.h.every) * lists.kernel_w + lists.w.first + b * lists.w.every;
+      if (k >= tap) return sum;
+      sum += bounds.count(row * lists.taps + k, chunk);
+    }
   return sum;
 }
 

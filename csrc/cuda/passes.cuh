@@ -53,7 +53,7 @@ inline Lists lists_of(const CsrView& csr, const Window& window, bool by_column, 
 
 // rank_rows and find_bounds: what both kernels read of the lists.
 inline void index_lists(const Queue& queue, const Lists& lists, int* by_count, int* bounds) {
-  launch(queue.stream, rank_rows, blocks_for(lists.rows, kRankThreads), kRankThreads, kRankThreads * sizeof(int), lists, by_count);
+  launch(queue.stream, rank_rows, blocks_for(lists.rows, kWarp), kRankThreads, kRankThreads * sizeof(int), lists, by_count);
   const int64_t count = static_cast<int64_t>(lists.rows) * (lists.by_column ? lists.taps : 1) * (lists.chunks + 1);
   launch(queue.stream, find_bounds, blocks_for(count, kBoundThreads), kBoundThreads, 0, lists, count, bounds);
 }
@@ -148,9 +148,11 @@ void wgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t
   args.lists = lists_of(csr, window, false, gathered, plan.tiling);
   args.tiles = plan.tiling.tiles(), args.shares = plan.shares, args.row_blocks = plan.row_blocks, args.block_rows = plan.block_rows;
   int *by_count, *bounds;
+  uint32_t* places;
   T* sums;
   const auto cut = [&](Pieces pieces) {
     by_count = pieces.take<int>(csr.rows), bounds = pieces.take<int>(static_cast<int64_t>(csr.rows) * (args.lists.chunks + 1));
+    places = pieces.take<uint32_t>(csr.nnz);
     sums = pieces.take<T>(plan.shares > 1 ? static_cast<int64_t>(plan.shares) * csr.nnz : 0);
     return pieces.size();
   };
@@ -158,7 +160,8 @@ void wgrad(const Queue& queue, const CsrView& csr, const Window& window, int64_t
   cut(Pieces(static_cast<unsigned char*>(memory.get())));
 
   index_lists(queue, args.lists, by_count, bounds);
-  args.by_count = by_count, args.bounds = {bounds, args.lists.chunks}, args.sums = plan.shares > 1 ? sums : dvalues;
+  launch(queue.stream, find_places, blocks_for(csr.nnz, kPlaceThreads), kPlaceThreads, 0, args.lists, places);
+  args.by_count = by_count, args.places = places, args.bounds = {bounds, args.lists.chunks}, args.sums = plan.shares > 1 ? sums : dvalues;
   launch(queue.stream, sampled<S, kSampledVector<S>>, plan.blocks, plan.warps * kWarp, plan.shared_bytes, args);
   if (plan.shares > 1) add_shares<T>(queue, sums, csr.nnz, plan.shares, dvalues);
 }

@@ -26,6 +26,7 @@ struct SampledArgs {
   Lists lists;
   Bounds bounds;
   const int* by_count;
+  const uint32_t* places;  // of every weight, as find_places writes them
   int64_t tiles;
   int shares, row_blocks, block_rows;
 };
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
   const int chunk = static_cast<int>(block % t.chunks), share = static_cast<int>(block / t.chunks);
   const int64_t first_tile = a.tiles * share / a.shares, end_tile = a.tiles * (share + 1) / a.shares;
   const int first_row = row_block * a.block_rows, end_row = min(first_row + a.block_rows, lists.rows);
+  const uint32_t here = static_cast<uint32_t>(chunk) << 16;
   T* const sums = a.sums + static_cast<int64_t>(share) * lists.nnz;
   const int64_t plane = static_cast<int64_t>(a.h.output) * a.w.output * t.batch;
   const bool whole = t.batch % V == 0 && reinterpret_cast<uintptr_t>(a.g) % sizeof(Pack<S, V>) == 0;
@@ -118,15 +120,10 @@ __global__ void __launch_bounds__(kSampledThreads, 1) sampled(const __grid_const
       next = read_row(rank + warps);
       for (int first = begin; first < end; first += kWarp) {
         const int j = first + lane;
-        int own_place = 0;  // some line, for a sum that nobody takes
-        bool sound = true;
-        if (j < end) {
-          const int index = lists.index[j], channel = index / lists.taps;
-          sound = index >= 0 && channel < lists.channels && channel / t.chunk == chunk;
-          if (sound) own_place = lists.place(channel, index % lists.taps);
-        }
+        const uint32_t found = j < end ? a.places[j] : here;
+        const bool sound = (found & ~kPlaceBits) == here;
         __syncwarp();
-        places[lane] = own_place * line_bytes;
+        places[lane] = sound ? static_cast<int>(found & kPlaceBits) * line_bytes : 0;  // some line, for a sum that nobody takes
         __syncwarp();
         T own_sum = 0;
         for (int batch = 0; batch * kBatch < kWarp && first + batch * kBatch < end; ++batch) {

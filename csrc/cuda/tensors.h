@@ -46,7 +46,9 @@ class __attribute__((visibility("hidden"))) Indices {
   static Tensor index(const Tensor& t, const char* name, const Tensor& beside) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && is_beside(t, beside), "Expected ", name,
                     " to be a 1-D int32 tensor on ", kDevice, ", that of the activations.");
-    STD_TORCH_CHECK(t.numel() <= INT32_MAX, "Expected ", name, " of less than 2^31 entries.");
+    constexpr int64_t kStep = 1024;  // kernels count in 32 bits and by steps of no more than this
+    STD_TORCH_CHECK(t.numel() <= INT32_MAX - kStep, "Expected ", name, " of at most ", INT32_MAX - kStep, " entries, got ",
+                    t.numel(), ".");
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
   const int32_t* data(int i) const { return static_cast<const int32_t*>(held_[i].const_data_ptr()); }

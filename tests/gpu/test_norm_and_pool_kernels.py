@@ -147,6 +147,7 @@ def test_a_recorded_step_is_replayed():
         return y
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()

@@ -81,6 +81,7 @@ def test_captured_in_a_graph():
     values, indices, mask = sparse_matrix(96, 128, 0.1, torch.float32)
     values, indices, x = values.cuda(), on("cuda", indices), torch.randn(128, 64, device="cuda").t()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         ops.csr_spmm(values, *indices, None, x)
     torch.cuda.synchronize()

@@ -67,7 +67,7 @@ void deal_rows(const int* pointers, int rows, int tiles, int slots, int* dealt) 
   Lists lists{};
   lists.ptr = pointers, lists.rows = rows, lists.nnz = pointers[rows], lists.taps = 1;
   std::vector<int> by_count(rows);
-  launch(nullptr, rank_rows, blocks_for(rows, kRankThreads), kRankThreads, kRankThreads * sizeof(int), lists, by_count.data());
+  launch(nullptr, rank_rows, blocks_for(rows, kWarp), kRankThreads, kRankThreads * sizeof(int), lists, by_count.data());
   for (int i = 0; i < tiles * slots; ++i) dealt[i] = dealt_row(by_count.data(), rows, tiles, i / slots, i % slots);
 }
 
