@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         number, count = options.warm
         mine = cases[number - 1 :: count]
         return measure_within(mine, label, lambda case: warm(*case[1:], options.device, options.seed), options)
+    cases = [(group, shape, family) for group, shape, together in cases for family in families(together)]
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)
     ceilings = measure_ceilings(options.device)
     tell(str(ceilings))
@@ -237,6 +238,12 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(table(results.rows)))
     print(f"wrote {results.path}")
     return 1 if failed else 0
+
+
+def families(together: list[Combination]) -> list[list[Combination]]:
+    """Single weights and blocks apart: a kernel that breaks the device takes only those of its own kind along."""
+    single = [(pattern, sparsity) for pattern, sparsity in together if PATTERNS[pattern] is None]
+    return [family for family in (single, [one for one in together if one not in single]) if family]
 
 
 def label(case: tuple[str, Shape, list[Combination]]) -> str:

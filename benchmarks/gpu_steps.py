@@ -7,12 +7,13 @@
 
 The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how many
 weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
-asked for and in both memory formats. Each layer of a pruned network runs as gs.plan has measured it to be faster. Pruned networks
-are given channels_last; sparse convolutions of single weights lay images batch innermost, and what follows keeps it. They take
-their steps with torch's fused SGD, as the dense ones do, and once more with gs.optim.SGD, which masks in the update. A step is
-recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and gradients of a pruned network are compared with those
-of the dense one with zeros in place before anything is measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv
-with the times of every layer, after every case, and prints a table at the end (benchmarks/gpu_summary.py).
+asked for (with --budget-seconds: in that of the pruned one, of float32 in TF32 too) and in both memory formats. Each layer of a pruned network runs
+as gs.plan has measured it to be faster. Pruned networks are given channels_last; sparse convolutions of single weights lay images
+batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do, and once more with
+gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and
+gradients of a pruned network are compared with those of the dense one with zeros in place before anything is measured. Writes
+benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and prints a table at the
+end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.gpu_cases import add_budget, limit_memory, measure_within, use_f
 from benchmarks.gpu_shapes import NETWORKS, PATTERNS, SPARSITIES, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
 from benchmarks.gpu_summary import plan_line, table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
-from grasp_sparse.bench.arms import LAYOUTS
+from grasp_sparse.bench.arms import LAYOUTS, WrongResultError
 from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.bench.steps import STEP, check_steps, dense_steps, masked_copy, sparse_steps
@@ -41,7 +42,7 @@ from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.optimizer import make_optimizer
 from grasp_sparse.train.step import loss_function, training_step
 
-CLASSES, SCORED = 1000, 16
+CLASSES, SCORED, COMPARED = 1000, 16, 8
 OWN_SGD = "peer gs.optim.SGD"  # the pruned network again, with that optimizer
 KEY = ("model", "pattern", "sparsity", "planned_in")
 
@@ -80,7 +81,7 @@ def prepared(
     scored = [(x[:SCORED], y[:SCORED])]
     masks = prune(model, scored, sparsity, network.criterion, pattern=pattern, budget="flops", micro_batch_size=4)
     masked = masked_copy(model, masks)
-    few = x[:8], y[:8]
+    few = x[:COMPARED], y[:COMPARED]
     with precision("float32"):  # TF32 alone would make more of a difference than is allowed
         steps, _ = sparse_steps(masked, masks, few, plan="density", max_density=1.0)
         return masked, masks, check_steps(dense_steps(masked, few) | steps, masks)
@@ -155,12 +156,14 @@ def measure(
 
 
 def warm(case: StepCase, device: str) -> None:
-    """One step with every layer sparse that can be: compiles and tunes the kernels; the compiled ones stay on the disk."""
+    """One step with every layer sparse that can be, and one as `prepared` compares it: compiles and tunes the kernels; the compiled
+    ones stay on the disk."""
     x, y = _batch(case.network, device)
     model = _made(case.network, device).to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     masks = prune(model, None, case.sparsity, "magnitude", pattern=case.pattern, budget="flops", example_input=x[:1])
     sparsify_(model, masks, plan="density", max_density=1.0)
+    step_of(copy.deepcopy(model).train(), x[:COMPARED], y[:COMPARED], "float32", device)()
     step_of(model.train(), x, y, case.precision, device)()
 
 
@@ -205,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         number, count = options.warm
         return measure_within(cases[number - 1 :: count], str, lambda case: warm(case, options.device), options)
     results, plans = (Results(file, settings, options.resume) for file in (path, path.with_name(f"{path.stem}-plan{path.suffix}")))
-    ready: dict[tuple, tuple] = {}  # of one network, pattern and sparsity at a time
+    ready: dict[tuple, tuple | str] = {}  # of one network, pattern and sparsity at a time; or why it is not
 
     def run_one(case: StepCase) -> None:
         if results.has([dict(zip(KEY, (case.network.name, case.pattern, f"{case.sparsity:g}", case.precision), strict=True))]):
@@ -216,10 +219,18 @@ def main(arguments: list[str] | None = None) -> int:
             torch.backends.cudnn.benchmark = False  # what runs once is not worth a search
             torch.manual_seed(options.seed)
             model, batch = _made(case.network, options.device), _batch(case.network, options.device)
-            ready[of] = batch, *prepared(case.network, model, batch, case.pattern, case.sparsity)
+            try:
+                ready[of] = batch, *prepared(case.network, model, batch, case.pattern, case.sparsity)
+            except WrongResultError as error:  # of every precision, then
+                ready[of] = str(error)
+        if isinstance(ready[of], str):
+            raise WrongResultError(ready[of])
         use_fastest_convolutions(options.device)
         batch, masked, masks, difference = ready[of]
-        rows, planned = measure(case, masked, masks, batch, difference, options.precision, options.device, options.rounds)
+        of_dense = options.precision
+        if options.budget_seconds is not None:  # each has cuDNN search anew in both formats, which takes longer than to measure it
+            of_dense = ["float32", "tf32"] if case.precision == "float32" else [case.precision]
+        rows, planned = measure(case, masked, masks, batch, difference, of_dense, options.device, options.rounds)
         results.add(rows, KEY)
         plans.add(planned, KEY)
         tell(describe(rows))

@@ -6,16 +6,18 @@ import argparse
 import csv
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_layers, gpu_peers, gpu_steps
+from benchmarks import gpu, gpu_cases, gpu_layers, gpu_peers, gpu_steps
 from benchmarks.gpu_shapes import GROUPS, NETWORKS, PATTERNS, SPARSITIES, TARGETS, in_order, steps_in_order
 from grasp_sparse.bench import cuda_arms
 from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.precision import STORAGE
 
+HERE = Path(__file__).parents[2]
 TINY = ["--device", "cpu", "--quick", "--rounds", "2", "--sparsity", "0.5", "0.75", "--pattern", "unstructured"]
 
 
@@ -36,6 +38,20 @@ def test_the_most_telling_layers_come_first_and_each_once():
     kept = [min(sparsity for _, sparsity in together) for _, _, together in ordered]
     assert kept.index(0.8) == len(kept) - kept.count(0.8) and all(sparsity >= 0.9 for sparsity in kept[: kept.index(0.8)])
     assert in_order(["vgg16"], ["block(32, 32)"], [0.8])[0][2] == [("block(32, 32)", 0.8)]
+
+
+def test_single_weights_and_blocks_are_measured_apart():
+    """One that breaks the device takes none of the other kind along."""
+    single, blocks = [("unstructured", 0.9), ("unstructured", 0.99)], [("block(32, 32)", 0.9), ("block(64, 64)", 0.9)]
+    assert gpu_layers.families([single[0], *blocks, single[1]]) == [single, blocks]
+    assert gpu_layers.families(single) == [single] and gpu_layers.families(blocks) == [blocks]
+
+
+def test_what_compiles_on_the_device_is_tested_last():
+    files = gpu.test_files()
+    assert {HERE / file for file in files} == set((HERE / "tests" / "gpu").glob("test_*.py"))
+    last = [file for file in files if "block" in file or "training" in file or "plan" in file]
+    assert len(last) == 3 and files[-3:] == last and any("unstructured" in file for file in files)
 
 
 def test_the_most_telling_steps_come_first():

@@ -159,10 +159,9 @@ def test_same_bits_at_every_run_and_with_every_tile(dtype, size):
             launch.fastest = fastest
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_nothing_waits_for_the_device(dtype):
+def test_nothing_waits_for_the_device():
     """After the first call, which measures."""
-    for name, arguments in calls(dtype, (64, 64)).items():
+    for name, arguments in calls(torch.float16, (64, 64)).items():
         op(name)(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -173,14 +172,19 @@ def test_nothing_waits_for_the_device(dtype):
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "not measured"])
 def test_cuda_graphs_see_activations_and_indices_of_their_replay(measured, monkeypatch):
-    from grasp_sparse.ops.triton import tuning
+    from grasp_sparse.ops.triton import launch, tuning
 
     monkeypatch.setattr(tuning, "_chosen", {})
+
+    def outside(name, arguments):
+        with monkeypatch.context() as first_tile:
+            if not measured:
+                first_tile.setattr(launch, "fastest", lambda key, tiles, run, device: tiles[0])
+            return op(name)(*arguments)
+
     others = calls(torch.float16, (32, 32), flipped=True)
     for name, arguments in calls(torch.float16, (32, 32)).items():
-        op(name)(*arguments)
-        if not measured:
-            tuning._chosen.clear()
+        outside(name, arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = op(name)(*arguments)
@@ -188,7 +192,8 @@ def test_cuda_graphs_see_activations_and_indices_of_their_replay(measured, monke
             if isinstance(mine, Tensor):
                 mine.copy_(other)
         graph.replay()
-        assert torch.equal(result, op(name)(*others[name])), name
+        assert torch.equal(result, outside(name, others[name])), name
+        assert bool(tuning._chosen) == measured
 
 
 def needs_memory() -> None:

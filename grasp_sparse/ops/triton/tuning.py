@@ -108,14 +108,18 @@ def fastest(key: Hashable, tiles: Sequence[Tile], launch: Callable[[Tile], None]
 
 
 def _fastest_that_runs(tiles: Sequence[Tile], launch: Callable[[Tile], None]) -> Tile:
-    """Leaves out those that this device has too little shared memory for, or this Triton cannot compile; all of them: its error."""
+    """Leaves out those that this device has too little shared memory for, or this Triton cannot compile; all of them: its error.
+
+    Triton has an error of its own for what it refuses, and a plain RuntimeError where one of its passes fails.
+    """
     from triton.errors import TritonError
 
     times, reason = {}, None
     for tile in tiles:
         try:
             launch(tile)
-        except TritonError as error:
+        except (TritonError, RuntimeError) as error:
+            torch.cuda.synchronize()  # raises if it is the device that failed
             reason = reason or error
         else:
             times[tile] = _milliseconds(lambda: launch(tile))
