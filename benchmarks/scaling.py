@@ -9,7 +9,8 @@ Weights: one layer at several densities, in turns; the line t = a + b * nnz by l
 what a call costs without any; R2 and the largest distance of a median from the line say how straight it is.
 Threads: the same layer at 95 % sparsity with one thread and with two, in turns in one process; the ratio of the medians.
 Beside it, in the same turns, that of torch's product of two dense matrices: what two threads of this machine were worth then. On
-a shared machine they may be one core for a while.
+a shared machine they may be one core for a while: with several threads only those rounds count, here and above, in which they
+made the dense product nearly as many times as fast as one; the others are rounds_left_out.
 
 Prints both and writes scaling.csv, one row a median with where and with what it was measured, and scaling.png, into
 benchmarks/results. Nothing is measured unless sparse and dense agree on the results.
@@ -39,10 +40,12 @@ FITTED = (ConvShape(128, 128, 16, 128), LinearShape(4096, 1024, 512))
 DENSITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
 THREADED = (*conv3x3(), *linear([512]))
 THREADS_DENSITY = 0.05
+_CORES = 0.9  # of the threads' number: a dense product this many times as fast shows that each had a core
 COLUMNS = (
     "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "rounds",
-    "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation", "times_as_fast_as_one_thread",
-    "dense_product_times_as_fast",
+    "rounds_left_out",
+    "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation",
+    "times_as_fast_as_one_thread", "dense_product_times_as_fast",
 )  # fmt: skip
 
 
@@ -83,12 +86,13 @@ def sparse_arm(shape: Shape, density: float, seed: int) -> Arm:
 
 def measure_nnz(shape: Shape, densities: list[float], rounds: int, seed: int) -> tuple[list[dict], Line]:
     arms = {f"{density:g}": sparse_arm(shape, density, seed) for density in densities}
-    times = interleaved(arms, rounds, lead_in=LEAD_IN)
+    threads = torch.get_num_threads()
+    times, left_out = in_turns({name: (threads, arm) for name, arm in arms.items()}, threads, rounds, seed)
     nnz = {name: arm.layer.nnz for name, arm in arms.items()}
     line = fit_line(list(nnz.values()), [times[name].median for name in arms])
     rows = [
         {
-            **_row("weights", shape, float(name), nnz[name], torch.get_num_threads(), times[name]),
+            **_row("weights", shape, float(name), nnz[name], threads, times[name], left_out),
             "fit_s": f"{line(nnz[name]):.6f}",
             "fit_a_s": f"{line.a:.6f}",
             "fit_b_s": f"{line.b:.4e}",
@@ -101,21 +105,51 @@ def measure_nnz(shape: Shape, densities: list[float], rounds: int, seed: int) ->
 
 
 def measure_threads(shape: Shape, density: float, rounds: int, seed: int) -> list[dict]:
-    """Leaves torch with the threads it had."""
-    arm, before = sparse_arm(shape, density, seed), torch.get_num_threads()
-    try:
-        arms = {f"{n}{suffix}": _with_threads(n, run) for suffix, run in (("", arm), (" dense", _dense_product(seed))) for n in (1, 2)}
-        times = interleaved(arms, rounds, lead_in=LEAD_IN)
-    finally:
-        torch.set_num_threads(before)
+    arm = sparse_arm(shape, density, seed)
+    times, left_out = in_turns({"1": (1, arm), "2": (2, arm)}, 2, rounds, seed)
     return [
         {
-            **_row("threads", shape, density, arm.layer.nnz, int(name), times[name]),
+            **_row("threads", shape, density, arm.layer.nnz, int(name), times[name], left_out),
             "times_as_fast_as_one_thread": f"{times['1'].median / times[name].median:.4g}",
             "dense_product_times_as_fast": f"{times['1 dense'].median / times[f'{name} dense'].median:.4g}",
         }
         for name in ("1", "2")
     ]
+
+
+def in_turns(
+    arms: dict[str, tuple[int, Callable[[], object]]], threads: int, rounds: int, seed: int
+) -> tuple[dict[str, Timing], int]:
+    """Times of the arms, each with so many threads, and beside them "1 dense" and "`threads` dense": a dense product.
+
+    Where `threads` are several, rounds go on, up to four times as many, until there are `rounds` in which each thread had a
+    core, and only these count; how many were left out is the second result. Of fewer than two, all count. Leaves torch with
+    the threads it had.
+    """
+    before, product = torch.get_num_threads(), _dense_product(seed)
+    arms = arms | {f"{count} dense": (count, product) for count in {1, threads}}
+    taken: dict[str, list[float]] = {}
+
+    def enough(seconds: dict[str, list[float]]) -> bool:
+        taken.update(seconds)  # the lists, which grow
+        return len(_with_cores(taken, threads)) >= rounds
+
+    try:
+        running = {name: _with_threads(count, run) for name, (count, run) in arms.items()}
+        times = interleaved(running, rounds * (4 if threads > 1 else 1), lead_in=LEAD_IN, enough=enough)
+    finally:
+        torch.set_num_threads(before)
+    counted = _with_cores(taken, threads) if taken else []
+    if len(counted) < 2:
+        return times, 0
+    count = next(iter(times.values())).count
+    return {name: Timing.of([seconds[i] for i in counted]) for name, seconds in taken.items()}, count - len(counted)
+
+
+def _with_cores(seconds: dict[str, list[float]], threads: int) -> list[int]:
+    """The rounds in which every thread had a core of its own, by the dense product."""
+    one, all_threads = seconds["1 dense"], seconds[f"{threads} dense"]
+    return [i for i, (slow, fast) in enumerate(zip(one, all_threads, strict=True)) if slow >= _CORES * threads * fast or threads == 1]
 
 
 def _dense_product(seed: int) -> Callable[[], object]:
@@ -132,7 +166,7 @@ def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]
     return with_threads
 
 
-def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, time: Timing) -> dict:
+def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, time: Timing, left_out: int) -> dict:
     return {
         "measured": measured,
         "shape": str(shape),
@@ -145,6 +179,7 @@ def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, ti
         "q1_s": f"{time.q1:.6f}",
         "q3_s": f"{time.q3:.6f}",
         "rounds": time.count,
+        "rounds_left_out": left_out,
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import scaling
 from benchmarks.shapes import ConvShape, LinearShape
-from grasp_sparse.timing import interleaved
+from grasp_sparse.timing import Timing, interleaved
 
 SMALL = ConvShape(3, 4, 6, 5), LinearShape(20, 10, 8)
 
@@ -51,6 +51,30 @@ def test_threads_are_what_the_row_says_and_are_put_back(monkeypatch):
     assert float(two["times_as_fast_as_one_thread"]) == pytest.approx(float(one["median_s"]) / float(two["median_s"]), rel=0.1)
     assert float(one["dense_product_times_as_fast"]) == 1 and float(two["dense_product_times_as_fast"]) > 0
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    "dense_two, counted, left_out",
+    [
+        ([1.0, 1.9, 1.05, 1.5, 1.0, 1.0], [1, 3, 5], 2),  # the second and the fourth round had one core for two threads
+        ([1.9, 1.05, 1.9, 1.9, 1.9, 1.9], [1, 2, 3, 4, 5, 6], 0),  # one round alone says nothing: all count
+    ],
+)
+def test_only_rounds_count_in_which_each_thread_had_a_core(monkeypatch, dense_two, counted, left_out):
+    def fake(arms, rounds, *, lead_in, enough):
+        taken = {name: [] for name in arms}
+        for i, dense in enumerate(dense_two[:rounds], 1):
+            for name, seconds in zip(taken, (10.0 * i, 1.0 * i, 2.0, dense), strict=True):
+                taken[name].append(seconds)
+            if i >= 3 and enough(taken):
+                break
+        return {name: Timing.of(seconds) for name, seconds in taken.items()}
+
+    monkeypatch.setattr(scaling, "interleaved", fake)
+    monkeypatch.setattr(scaling, "_dense_product", lambda seed: None)
+    times, out = scaling.in_turns({"1": (1, None), "2": (2, None)}, 2, 3, 0)
+    assert (times["2"], out) == (Timing.of([float(i) for i in counted]), left_out)
+    assert times["1"] == Timing.of([10.0 * i for i in counted])
 
 
 def test_the_program_writes_its_rows_and_the_plot(tmp_path, capsys):
