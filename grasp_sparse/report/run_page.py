@@ -21,6 +21,7 @@ from grasp_sparse.train.run import REPORT_NAME
 _EPOCH_COLUMNS = {
     "lr": "learning rate", "train_loss": "training loss", "train_accuracy": "training accuracy", "test_loss": "test loss",
     "test_accuracy": "test accuracy", "ema_accuracy": "of the moving average", "images_per_s": "images/s", "seconds": "seconds so far",
+    "corrupt_images": "images that could not be read",
 }  # fmt: skip
 
 

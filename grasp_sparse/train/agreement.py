@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from typing import NamedTuple
@@ -18,13 +19,14 @@ class Agreed(NamedTuple):
 class Requests:
     """What signals and the clock ask of this rank. What one rank is asked, all do.
 
-    `asked` receives the numbers of signals; a save is due `save_seconds` after the last one. `mine()` travels with the sum over
-    all ranks that a step needs anyway, and `agreed()` reads the sums.
+    `asked` receives the numbers of signals; a save is due `save_seconds` after the last one, and of a `fresh` run at once: its masks
+    may have taken longer to find than that. `mine()` travels with the sum over all ranks that a step needs anyway, and `agreed()`
+    reads the sums.
     """
 
-    def __init__(self, asked: list[int], save_seconds: float) -> None:
+    def __init__(self, asked: list[int], save_seconds: float, fresh: bool = False) -> None:
         self.asked, self.save_seconds = asked, save_seconds
-        self._saved_at = time.monotonic()
+        self._saved_at = -math.inf if fresh else time.monotonic()
 
     def saved(self) -> None:
         """A save was made or tried: the next one is due `save_seconds` from now."""

@@ -124,7 +124,8 @@ class Trainer:
         """Train to the end. Raises Interrupted or Preempted after a signal and a save, DivergedError for a loss that is not finite."""
         self.model.train()
         with deferred_stop(alone=self.ranks.size == 1) as asked:
-            requests = Requests(asked, 60 * self.config.checkpoint_minutes)
+            fresh = (self.position.epoch, self.position.step) == (0, 0)
+            requests = Requests(asked, 60 * self.config.checkpoint_minutes, fresh)
             with Recorder(self.config, self.run_dir, self.position, self.steps_per_epoch, self.extra["environment"]) as recorder:
                 while not self.position.finished:
                     self._train_epoch(requests, recorder)

@@ -72,8 +72,26 @@ def ended(process: int, seconds: float = 60.0) -> int:
 
 
 def auto(folder: Path, config: TrainConfig) -> int:
+    """Notes in FOLDER.saved, by one call of the system each, the positions whose checkpoints were written when the call returned."""
+    save = engine.save_checkpoint
+
+    def noted(run_dir: Path, state: dict[str, Any], keep: int) -> object:
+        written = save(run_dir, state, keep)
+        with open(folder.with_suffix(".saved"), "ab", buffering=0) as file:
+            file.write(f"{state['position']['epoch']} {state['position']['step']}\n".encode())
+        return written
+
+    engine.save_checkpoint = noted
     continue_or_start_run(config, {"model": config.model}, folder)
     return 0
+
+
+def last_saved(folder: Path) -> tuple[int, int]:
+    """The last position that a run in that folder knew to be saved."""
+    noted = folder.with_suffix(".saved")
+    lines = noted.read_text().splitlines() if noted.exists() else []
+    epoch, step = lines[-1].split() if lines else (0, 0)
+    return int(epoch), int(step)
 
 
 def what_stands(folder: Path) -> tuple[int, int] | str:
@@ -95,16 +113,17 @@ def killed_at_random(folder: Path, seed: int, whole: Path, seconds: float) -> di
     `seconds`: what a whole run takes, as far as is known; in the result as far as is known then. On a machine that others use too, it
     may have become shorter, and moments drawn from too many seconds would come when runs have ended.
     """
-    draw, target, stood, codes = random.Random(seed), folder / f"seed-{seed}", [], []
+    draw, target, stood, saved, codes = random.Random(seed), folder / f"seed-{seed}", [], [], []
     for _ in range(2):
         begun, fresh = time.monotonic(), not list_checkpoints(target)
         codes.append(ended(forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt"), draw.uniform(0, seconds)))
         if fresh and codes[-1] != TOOK_TOO_LONG:
             seconds = time.monotonic() - begun
         stood.append(what_stands(target))
+        saved.append(last_saved(target))
     last = ended(forked(lambda: auto(target, _CONFIG), folder / f"seed-{seed}.txt"))
     return {
-        "seconds": seconds, "codes": codes, "stood": stood, "last": last, "said": (folder / f"seed-{seed}.txt").read_text() if last else "",
+        "seconds": seconds, "codes": codes, "stood": stood, "saved": saved, "last": last, "said": (folder / f"seed-{seed}.txt").read_text() if last else "",
         "differing": [] if last else differing_parts(target, whole),
         "left": sorted(path.name for path in target.iterdir() if path.suffix == ".partial"),
     }  # fmt: skip

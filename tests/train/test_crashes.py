@@ -42,7 +42,8 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(happened: dict[
     run = happened["seeds"][seed]
     assert run["last"] == 0, run["said"]
     assert all(isinstance(position, list) for position in run["stood"]), run["stood"]  # nothing damaged at any moment
-    assert run["stood"][0] <= run["stood"][1]  # nothing lost
+    assert run["stood"][0] <= run["stood"][1]
+    assert all(stood >= saved for stood, saved in zip(run["stood"], run["saved"], strict=True)), run  # nothing lost that was saved
     assert run["differing"] == [] and run["left"] == []
 
 

@@ -96,7 +96,7 @@ def test_a_test_loss_that_is_not_finite_is_no_epoch(tmp_path: Path, monkeypatch:
     whose = "test loss of the moving average" if averages else "test loss"
     with pytest.raises(DivergedError, match=f"the {whose} is nan after step 4 of epoch 2 .*: all weights are finite, .*what was saved before stands"):
         start_run(config_of(ema_decay=0.9), tmp_path)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(1, 0)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(1, 0), checkpoint_name(0, 1)]
     assert [row["epoch"] for row in load_checkpoint(tmp_path)["position"]["history"]] == [1]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
@@ -106,4 +106,4 @@ def test_a_test_loss_of_spoilt_weights_names_them(tmp_path: Path, monkeypatch: p
     at_call(4, lambda: trainers[0].model[5].weight.data.fill_(float("nan")), engine, "training_step", monkeypatch)
     with pytest.raises(DivergedError, match="the test loss is nan after step 4 of epoch 1 .*: there are 16 nan of 16 values in 5.weight;"):
         start_run(config_of(), tmp_path)
-    assert not list_checkpoints(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(0, 1)]

@@ -72,10 +72,10 @@ def _full(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool]) -> list[
 
 
 def test_a_full_disk_is_a_warning_and_the_next_save_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    saves = _full(monkeypatch, lambda number: number == 2)
+    saves = _full(monkeypatch, lambda number: number == 3)
     with pytest.warns(UserWarning, match="cannot write the checkpoint of epoch 3, step 0 .*No space.*training goes on") as said:
         start_run(config_of(), tmp_path)
-    assert len(said) == 1 and saves == [1, 2, 3]
+    assert len(said) == 1 and saves == [1, 2, 3, 4]
     assert same_end(tmp_path, whole)
 
 
@@ -83,7 +83,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        _full(patch, lambda number: number >= 2)
+        _full(patch, lambda number: number >= 3)
         message = "cannot write the checkpoint .*No space.* make room, .*--resume"
         with pytest.warns(UserWarning), pytest.raises(UserError, match=message):
             start_run(config_of(), tmp_path)

@@ -63,7 +63,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, mo
         with pytest.raises(Preempted):
             start_run(config_of(test_limit=100), tmp_path / "parts")
     assert len(looked) <= 2
-    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == [checkpoint_name(0, 4)]
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == [checkpoint_name(0, 4), checkpoint_name(0, 1)]
     resume_run(tmp_path / "parts", NET)
     start_run(config_of(test_limit=100), tmp_path / "whole")
     assert same_end(tmp_path / "parts", tmp_path / "whole")
