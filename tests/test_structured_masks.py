@@ -87,6 +87,22 @@ def test_global_is_the_greedy_walk_over_groups_of_any_size(written, shapes, spar
     assert masks == expected
 
 
+def assert_exact(pattern, scores, masks, sparsity: float, prices: dict[str, float] | None = None) -> None:
+    """Whole groups, none of the weights left out; the exact count, or where groups differ no more than allowed and no group less
+    than would fit. `prices`: of a weight of each layer, under a budget of multiply-adds."""
+    assert all(is_whole(pattern, mask) and mask.any() for mask in masks.values())
+    groups, price = list(groups_of(pattern, scores)), prices or dict.fromkeys(scores, 1.0)
+    costs = {size * price[name] for name, _, size, _ in groups}
+    total = sum(price[name] * values.numel() for name, values in scores.items())
+    spent = sum(price[name] * int(mask.sum()) for name, mask in masks.items())
+    if prices is None and len(costs) == 1:
+        assert spent == round((1 - sparsity) * len(groups)) * costs.pop()
+        return
+    assert spent <= (1 - sparsity) * total * (1 + 1e-12)
+    room = (1 - sparsity) * total * (1 - 1e-12) - spent
+    assert not [name for name, mask, size, _ in groups if size * price[name] <= room and not (mask & masks[name]).any()]
+
+
 @pytest.mark.parametrize("budget", ["weights", "flops"])
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 @pytest.mark.parametrize("shapes", [DIVIDING, RAGGED], ids=["dividing", "ragged"])
@@ -96,17 +112,7 @@ def test_groups_are_whole_the_budget_is_met_and_no_further_group_fits(written, s
     prices = COSTS if budget == "flops" else dict.fromkeys(COSTS, 1.0)
     for sparsity in (0.0, 0.25, 0.5, 0.6):
         masks = make_masks(scores, sparsity, written, scope, budget, costs=COSTS)
-        assert all(is_whole(pattern, mask) and mask.any() for mask in masks.values())
-        groups = list(groups_of(pattern, scores))
-        costs = {size * prices[name] for name, _, size, _ in groups}
-        total = sum(prices[name] * values.numel() for name, values in scores.items())
-        spent = sum(prices[name] * int(mask.sum()) for name, mask in masks.items())
-        if budget == "weights" and len(costs) == 1:
-            assert spent == round((1 - sparsity) * len(groups)) * costs.pop()
-            continue
-        assert spent <= (1 - sparsity) * total * (1 + 1e-12)
-        room = (1 - sparsity) * total * (1 - 1e-12) - spent
-        assert not [name for name, mask, size, _ in groups if size * prices[name] <= room and not (mask & masks[name]).any()]
+        assert_exact(pattern, scores, masks, sparsity, prices if budget == "flops" else None)
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])
@@ -201,9 +207,7 @@ def test_every_criterion_under_every_pattern_scope_and_budget(criterion, written
         if written == "nm(1, 2)":  # of three inputs one of two and one of one
             assert [int(mask.sum()) for mask in masks.values()] == [6 * 9 * 2, 9 * 9 * 3, 5 * 18]
         else:
-            assert all(is_whole(pattern, mask) and mask.any() for mask in masks.values())
-            removed = masks.flop_sparsity(costs) if budget == "flops" else masks.sparsity
-            assert sparsity - 1e-9 <= removed + (0.5 / masks.numel if written == "unstructured" else 0) < sparsity + 0.2
+            assert_exact(pattern, scores, masks, sparsity, costs if budget == "flops" else None)
 
 
 @pytest.mark.parametrize("criterion", ["grasp", "synflow"])

@@ -36,6 +36,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             nothing stays in ``.grad``. Ends with the optimizer; while it lives no other may step these weights. Gradients that are
             to be differentiated again, and those of compiled layers, stay masked.
 
+    A CUDA graph keeps the learning rate and the other numbers with which a step was recorded, and replays them.
+
     Raises:
         ValueError: options that torch refuses, masks that do not fit the parameters, or ``raw_gradients`` without masks.
     """
@@ -66,8 +68,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: gradients that are sparse or complex; nothing has been changed then.
             NotImplementedError: options, loaded from a checkpoint of torch's optimizer, that exist only there.
-            RuntimeError: with ``during_backward``, gradients that were left over or a GradScaler; the first step of parameters
-                that have a state, while a CUDA graph is recorded.
+            RuntimeError: with ``during_backward``, gradients that were left over or a GradScaler; while a CUDA graph is recorded, the
+                first step of parameters that have a state, or a learning rate on the device.
         """
         loss = None
         if closure is not None:
@@ -109,6 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         calls = []
         for group, parameters in chosen:
             self._check_group(group)
+            _refuse_to_record_numbers(group, parameters)
             for same in _alike(parameters):
                 calls += self._calls(group, same)
         for call in calls:
@@ -192,6 +195,16 @@ def refuse_to_record_a_start(parameters: Sequence[Tensor]) -> None:
             "Expected the optimizer to have taken a step before it is recorded in a CUDA graph, got parameters without state, "
             "which every replay would start anew; take one step first."
         )
+
+
+def _refuse_to_record_numbers(group: Mapping[str, object], parameters: Sequence[Tensor]) -> None:
+    """RuntimeError if a CUDA graph is being recorded and a number of ``group`` lies on the device, where no host may read it then."""
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.is_cuda and parameters and _is_recording(parameters[0]):
+            raise RuntimeError(
+                f"Expected {name} to be a number while a CUDA graph is recorded, got a tensor on {value.device}; give a float. Every "
+                "replay then uses it as it is: where it changes, record anew, or use torch.optim with capturable=True."
+            )
 
 
 def _is_recording(tensor: Tensor) -> bool:
