@@ -70,7 +70,10 @@ def by_torch(layer: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), by_torch], ids=["deepcopy", "pickle", "save"])
+COPIED = {"deepcopy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer)), "save": by_torch}
+
+
+@pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
 @every
 def test_copies_mask_their_own(kind, copied):
     layer = masked(kind)
