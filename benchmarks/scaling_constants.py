@@ -23,6 +23,10 @@ LINEAR_BATCH = 512
 _LINEAR = re.compile(r"linear (\d+)->(\d+) batch (\d+)")
 
 
+# Of the machine that was measured last, and so all with the same kernels.
+LAYERS, STEPS, BREAKDOWN = "layers-zen4.csv", "models-zen4.csv", "models-zen4-breakdown.csv"
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of a network: prunable matrices as (rows, columns), parameters beside them, samples a step, bytes saved for backward."""
@@ -69,9 +73,9 @@ def relative_fit(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -
 
 @cache
 def rates() -> Rates:
-    """From layers.csv (linear layers at LINEAR_BATCH samples, float32) and the optimizer's share of the MLP in models-breakdown.csv."""
+    """From LAYERS (linear layers at LINEAR_BATCH samples, float32) and the optimizer's share of the MLP in BREAKDOWN."""
     dense, kept, features, seconds = [], [], [], []
-    for row in read("layers.csv"):
+    for row in read(LAYERS):
         shape = _LINEAR.fullmatch(row["shape"])
         if shape is None or int(shape[3]) != LINEAR_BATCH or row["pass"] != "forward+backward" or not row["best"]:
             continue
@@ -84,7 +88,7 @@ def rates() -> Rates:
             seconds.append(time)
     (weight, feature), off = relative_fit([kept, features], seconds)
     sizes = mlp_sizes()
-    updates = [row for row in read("models-breakdown.csv") if (row["model"], row["category"]) == ("mlp", "optimizer")]
+    updates = [row for row in read(BREAKDOWN) if (row["model"], row["category"]) == ("mlp", "optimizer")]
     counts = [sizes.others + sizes.weights * (1 - float(row["sparsity"]) * (kind_of(row["arm"]) == "sparse")) for row in updates]
     tensors = [2.0 * len(sizes.matrices)] * len(updates)
     (tensor, parameter), update_off = relative_fit([tensors, counts], [float(row["seconds"]) for row in updates])
@@ -103,11 +107,11 @@ class MeasuredStep:
 
 @cache
 def measured_steps(model: str, budget: str) -> tuple[MeasuredStep, ...]:
-    """The dense step, its median over the cases, then the sparse one of each sparsity, from models.csv.
+    """The dense step, its median over the cases, then the sparse one of each sparsity, from STEPS.
 
     Raises ValueError where a pruned layer ran a dense kernel: such a layer sends a dense gradient, and which one it was is not said.
     """
-    best = [row for row in read("models.csv") if row["model"] == model and row["budget"] == budget and row["best"]]
+    best = [row for row in read(STEPS) if row["model"] == model and row["budget"] == budget and row["best"]]
     steps = [MeasuredStep("dense", median(float(row["median_s"]) for row in best if kind_of(row["arm"]) == "dense"), 1.0, 1.0)]
     for row in best:
         if kind_of(row["arm"]) == "sparse":
@@ -173,7 +177,7 @@ def saved_for_backward(model: nn.Module, batch: torch.Tensor) -> int:
 
 def machine_line() -> str:
     """Where the measurements come from, in words."""
-    row = read("models.csv")[0]
+    row = read(STEPS)[0]
     return f"{row['cpu']}, {row['threads']} threads, {row['kernels']} kernels, torch {row['torch']}"
 
 

@@ -19,7 +19,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from benchmarks.pages import print_or_write, table
 from benchmarks.scaling_cases import NETWORKS, Case, break_even, label_of, linear_seconds, resnet50_cases, stack_cases
-from benchmarks.scaling_constants import LINEAR_BATCH, machine_line, measured_steps, mlp_sizes, rates, resnet50_sizes, stack_sizes
+from benchmarks.scaling_constants import (
+    BREAKDOWN, LAYERS, LINEAR_BATCH, STEPS, machine_line, measured_steps, mlp_sizes, rates, resnet50_sizes, stack_sizes
+)  # fmt: skip
 from grasp_sparse.report.style import DENSE, INK, SPARSE, STYLE, human_bytes, human_seconds, save_plot
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -70,13 +72,13 @@ def constants_table() -> str:
     rate, rows = rates(), []
     for step in measured_steps("resnet50", "flops"):
         what = f"a step of ResNet-50, batch {resnet50_sizes().batch}, {label_of(step)}"
-        rows.append((what, human_seconds(step.seconds), "models.csv", ""))
+        rows.append((what, human_seconds(step.seconds), STEPS, ""))
     rows += [
-        (f"dense linear layer, a weight and sample, batch {LINEAR_BATCH}", f"{rate.dense_weight * 1e12:.3g} ps", "layers.csv", ""),
-        ("sparse one, a kept weight and sample", f"{rate.sparse_weight * 1e12:.3g} ps", "layers.csv", f"{rate.sparse_deviation:.0%}"),
-        ("sparse one, a feature in or out and sample", f"{rate.sparse_feature * 1e12:.3g} ps", "layers.csv", f"{rate.sparse_deviation:.0%}"),
-        ("update, a parameter", f"{rate.update_parameter * 1e12:.3g} ps", "models-breakdown.csv", f"{rate.update_deviation:.0%}"),
-        ("update, a parameter tensor", f"{rate.update_tensor * 1e6:.3g} µs", "models-breakdown.csv", f"{rate.update_deviation:.0%}"),
+        (f"dense linear layer, a weight and sample, batch {LINEAR_BATCH}", f"{rate.dense_weight * 1e12:.3g} ps", LAYERS, ""),
+        ("sparse one, a kept weight and sample", f"{rate.sparse_weight * 1e12:.3g} ps", LAYERS, f"{rate.sparse_deviation:.0%}"),
+        ("sparse one, a feature in or out and sample", f"{rate.sparse_feature * 1e12:.3g} ps", LAYERS, f"{rate.sparse_deviation:.0%}"),
+        ("update, a parameter", f"{rate.update_parameter * 1e12:.3g} ps", BREAKDOWN, f"{rate.update_deviation:.0%}"),
+        ("update, a parameter tensor", f"{rate.update_tensor * 1e6:.3g} µs", BREAKDOWN, f"{rate.update_deviation:.0%}"),
     ]
     measured = table(("measured", "seconds", "file", "farthest from the fit"), rows)
     latency = human_seconds(_DRAWN.latency)
