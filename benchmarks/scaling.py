@@ -8,8 +8,8 @@ Forward and backward, after unmeasured calls as in benchmarks.layers.
 Weights: one layer at several densities, in turns; the line t = a + b * nnz by least squares. b is what a kept weight costs, a
 what a call costs without any; R2 and the largest distance of a median from the line say how straight it is.
 Threads: the same layer at 95 % sparsity with one thread and with two, in turns in one process; the ratio of the medians.
-Beside it, in the same turns, that of torch's product of two dense matrices: what two threads of this machine were worth then. On
-a shared machine they may be one core for a while: with several threads only those rounds count, here and above, in which they
+Beside it, in the same turns, that of torch's product of two dense matrices and that of a copy of memory larger than caches: what
+two threads of this machine were worth then where arithmetic bounds, and where memory does. On a shared machine they may be one core for a while: with several threads only those rounds count, here and above, in which they
 made the dense product nearly as many times as fast as one; the others are rounds_left_out.
 
 Prints both and writes scaling.csv, one row a median with where and with what it was measured, and scaling.png, into
@@ -45,7 +45,7 @@ COLUMNS = (
     "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "rounds",
     "rounds_left_out",
     "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation",
-    "times_as_fast_as_one_thread", "dense_product_times_as_fast",
+    "times_as_fast_as_one_thread", "dense_product_times_as_fast", "copy_times_as_fast",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def measure_threads(shape: Shape, density: float, rounds: int, seed: int) -> lis
             **_row("threads", shape, density, arm.layer.nnz, int(name), times[name], left_out),
             "times_as_fast_as_one_thread": f"{times['1'].median / times[name].median:.4g}",
             "dense_product_times_as_fast": f"{times['1 dense'].median / times[f'{name} dense'].median:.4g}",
+            "copy_times_as_fast": f"{times['1 copy'].median / times[f'{name} copy'].median:.4g}",
         }
         for name in ("1", "2")
     ]
@@ -120,14 +121,14 @@ def measure_threads(shape: Shape, density: float, rounds: int, seed: int) -> lis
 def in_turns(
     arms: dict[str, tuple[int, Callable[[], object]]], threads: int, rounds: int, seed: int
 ) -> tuple[dict[str, Timing], int]:
-    """Times of the arms, each with so many threads, and beside them "1 dense" and "`threads` dense": a dense product.
+    """Times of the arms, each with so many threads, and beside them "1 dense" and "`threads` dense", a dense product, and "… copy".
 
     Where `threads` are several, rounds go on, up to four times as many, until there are `rounds` in which each thread had a
     core, and only these count; how many were left out is the second result. Of fewer than two, all count. Leaves torch with
     the threads it had.
     """
-    before, product = torch.get_num_threads(), _dense_product(seed)
-    arms = arms | {f"{count} dense": (count, product) for count in {1, threads}}
+    before, others = torch.get_num_threads(), {"dense": _dense_product(seed), "copy": _copy()}
+    arms = arms | {f"{count} {name}": (count, run) for name, run in others.items() for count in {1, threads}}
     taken: dict[str, list[float]] = {}
 
     def enough(seconds: dict[str, list[float]]) -> bool:
@@ -156,6 +157,13 @@ def _dense_product(seed: int) -> Callable[[], object]:
     """Bound by arithmetic, not by memory."""
     left, right = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(seed))
     return lambda: left @ right
+
+
+def _copy() -> Callable[[], object]:
+    """Bound by memory: 64 MB into 64 MB."""
+    source = torch.ones(1 << 24)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]:
@@ -212,8 +220,11 @@ def main(
             rows += measured
         for shape in shapes:
             measured = measure_threads(shape, THREADS_DENSITY, rounds, options.seed)
-            ratio, dense = (measured[-1][column] for column in ("times_as_fast_as_one_thread", "dense_product_times_as_fast"))
-            bar.write(f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one, {dense}x in a dense product")
+            ratio, dense, copy = (measured[-1][column] for column in COLUMNS[-3:])
+            bar.write(
+                f"{shape} at {1 - THREADS_DENSITY:.0%}: two threads are {ratio}x as fast as one, {dense}x in a dense product, "
+                f"{copy}x in a copy"
+            )
             bar.update()
             rows += measured
     where = machine()

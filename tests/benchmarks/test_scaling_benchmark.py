@@ -46,7 +46,7 @@ def test_threads_are_what_the_row_says_and_are_put_back(monkeypatch):
 
     monkeypatch.setattr(scaling, "interleaved", spied)
     one, two = scaling.measure_threads(SMALL[1], 0.2, 2, 0)
-    assert set(seen) == {("1", 1), ("2", 2), ("1 dense", 1), ("2 dense", 2)}
+    assert set(seen) == {("1", 1), ("2", 2), ("1 dense", 1), ("2 dense", 2), ("1 copy", 1), ("2 copy", 2)}
     assert (one["threads_used"], two["threads_used"]) == (1, 2)
     assert float(two["times_as_fast_as_one_thread"]) == pytest.approx(float(one["median_s"]) / float(two["median_s"]), rel=0.1)
     assert float(one["dense_product_times_as_fast"]) == 1 and float(two["dense_product_times_as_fast"]) > 0
@@ -64,7 +64,7 @@ def test_only_rounds_count_in_which_each_thread_had_a_core(monkeypatch, dense_tw
     def fake(arms, rounds, *, lead_in, enough):
         taken = {name: [] for name in arms}
         for i, dense in enumerate(dense_two[:rounds], 1):
-            for name, seconds in zip(taken, (10.0 * i, 1.0 * i, 2.0, dense), strict=True):
+            for name, seconds in zip(taken, (10.0 * i, 1.0 * i, 2.0, dense, 3.0, 2.0), strict=True):
                 taken[name].append(seconds)
             if i >= 3 and enough(taken):
                 break
