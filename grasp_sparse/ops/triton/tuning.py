@@ -118,7 +118,9 @@ def _fastest_that_runs(tiles: Sequence[Tile], launch: Callable[[Tile], None]) ->
     for tile in tiles:
         try:
             launch(tile)
-        except (TritonError, RuntimeError) as error:
+        except TritonError as error:
+            reason = reason or error
+        except RuntimeError as error:
             torch.cuda.synchronize()  # raises if it is the device that failed
             reason = reason or error
         else:

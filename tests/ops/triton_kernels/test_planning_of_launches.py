@@ -132,6 +132,27 @@ def test_tiles_that_do_not_compile_are_left_out_and_not_all_of_them(monkeypatch)
         clock.fastest("another call")
 
 
+def test_a_pass_that_fails_leaves_a_tile_out_and_a_lost_device_does_not(monkeypatch):
+    """Both are a plain RuntimeError; the device is asked which it was."""
+    clock = Clock(monkeypatch, {64: 3.0, 128: 5.0, 256: 2.0, 512: 1.0})
+    launch = clock.launch
+
+    def failing(tile: tuning.Tile) -> None:
+        if tile.size == 512:
+            raise RuntimeError("PassManager::run failed")
+        launch(tile)
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    clock.launch = failing
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert clock.fastest("a call") == 256
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        clock.fastest("another call")
+
+
 def test_inside_a_graph_the_first_tile_is_taken_unless_one_is_known(monkeypatch):
     clock = Clock(monkeypatch, {64: 4.0, 128: 2.0, 256: 3.0, 512: 5.0})
     clock.capturing = True
