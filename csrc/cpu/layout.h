@@ -35,8 +35,7 @@ inline Tensor empty_images(const Tensor& like, Layout layout, int64_t channels, 
   if (layout == Layout::channels_last)
     return empty_strided(like, sizes, {height * width * channels, 1, width * channels, channels});
   if (layout == Layout::chwn) return empty_strided(like, sizes, {1, height * width * n, width * n, n});
-  const int64_t w = std::max<int64_t>(width, 1), hw = std::max<int64_t>(height, 1) * w;  // strides of nothing, as torch has them
-  return empty_strided(like, sizes, {std::max<int64_t>(channels, 1) * hw, hw, w, 1});
+  return empty_strided(like, sizes, row_major(sizes));
 }
 
 inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t height, int64_t width) {

@@ -20,8 +20,8 @@ int64_t gradient_columns(int64_t outputs) { return panel_columns(outputs, 4, 8, 
 Tensor empty_rows(const Tensor& like, int64_t features) {
   const int64_t n = like.size(0), k = like.size(1);
   const bool feature_major = !like.is_contiguous() && (n == 1 || like.stride(0) == 1) && (k == 1 || like.stride(1) == n);
-  const auto stride = [](int64_t size) { return std::max<int64_t>(size, 1); };  // of nothing too, as torch has it
-  return empty_strided(like, {n, features}, feature_major ? Sizes{1, stride(n)} : Sizes{stride(features), 1});
+  const Sizes sizes{n, features};
+  return empty_strided(like, sizes, feature_major ? Sizes{1, std::max<int64_t>(n, 1)} : row_major(sizes));
 }
 
 void check_matrix(const Tensor& t, int64_t features, const char* name) {

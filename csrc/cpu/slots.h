@@ -91,12 +91,6 @@ inline bool same_places(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline Sizes row_major(const Tensor& t) {
-  Sizes strides(t.dim(), 1);
-  for (int64_t d = t.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(t.size(d + 1), 1);
-  return strides;
-}
-
 // The arrays of every parameter in one order: the value's own in memory, or row-major where the value has gaps. Tensors
 // that lie otherwise are copied, and the copies of those that are written go back when this is told to.
 class __attribute__((visibility("hidden"))) Slots {
@@ -128,8 +122,8 @@ class __attribute__((visibility("hidden"))) Slots {
  private:
   void* copy(const Tensor& t, const Tensor& value, bool dense, bool written) {
     const auto sizes = t.sizes(), strides = value.strides();
-    const Sizes order = dense ? Sizes(strides.begin(), strides.end()) : row_major(value);
-    Tensor copied = empty_strided(t, Sizes(sizes.begin(), sizes.end()), order);
+    const Sizes own(sizes.begin(), sizes.end());
+    Tensor copied = empty_strided(t, own, dense ? Sizes(strides.begin(), strides.end()) : row_major(own));
     torch::stable::copy_(copied, t);
     (written ? moved_ : held_).push_back({t, copied});
     return copied.mutable_data_ptr();

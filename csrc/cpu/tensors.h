@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -133,11 +134,14 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Contiguous, of the type that sums beside activations `like` have.
-inline Tensor empty_sums(const Tensor& like, const Sizes& sizes) {
+// The strides that torch gives contiguous tensors, empty ones too.
+inline Sizes row_major(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  return empty_strided(like, sizes, strides, true);
+  return strides;
 }
+
+// Contiguous, of the type that sums beside activations `like` have.
+inline Tensor empty_sums(const Tensor& like, const Sizes& sizes) { return empty_strided(like, sizes, row_major(sizes), true); }
 
 }  // namespace grasp_sparse
