@@ -123,8 +123,8 @@ class Clock:
 class Run:
     """The phases, in their order; `problems` says which of them failed."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.clock, self.problems = options, Clock(options.seconds, options.began), {}
+    def __init__(self, options: argparse.Namespace, began: float) -> None:
+        self.options, self.clock, self.problems = options, Clock(options.seconds, began), {}
         self.options.logs.mkdir(parents=True, exist_ok=True)
         self.options.results.mkdir(parents=True, exist_ok=True)
 
@@ -258,13 +258,13 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--workers", type=int, default=workers, help="of tests (default: %(default)s)")
     flags.add_argument("--no-warm", dest="warm", action="store_false", help="compile no kernels while the tests run")
     options = flags.parse_args(arguments)
-    options.began = time.monotonic()  # what follows asks torch for its device, which counts as well
+    clock_began = time.monotonic()  # what follows asks torch for its device, which counts as well
     options.results, options.logs = options.results.absolute(), options.logs.absolute()
     began = time.time()
     if subprocess.run([sys.executable, "-m", "benchmarks.gpu_needs"], cwd=HERE, check=False).returncode:
         return 2
     with _terminated_like_interrupted():
-        made = Run(options)
+        made = Run(options, clock_began)
         interrupted = False
         try:
             if made.build():

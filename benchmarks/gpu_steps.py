@@ -7,13 +7,13 @@
 
 The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how many
 weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
-asked for (with --budget-seconds: in that of the pruned one, of float32 in TF32 too) and in both memory formats. Each layer of a pruned network runs
-as gs.plan has measured it to be faster. Pruned networks are given channels_last; sparse convolutions of single weights lay images
-batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do, and once more with
-gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and
-gradients of a pruned network are compared with those of the dense one with zeros in place before anything is measured. Writes
-benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and prints a table at the
-end (benchmarks/gpu_summary.py).
+asked for (with --budget-seconds: in that of the pruned one, of float32 in TF32 too) and in both memory formats. Each layer of a
+pruned network runs as gs.plan has measured it to be faster. Pruned networks are given channels_last; sparse convolutions of single
+weights lay images batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do,
+and once more with gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in
+turns. Loss and gradients of a pruned network are compared with those of the dense one with zeros in place before anything is
+measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and
+prints a table at the end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations

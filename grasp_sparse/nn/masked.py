@@ -83,7 +83,7 @@ class _MaskGradient(torch.autograd.Function):
 class _Hook:
     """Masks the gradient of one weight by one mask, for as long as they live. A copy of it is None: it is not of a copied layer.
 
-    A function of autograd does the same and adds twice as much to a forward and backward, thirty microseconds.
+    A function of autograd does the same and adds twice as much to a forward and backward of a small layer.
     """
 
     def __init__(self, weight: Tensor, mask: Tensor) -> None:

@@ -108,3 +108,16 @@ def test_a_first_step_is_not_recorded(kind):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             optimizer.step()
     assert all(map(torch.equal, made, held))
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_a_learning_rate_on_the_device_is_not_recorded(kind):
+    made = parameters()
+    optimizer = OPTIMIZERS[kind][0](made, **OPTIMIZERS[kind][2])
+    set_gradients(made, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="Expected lr to be a number while a CUDA graph is recorded"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()

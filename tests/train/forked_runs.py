@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import several_ranks
 import torch
@@ -81,8 +82,8 @@ def auto(folder: Path, config: TrainConfig) -> int:
             file.write(f"{state['position']['epoch']} {state['position']['step']}\n".encode())
         return written
 
-    engine.save_checkpoint = noted
-    continue_or_start_run(config, {"model": config.model}, folder)
+    with mock.patch.object(engine, "save_checkpoint", noted):
+        continue_or_start_run(config, {"model": config.model}, folder)
     return 0
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import write_class_folders
 from torch import nn
 
 from benchmarks.run_states import same
@@ -105,41 +104,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: p
     assert _history(whole) == _history(parts)
     logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert logged == parts["position"]["history"] and len(logged) == 3
-
-
-def test_resumed_inside_an_epoch_with_two_threads_and_images_from_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
-    write_class_folders(tmp_path / "images", count=16)
-    files = {"data": "imagefolder", "data_dir": str(tmp_path / "images"), "image_size": 16, "workers": 2}
-    config = _config(**files, batch_size=8, epochs=2, train_limit=None)
-    start_run(config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        _after_steps(6, _ctrl_c, patch)
-        with pytest.raises(Interrupted):
-            start_run(config, tmp_path / "parts")
-    assert 0 < load_checkpoint(tmp_path / "parts")["position"]["step"] < 4
-    resume_run(tmp_path / "parts", _TRUSTED)
-    whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
-    assert all(same(whole[part], parts[part]) for part in ("model", "optimizer", "rng")) and _history(whole) == _history(parts)
-
-
-def test_a_run_stands_after_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was scored is not scored again, whatever ends the run from then on."""
-
-    def end() -> None:
-        raise OSError("the machine is gone")
-
-    with monkeypatch.context() as patch:
-        _after_steps(2, end, patch)
-        with pytest.raises(OSError, match="gone"):
-            start_run(_config(), tmp_path / "parts")
-    position = load_checkpoint(tmp_path / "parts")["position"]
-    assert (position["epoch"], position["step"]) == (0, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "masks_for", None)
-        resume_run(tmp_path / "parts", _TRUSTED)
-    start_run(_config(), tmp_path / "whole")
-    assert same(load_checkpoint(tmp_path / "whole")["model"], load_checkpoint(tmp_path / "parts")["model"])
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -13,17 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from image_files import write_class_folders
 from small_runs import NET, at_call, config_of, same_end
 
 from grasp_sparse.files import locked_folder
-from grasp_sparse.train import engine
+from grasp_sparse.train import engine, run
 from grasp_sparse.train.agreement import Requests
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import EpochLog
 from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
-from grasp_sparse.train.signals import Preempted
+from grasp_sparse.train.signals import Interrupted, Preempted
 
 
 def test_checkpoints_by_the_clock_are_within_an_epoch_and_go_on_bit_for_bit(
@@ -179,3 +181,38 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -
         holder.wait()
     with locked_folder(whole):  # a killed process holds nothing
         pass
+
+
+def test_a_run_stands_after_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    """What was scored is not scored again, whatever ends the run from then on."""
+
+    def end() -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        at_call(2, end, engine, "training_step", patch)
+        with pytest.raises(OSError, match="gone"):
+            start_run(config_of(), tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(0, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "masks_for", None)
+        resume_run(tmp_path, NET)
+    assert same_end(tmp_path, whole)
+
+
+def test_resumed_inside_an_epoch_with_two_threads_and_images_from_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_class_folders(tmp_path / "images", count=16)
+    files = {"data": "imagefolder", "data_dir": str(tmp_path / "images"), "image_size": 16, "workers": 2, "train_limit": None}
+    config, before = config_of(**files, batch_size=8, epochs=2), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        start_run(config, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            at_call(6, lambda: signal.raise_signal(signal.SIGINT), engine, "training_step", patch)
+            with pytest.raises(Interrupted):
+                start_run(config, tmp_path / "parts")
+        assert list_checkpoints(tmp_path / "parts")[0].name == checkpoint_name(1, 2)
+        resume_run(tmp_path / "parts", NET)
+    finally:
+        torch.set_num_threads(before)
+    assert same_end(tmp_path / "whole", tmp_path / "parts")
