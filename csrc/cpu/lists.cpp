@@ -22,13 +22,47 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
 
 inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
 
-// The value that a walk along `permutation` reads some entries after j: of another row each time, which nothing else foresees.
+// `to` = values in the order of entries [begin, end) of `permutation` [nnz]; of blocks (T is int32_t) their numbers. Each is of another
+// row, which no processor foresees: so they are fetched ahead. False where one is outside.
 template <class T>
-inline void fetch_value(const int32_t* permutation, int64_t j, int64_t nnz, const T* values) {
-  constexpr int64_t kAhead = 48;
-  if (j + kAhead >= nnz) return;
-  const int32_t soon = permutation[j + kAhead];
-  if (inside(soon, nnz)) __builtin_prefetch(values + soon);
+bool gather(const int32_t* __restrict permutation, int64_t begin, int64_t end, int64_t nnz, const T* __restrict values, T* __restrict to) {
+  constexpr int64_t kAhead = 128;
+  bool ok = true;
+  for (int64_t j = begin; j < end; ++j) {
+    const int32_t from = permutation[j];
+    const bool in = inside(from, nnz);
+    ok &= in;
+    if constexpr (std::is_same_v<T, int32_t>) {
+      to[j - begin] = from;
+    } else {
+      const int32_t soon = j + kAhead < nnz ? permutation[j + kAhead] : 0;
+      __builtin_prefetch(values + (inside(soon, nnz) ? soon : 0));
+      to[j - begin] = values[in ? from : 0];
+    }
+  }
+  return ok;
+}
+
+// `to` = where `count` entries of these rows lie, of one tap. False where a row is outside.
+bool add_places(const int32_t* __restrict rows, int64_t count, int64_t all_rows, const int32_t* __restrict row_place, int32_t tap_place,
+                int32_t* __restrict to) {
+  bool ok = true;
+  for (int64_t j = 0; j < count; ++j) {
+    const bool in = inside(rows[j], all_rows);
+    ok &= in;
+    to[j] = row_place[in ? rows[j] : 0] + tap_place;
+  }
+  return ok;
+}
+
+bool all_inside(const int32_t* index, int64_t count, int64_t size) {
+  std::atomic<bool> valid{true};
+  parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    bool ok = true;
+    for (int64_t j = begin; j < end; ++j) ok &= inside(index[j], size);
+    if (!ok) valid = false;
+  });
+  return valid;
 }
 
 }  // namespace
@@ -45,9 +79,7 @@ void check_pointers(const Walk& walk) {
 
 void check_indices(const Walk& walk) {
   check_pointers(walk);
-  bool valid = true;
-  for (int64_t j = 0; j < walk.nnz; ++j) valid &= inside(walk.col[j], walk.cols);
-  if (!valid) corrupt("col_indices or row_indices");
+  if (!all_inside(walk.col, walk.nnz, walk.cols)) corrupt("col_indices or row_indices");
 }
 
 void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t lists, int32_t* offsets) {
@@ -71,24 +103,14 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   if (!walk.permutation) return values;
   std::atomic<bool> valid{true};
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    for (int64_t j = begin; j < end; ++j) {
-      fetch_value(walk.permutation, j, walk.nnz, values);
-      const int32_t from = walk.permutation[j];
-      const bool in = inside(from, walk.nnz);
-      ok &= in;
-      gathered[j] = values[in ? from : 0];
-    }
-    if (!ok) valid = false;
+    if (!gather(walk.permutation, begin, end, walk.nnz, values, gathered + begin)) valid = false;
   });
   if (!valid) corrupt("permutation");
   return gathered;
 }
 
 void check_permutation(const Walk& walk) {
-  bool valid = true;
-  for (int64_t j = 0; j < walk.nnz; ++j) valid &= inside(walk.permutation[j], walk.nnz);
-  if (!valid) corrupt("permutation");
+  if (!all_inside(walk.permutation, walk.nnz, walk.nnz)) corrupt("permutation");
 }
 
 template <class T>
@@ -110,26 +132,33 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
     }
     row_ptr[channels] = place;
   }
+  // With all taps in one group, single weights stay in the order of the columns, which one sweep reads much faster than many short ones.
+  const bool in_order = group_ptr[groups] - group_ptr[groups - 1] == taps && (!csr.has_blocks || taps == 1);
   std::atomic<bool> valid{true};
-  const int64_t grain = csr.nnz ? std::max<int64_t>(1, kGrain * groups * channels / csr.nnz) : groups * channels + 1;
-  parallel_for(0, groups * channels, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = csr.nnz ? std::max<int64_t>(1, kGrain * channels / csr.nnz) : channels + 1;
+  parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
     bool ok = true;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t channel = item / groups, q = item % groups;  // a range of channels: groups differ in size, one may be empty
-      int32_t to = out.row_ptr[q * (channels + 1) + channel];
-      for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
-        const int64_t col = channel * channel_step + tap_of[k] * tap_step;
-        for (int32_t j = csr.ccol[col]; j < csr.ccol[col + 1]; ++j, ++to) {
-          if constexpr (!std::is_same_v<T, int32_t>) fetch_value(csr.permutation, j, csr.nnz, values);
-          const int32_t row = csr.row[j], from = csr.permutation[j];
-          const bool in = inside(row, csr.rows) && inside(from, csr.nnz);
-          ok &= in;
-          for (int64_t i = 0; i < lists; ++i)
-            out.offsets[i * csr.nnz + to] = row_place[in ? row : 0] + tap_place[i * taps + tap_of[k]];
-          if constexpr (std::is_same_v<T, int32_t>)
-            out.values[to] = from;
-          else
-            out.values[to] = values[in ? from : 0];
+    if (in_order) {
+      const int32_t first = csr.ccol[begin * taps], last = csr.ccol[end * taps];
+      ok &= gather(csr.permutation, first, last, csr.nnz, values, out.values + first);
+    }
+    const auto places = [&](int32_t first, int32_t last, int64_t tap, int32_t to) {
+      for (int64_t i = 0; i < lists; ++i)
+        ok &= add_places(csr.row + first, last - first, csr.rows, row_place, tap_place[i * taps + tap], out.offsets + i * csr.nnz + to);
+    };
+    if (in_order && taps == 1) {
+      places(csr.ccol[begin], csr.ccol[end], 0, csr.ccol[begin]);
+    } else {
+      for (int64_t channel = begin; channel < end; ++channel) {
+        for (int64_t q = 0; q < groups; ++q) {
+          int32_t to = out.row_ptr[q * (channels + 1) + channel];
+          for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
+            const int64_t col = channel * channel_step + tap_of[k] * tap_step;
+            const int32_t first = csr.ccol[col], last = csr.ccol[col + 1];
+            if (!in_order) ok &= gather(csr.permutation, first, last, csr.nnz, values, out.values + to);
+            places(first, last, tap_of[k], to);
+            to += last - first;
+          }
         }
       }
     }
