@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -61,6 +62,14 @@ struct __attribute__((visibility("hidden"))) Arguments {
     for (size_t d = 0; written && d < sizes.size(); ++d)
       STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] != 0, op, ": Expected ", name, "[", i,
                       "] with a place for each element, got an expanded tensor.");
+  }
+
+  // The number that says whether the step is left out, if there is one.
+  const float* left_out(const char* op, const std::optional<Tensor>& found_inf) const {
+    if (!found_inf) return nullptr;
+    STD_TORCH_CHECK(place.holds(*found_inf, values[0]) && found_inf->numel() == 1 && found_inf->scalar_type() == ScalarType::Float, op,
+                    ": Expected found_inf of one float32 number on ", place.name, ", where the values are.");
+    return const_data<float>(*found_inf);
   }
 
   const Tensors &values, &grads;

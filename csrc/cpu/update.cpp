@@ -46,10 +46,11 @@ double advance(const Tensor& step) {
 
 void sgd_update_(const Tensors& values, const Tensors& grads, const Tensors& momentum_buffers, const Tensors& mask_bits,
                  double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
-                 bool first_step) {
+                 bool first_step, const std::optional<Tensor>& found_inf) {
   std::vector<const Tensors*> states;
   if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
   const Arguments arguments("sgd_update_", values, grads, states, mask_bits, kHere);
+  if (const float* left_out = arguments.left_out("sgd_update_", found_inf); left_out && *left_out != 0) return;
   Slots slots(arguments);
   for_type(values[0], "sgd_update_", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -67,7 +68,7 @@ void sgd_update_(const Tensors& values, const Tensors& grads, const Tensors& mom
 
 void adamw_update_(const Tensors& values, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                    const Tensors& steps, const Tensors& mask_bits, double lr, double beta1, double beta2, double eps,
-                   double weight_decay, bool maximize) {
+                   double weight_decay, bool maximize, const std::optional<Tensor>& found_inf) {
   const Arguments arguments("adamw_update_", values, grads, {&exp_avgs, &exp_avg_sqs}, mask_bits, kHere);
   STD_TORCH_CHECK(steps.size() == values.size(), "adamw_update_: Expected ", values.size(), " steps like values, got ",
                   steps.size(), ".");
@@ -76,6 +77,7 @@ void adamw_update_(const Tensors& values, const Tensors& grads, const Tensors& e
     STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double),
                     "adamw_update_: Expected steps to be one float32 or float64 number each, on the CPU.");
   }
+  if (const float* left_out = arguments.left_out("adamw_update_", found_inf); left_out && *left_out != 0) return;
   std::vector<std::pair<double, double>> shares;  // of every parameter: step_size, root_share
   for (const Tensor& step : steps) {
     const double t = advance(step);

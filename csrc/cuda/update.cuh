@@ -24,6 +24,9 @@ __device__ inline int slot_of(const SlotTable& table, int block) {
   return low;
 }
 
+// Whether the step that is being made is not to be.
+__device__ inline bool is_left_out(const SlotTable& table) { return table.left_out && *table.left_out != 0; }
+
 // Calls step(gradient, value, first state, second state) on every element of the block's chunk; it changes all but the gradient.
 // A weight whose bit is clear, and its state, become zero whatever the gradient is.
 template <class T, int States, class Step>
@@ -59,6 +62,7 @@ __device__ inline void update_chunk(const SlotTable& table, int slot, int64_t ch
 
 template <class T, int States>
 __global__ void __launch_bounds__(kUpdateThreads) sgd_update(const SlotTable table, const SgdRule<T> rule) {
+  if (is_left_out(table)) return;
   const int slot = slot_of(table, blockIdx.x);
   update_chunk<T, States>(table, slot, blockIdx.x - table.first_block[slot], [&](T grad, T& value, T& buffer, T&) {
     T g = rule.maximize ? -grad : grad;
@@ -78,6 +82,7 @@ __device__ inline double step_number(const SlotTable& table, int slot) {
 // The step has been counted before.
 template <class T>
 __global__ void __launch_bounds__(kUpdateThreads) adamw_update(const SlotTable table, const AdamwRule rule) {
+  if (is_left_out(table)) return;
   T* const shared = reinterpret_cast<T*>(shared_memory());  // step size, share of the root
   const int slot = slot_of(table, blockIdx.x);
   if (threadIdx.x == 0) {
@@ -98,7 +103,7 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_update(const SlotTable t
 
 __global__ void __launch_bounds__(kUpdateThreads) count_steps(const SlotTable table) {
   const int slot = threadIdx.x;
-  if (slot >= table.slots) return;
+  if (slot >= table.slots || is_left_out(table)) return;
   void* const step = const_cast<void*>(table.step[slot]);
   if (table.wide_steps >> slot & 1)
     *static_cast<double*>(step) += 1;

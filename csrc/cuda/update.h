@@ -20,6 +20,7 @@ struct SlotTable {
   const uint8_t* bits[kMostSlots];  // null: no weight is pruned
   const void* step[kMostSlots];     // adamw: on the device, float32, or float64 where the bit is set
   uint64_t wide_steps;
+  const float* left_out;  // on the device: unless it is zero nothing is changed; or null
 };
 
 template <class T>

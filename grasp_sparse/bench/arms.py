@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.bench.results import DENSE, SPARSE
-from grasp_sparse.nn import SparseLayer
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseLayer
+from grasp_sparse.nn.masked import LaterMask
 from grasp_sparse.poison import poisoned_memory
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -32,7 +33,8 @@ class Arm:
     """A layer with its input and incoming gradient; a call runs forward and, unless `grad` is None, backward.
 
     `input_grad=False` is a network's first layer, whose input needs no gradient. With `precision` bfloat16 the layer runs
-    under autocast, on an input that the layer before has left in bfloat16.
+    under autocast, on an input that the layer before has left in bfloat16. A masked layer leaves masking to the optimizer, as it
+    does in the steps.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Arm:
         self.layer, self.precision = layer, precision
         self.x = x.detach().to(dtype).requires_grad_(input_grad and grad is not None)
         self.grad = None if grad is None else grad.to(dtype)
+        self._later = LaterMask(layer) if isinstance(layer, (MaskedLinear, MaskedConv2d)) else None
 
     def _forward(self) -> Tensor:
         autocast = nullcontext() if self.precision == "float32" else torch.autocast("cpu", PRECISIONS[self.precision])

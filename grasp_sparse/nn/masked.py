@@ -7,7 +7,8 @@ multiplies by the stored weight as it is, for a masked copy of it would be a sec
 writes into the weight writes zeros there, as ``load_state_dict`` does here.
 
 Masking the gradient is a pass over it, and an optimizer with bit masks reads every gradient anyway: one that asks for it
-(``raw_gradients``) gets the gradients of its weights as they are. That ends with the optimizer, and is not for copies of the layer.
+(``raw_gradients``) gets the gradients of its weights as they are, and the layer costs what a dense one does. That ends with the
+optimizer, and is not for copies of the layer.
 """
 
 from __future__ import annotations
@@ -50,13 +51,19 @@ def consumer_of(weight: Tensor) -> Consumer | None:
     return None if reference is None else reference()
 
 
-def _mask_gradient(grad: Tensor, mask: Tensor, weight: weakref.ref | None) -> Tensor:
-    """``grad`` with zeros where the mask is False, or as it is if the weight's consumer masks it later."""
-    if weight is not None and not torch.is_grad_enabled():
-        tensor = weight()
-        consumer = None if tensor is None else consumer_of(tensor)
-        if consumer is not None and consumer.get(tensor) is mask:
-            return grad
+class LaterMask:
+    """Who masks the gradients of one masked layer later, as an optimizer with ``raw_gradients`` does, for as long as this lives."""
+
+    def __init__(self, layer: _Masked) -> None:
+        self._weight, self._mask = layer.weight, layer.mask
+        hand_over(layer.weight, self)
+
+    def get(self, weight: Tensor) -> Tensor | None:
+        return self._mask if weight is self._weight else None
+
+
+def _mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    """``grad`` with zeros where the mask is False."""
     bits = _BITS.get(grad.element_size())
     if bits is None or torch.is_grad_enabled():  # to be differentiated again
         return torch.where(mask, grad, 0)
@@ -77,7 +84,7 @@ class _MaskGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return _mask_gradient(grad, mask, None), None
+        return _mask_gradient(grad, mask), None
 
 
 class _Hook:
@@ -88,7 +95,7 @@ class _Hook:
 
     def __init__(self, weight: Tensor, mask: Tensor) -> None:
         self.weight, self.mask = weakref.ref(weight), mask
-        self._handle = weight.register_hook(functools.partial(_mask_gradient, mask=mask, weight=self.weight))
+        self._handle = weight.register_hook(functools.partial(_mask_gradient, mask=mask))
 
     def remove(self) -> None:
         self._handle.remove()
@@ -134,7 +141,7 @@ class _Masked:
         return torch.where(self.mask, self.weight, 0)
 
     def _trained_weight(self) -> Tensor:
-        """The stored weight, which is zero where pruned; its gradient will be, too."""
+        """The stored weight, which is zero where pruned; its gradient will be, too, unless it has a consumer who sees to that."""
         weight, hook = self.weight, self._hook
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
             return self.to_dense_weight()
@@ -142,9 +149,12 @@ class _Masked:
             return weight
         if not weight.is_leaf or torch.compiler.is_compiling():
             return _MaskGradient.apply(weight, self.mask)
-        if hook is None or hook.mask is not self.mask or hook.weight() is not weight:
-            if hook is not None:
-                hook.remove()
+        consumer = consumer_of(weight)
+        raw = consumer is not None and consumer.get(weight) is self.mask
+        if hook is not None and (raw or hook.mask is not self.mask or hook.weight() is not weight):
+            hook.remove()
+            self._hook = hook = None
+        if hook is None and not raw:
             self._hook = _Hook(weight, self.mask)
         return weight
 

@@ -13,9 +13,11 @@ from grasp_sparse.ops.schema import UPDATE_SCHEMAS
 
 
 def sgd_update_(
-    values, grads, momentum_buffers, mask_bits, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step
+    values, grads, momentum_buffers, mask_bits, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step, found_inf=None
 ) -> None:
     _check(values, [grads, momentum_buffers] if momentum_buffers else [grads], mask_bits)
+    if _is_left_out(found_inf):
+        return
     for i, (value, grad) in enumerate(zip(values, grads, strict=True)):
         kept = _kept(mask_bits, i, value)
         grad = _gradient(grad, kept, maximize)
@@ -33,11 +35,13 @@ def sgd_update_(
 
 
 def adamw_update_(
-    values, grads, exp_avgs, exp_avg_sqs, steps, mask_bits, lr, beta1, beta2, eps, weight_decay, maximize
+    values, grads, exp_avgs, exp_avg_sqs, steps, mask_bits, lr, beta1, beta2, eps, weight_decay, maximize, found_inf=None
 ) -> None:
     _check(values, [grads, exp_avgs, exp_avg_sqs], mask_bits)
     if len(steps) != len(values) or any(step.numel() != 1 for step in steps):
         raise ValueError(f"Expected {len(values)} steps of one number each, got {[list(step.shape) for step in steps]}.")
+    if _is_left_out(found_inf):
+        return
     for i, (value, grad, exp_avg, exp_avg_sq, step) in enumerate(zip(values, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         kept = _kept(mask_bits, i, value)
         grad = _gradient(grad, kept, maximize)
@@ -63,6 +67,14 @@ def _check(values: Sequence[Tensor], others: Sequence[Sequence[Tensor]], mask_bi
         bits, size = mask_bits[i] if mask_bits else None, -(-value.numel() // 8)
         if bits is not None and bits.numel() and (bits.shape != (size,) or bits.dtype != torch.uint8):
             raise ValueError(f"Expected mask_bits[{i}] of {size} bytes (uint8) or none, got {bits.dtype} {list(bits.shape)}.")
+
+
+def _is_left_out(found_inf: Tensor | None) -> bool:
+    if found_inf is None:
+        return False
+    if found_inf.numel() != 1 or found_inf.dtype != torch.float32:
+        raise ValueError(f"Expected found_inf of one float32 number, got {found_inf.dtype} {list(found_inf.shape)}.")
+    return found_inf.item() != 0
 
 
 def _kept(mask_bits: Sequence[Tensor], i: int, value: Tensor) -> Tensor | None:

@@ -92,14 +92,17 @@ POOL_SCHEMAS = {
 #
 # sgd_update_: `momentum_buffers` empty for plain SGD; with `first_step` they are started, whatever they held.
 # adamw_update_: `steps`, one number each, count the steps taken before this one and are advanced.
+#
+# `found_inf`: one float32 number where the values are, written by whoever has seen the loss or the gradients; unless it is zero,
+# nothing is changed. No device is waited for.
 UPDATE_SCHEMAS = {
     "sgd_update_": (
         "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] mask_bits, float lr, float momentum, "
-        "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> ()"
+        "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, Tensor? found_inf=None) -> ()"
     ),
     "adamw_update_": (
         "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-        "Tensor[] mask_bits, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()"
+        "Tensor[] mask_bits, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? found_inf=None) -> ()"
     ),
 }
 

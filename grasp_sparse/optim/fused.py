@@ -31,10 +31,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             DistributedDataParallel (it averages gradients too late).
         raw_gradients: masked layers whose masks are here leave the gradients of their weights unmasked, which spares a pass over
             each; the update masks them as it reads them, with the same result bit for bit. Until then **their gradients are not
-            zero where pruned**: clipping by norm, a GradScaler's search for infinities, hooks, ``torch.autograd.grad`` and whoever
-            else reads them sees those numbers too. With ``during_backward`` as well only hooks and ``torch.autograd.grad`` do, since
-            nothing stays in ``.grad``. Ends with the optimizer; while it lives no other may step these weights. Gradients that are
-            to be differentiated again, and those of compiled layers, stay masked.
+            zero where pruned**: clipping by norm, a GradScaler's search for infinities, a penalty on gradients, hooks,
+            ``torch.autograd.grad`` and whoever else reads them sees those numbers too. With ``during_backward`` as well only hooks and
+            ``torch.autograd.grad`` do, since nothing stays in ``.grad``. Begins and ends, with the optimizer, at the next forward; while
+            it lives no other may step these weights. Gradients of compiled layers stay masked.
 
     A CUDA graph keeps the learning rate and the other numbers with which a step was recorded, and replays them.
 
@@ -64,6 +64,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Updates every parameter that has a gradient; returns what ``closure``, called first with gradients on, returned.
+
+        As of torch's fused optimizers, an attribute ``found_inf`` that somebody has set, a float32 tensor of one number, leaves the
+        step out unless it is zero, and no device is waited for to find out.
 
         Raises:
             ValueError: gradients that are sparse or complex; nothing has been changed then.
@@ -120,9 +123,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run(self, name: str, parameters: list[Tensor], states: Sequence[list[Tensor]], *arguments) -> None:
         owner = torch.ops.grasp_sparse if parameters[0].dtype in _COMPILED else reference_update
         bits = self._masks.bits(parameters)
-        getattr(owner, name)(parameters, [p.grad for p in parameters], *states, bits, *arguments)
+        getattr(owner, name)(parameters, [p.grad for p in parameters], *states, bits, *arguments, self._left_out(parameters[0].device))
         # Kernels write behind autograd's back; a backward pass that still needs the old weights must notice.
         torch.autograd.graph.increment_version([*parameters, *(tensor for state in states for tensor in state)])
+
+    def _left_out(self, device: torch.device) -> Tensor | None:
+        """What says on ``device`` whether this step is to be left out, if anything does."""
+        found_inf = getattr(self, "found_inf", None)
+        return None if found_inf is None else found_inf.to(device, non_blocking=True)
 
     # Updating during the backward pass.
 

@@ -42,11 +42,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         if group["momentum"] == 0:
             return [partial(self._sgd, group, parameters, [], False)]
         old, new = ([], []), ([], [])  # parameters, their buffers
+        # A first step that is left out leaves its buffers as they are.
+        start = torch.empty_like if getattr(self, "found_inf", None) is None else torch.zeros_like
         for p in parameters:
             buffer = self.state[p].get("momentum_buffer")
             same, buffers = new if buffer is None else old
             same.append(p)
-            buffers.append(torch.empty_like(p) if buffer is None else buffer)
+            buffers.append(start(p) if buffer is None else buffer)
         refuse_to_record_a_start(new[0])
         return [partial(self._sgd, group, *pair, pair is new) for pair in (old, new) if pair[0]]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse import optim
 from grasp_sparse.train.checkpoint import require
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.position import is_number
@@ -15,13 +16,23 @@ _MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters of `model`, dense or sparse. Fused: one pass over each tensor, for both alike."""
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    """SGD or AdamW over all parameters of `model`, dense or sparse. Fused: one pass over each tensor, for both alike.
+
+    Of a model with masked layers the pass masks as well, and their gradients come to it as they are, unless somebody looks at
+    gradients before it does: clipping by norm, or the search for what overflowed in float16.
+    """
+    masks = optim.layer_masks(model)
+    module, settings = (optim, _masking(config, masks)) if masks else (torch.optim, {"fused": True})
+    settings |= {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+        return module.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
+    optimizer = module.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
     _start_momentum(optimizer)
     return optimizer
+
+
+def _masking(config: TrainConfig, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
+    return {"masks": masks, "raw_gradients": config.clip_norm is None and config.precision != "fp16"}
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -204,9 +204,12 @@ T exchange(T value, unsigned from, int line) {
   return value;
 }
 
+inline int64_t launches = 0;  // of all kernels so far
+
 template <class Kernel, class... Args>
 void launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, const Args&... args) {
   const std::function<void()> body = [&] { kernel(args...); };
+  ++launches;
   Block& block = Block::running();
   block.threads = {static_cast<unsigned>(threads), 1, 1};
   block.grid = {static_cast<unsigned>(blocks), 1, 1};

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from update_cases import LAYOUTS, OPERATIONS, SHAPES, arguments, copied, written
@@ -40,6 +42,17 @@ def test_more_tensors_than_one_launch_takes(emulated, name):
         torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("tensors, launches", [(1, 1), (40, 1), (41, 2), (93, 3)])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_launch_updates_forty_tensors(emulated, emulator, name, tensors, launches):
+    emulator.count_launches.restype = ctypes.c_int64
+    made = arguments(name, torch.float32, shapes=[(n % 7 + 1,) for n in range(tensors)])
+    before = emulator.count_launches()
+    getattr(emulated, name)(*made)
+    # AdamW's steps are counted in one of their own.
+    assert emulator.count_launches() - before == launches * (2 if name == "adamw_update_" else 1)
+
+
 def test_without_momentum(emulated):
     made = arguments("sgd_update_", torch.float32)
     made[2] = []
@@ -58,3 +71,15 @@ def test_wrong_arguments_change_nothing(emulated, name):
     with pytest.raises(RuntimeError, match="Expected states"):
         getattr(emulated, name)(*made)
     assert all(torch.equal(a, b) for a, b in zip(written(name, made), written(name, before), strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_step_that_is_left_out_changes_nothing(emulated, name):
+    made = arguments(name, torch.float32, shapes=[*SHAPES, (3, 1500)])
+    before, exact = copied(made), copied(made)
+    getattr(emulated, name)(*made, torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(written(name, made), written(name, before), strict=True))
+    getattr(emulated, name)(*made, torch.tensor(0.0))
+    getattr(reference_update, name)(*exact)
+    for got, want in zip(written(name, made), written(name, exact), strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
