@@ -62,6 +62,25 @@ def test_masks(kind):
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_a_step_is_left_out_without_asking_the_device(kind):
+    ours_kind, stock_kind, options = OPTIMIZERS[kind]
+    ours, stock = parameters(), parameters()
+    optimizer, reference = ours_kind(ours, **options), stock_kind(stock, fused=True, **options)
+    found = torch.tensor([0.0, 1.0, 0.0], device="cuda").unbind()
+    for step, found_inf in enumerate(found):
+        set_gradients(ours, step), set_gradients(stock, step)
+        optimizer.found_inf = reference.found_inf = found_inf
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        reference.step()
+    for p, q in zip(ours, stock, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
 def test_a_recorded_step_goes_on_counting(kind):
     ours_kind, stock_kind, options = OPTIMIZERS[kind]
     ours, stock = parameters(), parameters()
