@@ -65,8 +65,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Updates every parameter that has a gradient; returns what ``closure``, called first with gradients on, returned.
 
-        As of torch's fused optimizers, an attribute ``found_inf`` that somebody has set, a float32 tensor of one number, leaves the
-        step out unless it is zero, and no device is waited for to find out.
+        As with torch's fused optimizers a GradScaler leaves to this what it has found: of two float32 tensors of one number that it
+        or somebody else has set as attributes, ``found_inf`` leaves the step out unless it is zero, and gradients are first divided by
+        ``grad_scale``. No device is waited for to find out.
 
         Raises:
             ValueError: gradients that are sparse or complex; nothing has been changed then.
@@ -81,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._during_backward:
             self._end_backward()
         else:
+            self._unscale()
             self._update([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
         return loss
 
@@ -94,7 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for handle in self._handles:
             handle.remove()
         self._reset_hooks()
-        self._during_backward = self._step_supports_amp_scaling = False
+        self._during_backward = False
 
     # The two things an optimizer defines.
 
@@ -127,6 +129,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Kernels write behind autograd's back; a backward pass that still needs the old weights must notice.
         torch.autograd.graph.increment_version([*parameters, *(tensor for state in states for tensor in state)])
 
+    def _unscale(self) -> None:
+        """Divides all gradients by ``grad_scale``, if there is one."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                by_device.setdefault(p.device, []).append(p.grad)
+            for device, grads in by_device.items():
+                torch._foreach_div_(grads, scale.to(device, non_blocking=True))
+
     def _left_out(self, device: torch.device) -> Tensor | None:
         """What says on ``device`` whether this step is to be left out, if anything does."""
         found_inf = getattr(self, "found_inf", None)
@@ -137,8 +149,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _reset_hooks(self) -> None:
         self._handles: list = []
         self._done: set[Tensor] = set()  # updated since the last step()
-        # torch's GradScaler then announces itself to step(), as it does to fused optimizers, and can be refused there.
-        self._step_supports_amp_scaling = self._during_backward
+        self._step_supports_amp_scaling = True  # a GradScaler then leaves unscaling, and leaving out, to step()
 
     def _hook(self, index: int) -> None:
         optimizer = weakref.ref(self)  # an optimizer that is gone must not go on updating
@@ -167,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             parameter.grad = None
 
     def _end_backward(self) -> None:
-        if self.__dict__.pop("found_inf", None) is not None:  # set by a scaler that takes this for a fused optimizer
+        if self.__dict__.pop("found_inf", None) is not None:
             raise RuntimeError(
                 "Expected no GradScaler with during_backward=True, got one: the updates were made with scaled gradients. "
                 "Use one of the two."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 
@@ -37,9 +39,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20, s
             scheduler.step()
 
 
-def backward(model: nn.Module, generator: torch.Generator) -> None:
+def backward(model: nn.Module, generator: torch.Generator, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> None:
     x = torch.randn(8, 2, 8, 8, generator=generator).to(next(model.parameters()).dtype)
-    nn.functional.cross_entropy(model(x), torch.randint(5, (8,), generator=generator)).backward()
+    scale(nn.functional.cross_entropy(model(x), torch.randint(5, (8,), generator=generator))).backward()
 
 
 def assert_equal_parameters(actual: nn.Module, expected: nn.Module, **tolerance) -> None:

@@ -58,6 +58,29 @@ def test_optimizers_leave_out_the_steps_that_torch_leaves_out(name):
     assert_equal_parameters(*models, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("unscaled", [False, True], ids=["whole", "unscaled by hand"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scaler_leaves_it_all_to_the_optimizer_as_it_does_to_torch_s(name, unscaled, monkeypatch):
+    ours, theirs, settings = OPTIMIZERS[name]
+    models = mixed_model(), mixed_model()
+    optimizers = ours(models[0].parameters(), **settings), theirs(models[1].parameters(), fused=True, **settings)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        monkeypatch.setattr(scaler, "_maybe_opt_step", None)  # where a scaler asks the device
+        for step in range(6):
+            before = [p.clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            backward(model, torch.Generator().manual_seed(step), scale=scaler.scale)
+            if step == 2:
+                next(model.parameters()).grad.fill_(torch.inf)
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            assert (step == 2) == all(map(torch.equal, before, model.parameters()))
+    assert_equal_parameters(*models, rtol=1e-4, atol=1e-5)
+
+
 def test_a_first_step_that_is_left_out_starts_no_momentum():
     models = mixed_model(), mixed_model()
     for model, steps in zip(models, ((1.0, 0.0, 0.0), (0.0, 0.0)), strict=True):
