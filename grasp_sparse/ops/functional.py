@@ -136,6 +136,8 @@ def bsr_conv2d(
 
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix, also where it has no features: reshape(-1, 0) would not know how many rows."""
+    if x.dim() == 2:
+        return x
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
@@ -172,8 +174,10 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
 
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
     autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
+    if not autocast and dtype in _COMPUTE and values.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return (x, values, bias), dtype  # by far the most calls, of which a small layer's take no longer than what follows
     if autocast and x.dtype != torch.float64:
         result = torch.get_autocast_dtype(device)
     elif any(t is not None and t.dtype != x.dtype for t in (values, bias)):
