@@ -17,7 +17,7 @@ from benchmarks.shapes import GROUPS, ConvShape, conv3x3, linear, resnet50
 from grasp_sparse.bench import arms
 from grasp_sparse.bench.layers import measure_layers
 from grasp_sparse.bench.results import read_rows
-from grasp_sparse.nn import SparseConv2d
+from grasp_sparse.nn import MaskedLinear, SparseConv2d
 from grasp_sparse.pruning import make_masks
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.errors import UserError
@@ -46,6 +46,14 @@ def test_layers_that_apply_their_relu_are_compared_without_it():
             model.get_parameter(name).mul_(mask)
     assert {row["layer"] for row in measure_layers(model, sparse, report, seconds=1e-3)} == {"0", "3"}
     assert sparse[0].relu and sparse[3].relu
+
+
+def test_a_masked_layer_is_measured_as_it_is_trained_its_gradient_left_to_the_optimizer():
+    dense, x = nn.Linear(6, 4), torch.randn(5, 6)
+    layer = MaskedLinear.from_dense(dense, torch.rand(4, 6) < 0.5)
+    arm = arms.layer_arms(layer.to_dense(), {"": layer}, x, torch.ones(5, 4))["sparse"]
+    arm()
+    assert not arm.layer.weight._backward_hooks and arm.layer.weight.grad[~layer.mask].all()
 
 
 def test_a_row_an_arm_with_what_it_takes_to_read_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear
+from grasp_sparse.nn.masked import LaterMask
 
 DENSE = {"linear": nn.Linear(6, 4), "conv2d": nn.Conv2d(3, 4, 3)}
 INPUT = {"linear": (5, 6), "conv2d": (2, 3, 5, 5)}
@@ -117,3 +118,17 @@ def test_infinite_gradients_are_zero_where_pruned(kind):
     layer = masked(kind)
     layer(torch.full(INPUT[kind], torch.inf)).sum().backward()
     assert not layer.weight.grad[~layer.mask].any() and torch.isinf(layer.weight.grad[layer.mask]).all()
+
+
+@every
+def test_who_masks_later_gets_the_gradient_as_it_is_for_as_long_as_it_lives(kind):
+    layer = masked(kind)
+    kept(layer, kind)
+    later = LaterMask(layer)
+    assert kept(layer, kind).all() and not layer.weight._backward_hooks
+    layer.mask = mask_of(kind, 1)  # not the one that it knows
+    assert torch.equal(kept(layer, kind), layer.mask)
+    later = LaterMask(layer)
+    assert kept(layer, kind).all()
+    del later
+    assert torch.equal(kept(layer, kind), layer.mask)
