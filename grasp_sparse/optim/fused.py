@@ -82,7 +82,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._during_backward:
             self._end_backward()
         else:
-            self._unscale()
             self._update([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
         return loss
 
@@ -119,6 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _refuse_to_record_numbers(group, parameters)
             for same in _alike(parameters):
                 calls += self._calls(group, same)
+        self._unscale()
         for call in calls:
             call()
 
