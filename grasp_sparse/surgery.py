@@ -29,7 +29,7 @@ _KINDS = {
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 
 # What sparse layers keep beside tensors and dense ones do not have.
-_SPARSE_ONLY = ("weight_shape", "block_size", "border", "relu")
+_OURS_ONLY = ("weight_shape", "block_size", "border", "relu", "_seen", "_hooks")
 
 
 class _Step(NamedTuple):
@@ -208,8 +208,8 @@ def _build(steps: Iterable[_Step]) -> dict[nn.Module, nn.Module]:
 
 def _swap(replacements: Mapping[nn.Module, nn.Module]) -> None:
     for module, new in replacements.items():
-        if isinstance(module, SparseLayer):
-            for name in _SPARSE_ONLY:
+        if isinstance(module, (SparseLayer, MaskedLinear, MaskedConv2d)):
+            for name in _OURS_ONLY:
                 vars(module).pop(name, None)
         module.__class__ = type(new)
         vars(module).update({name: value for name, value in vars(new).items() if name not in _IDENTITY})

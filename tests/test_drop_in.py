@@ -218,3 +218,26 @@ def test_hessian_vector_product_through_sparse_layers():
 
     for (name, _), actual, expected in zip(dense.named_parameters(), product(model), product(dense), strict=True):
         torch.testing.assert_close(actual.flatten(), expected[masks[name]] if name in masks else expected)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_a_layer_whose_weight_others_read_is_left_its_weight_and_stays_pruned(density):
+    """torchvision's Swin, whose attention multiplies by the weights of layers that it never calls."""
+
+    def small():
+        torch.manual_seed(0)
+        return torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [2, 2], num_classes=5, stochastic_depth_prob=0.0)
+
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    masks = _random_masks(model, density)
+    dense = pruned_copy(model, masks)
+    report = gs.sparsify_(model, masks, x)
+    assert {row.reason for row in report.rows if row.name.endswith(("qkv", "proj"))} == {"not called on the example"}
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    for name, parameter in gs.densify_(model).named_parameters():
+        assert name not in masks or not parameter[~masks[name]].any(), name

@@ -16,6 +16,7 @@ from grasp_sparse.formats.csr import (
     csr_from_indices,
     csr_from_mask,
     gather_values,
+    is_consistent,
     mask_from_csr,
     scatter_values,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "from_blocks",
     "gather_blocks",
     "gather_values",
+    "is_consistent",
     "mask_from_bsr",
     "mask_from_csr",
     "scatter_blocks",

@@ -82,6 +82,25 @@ def csr_from_indices(crow_indices: Tensor, col_indices: Tensor, rows: int, cols:
     return _with_transpose(crow.to(torch.int32), row, col.to(torch.int32), cols)
 
 
+def is_consistent(indices: CsrIndices) -> bool:
+    """Whether both orders list the same places, each once. What others write into indices, averages say, does away with that."""
+    crow, col, ccol, row, permutation = indices
+    (rows, cols), nnz = indices.shape, indices.nnz
+    if not row.shape == permutation.shape == col.shape:
+        return False
+    for pointers in (crow, ccol):
+        if int(pointers[0]) != 0 or int(pointers[-1]) != nnz or bool((pointers.diff() < 0).any()):
+            return False
+    if nnz == 0:
+        return True
+    for index, size in ((col, cols), (row, rows), (permutation, nnz)):
+        if int(index.min()) < 0 or int(index.max()) >= size:
+            return False
+    row_of, col_of = (_repeated(pointers, nnz) for pointers in (crow, ccol))
+    rises = bool(((col_of * rows + row).diff() > 0).all())
+    return rises and bool((row_of[permutation] == row).all()) and bool((col[permutation] == col_of).all())
+
+
 def gather_values(weight: Tensor, indices: CsrIndices) -> Tensor:
     """The kept entries of a dense weight whose first dimension is rows: ``[1, nnz]``, in CSR order."""
     return weight.reshape(-1)[_flat_places(indices)].unsqueeze(0)
@@ -101,11 +120,13 @@ def mask_from_csr(indices: CsrIndices, shape: torch.Size | tuple[int, ...]) -> T
 
 
 def _flat_places(indices: CsrIndices) -> Tensor:
-    rows, cols = indices.shape
-    row = torch.repeat_interleave(
-        torch.arange(rows, device=indices.col_indices.device), indices.crow_indices.diff().long(), output_size=indices.nnz
-    )
-    return row * cols + indices.col_indices
+    return _repeated(indices.crow_indices, indices.nnz) * indices.shape[1] + indices.col_indices
+
+
+def _repeated(pointers: Tensor, nnz: int) -> Tensor:
+    """[nnz] Which row, or column, each entry is in; int64."""
+    numbers = torch.arange(pointers.shape[0] - 1, device=pointers.device)
+    return torch.repeat_interleave(numbers, pointers.diff().long(), output_size=nnz)
 
 
 def _with_transpose(crow: Tensor, row: Tensor, col: Tensor, cols: int) -> CsrIndices:

@@ -116,8 +116,8 @@ class SparseConv2d(SparseLayer):
             x, border = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), _NO_PADDING
         if self.block_size is None:
             x = batch_innermost(x)
-            return csr_conv2d(x, self.values, self.indices, self.bias, self.kernel_size, self.stride, border, self.dilation)
-        return bsr_conv2d(x, self.values, self.indices, self.weight_shape, self.bias, self.stride, border, self.dilation, self.relu)
+            return csr_conv2d(x, self.values, self._walked(), self.bias, self.kernel_size, self.stride, border, self.dilation)
+        return bsr_conv2d(x, self.values, self._walked(), self.weight_shape, self.bias, self.stride, border, self.dilation, self.relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

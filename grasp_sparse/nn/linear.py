@@ -55,8 +55,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.block_size is None:
-            return csr_linear(x, self.values, self.indices, self.bias, self.relu)
-        return bsr_linear(x, self.values, self.indices, self.weight_shape, self.bias, self.relu)
+            return csr_linear(x, self.values, self._walked(), self.bias, self.relu)
+        return bsr_linear(x, self.values, self._walked(), self.weight_shape, self.bias, self.relu)
 
     def extra_repr(self) -> str:
         return (

@@ -87,33 +87,40 @@ class _MaskGradient(torch.autograd.Function):
         return _mask_gradient(grad, mask), None
 
 
-class _Hook:
-    """Masks the gradient of one weight by one mask, for as long as they live. A copy of it is None: it is not of a copied layer.
+class _Hooks:
+    """Masks the gradients of the weights that a layer has, or is called with: of each by the mask that came with it last, for as long as
+    it lives. A copy begins without any: it is of another layer.
 
     A function of autograd does the same and adds twice as much to a forward and backward of a small layer.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor) -> None:
-        self.weight, self.mask = weakref.ref(weight), mask
-        self._handle = weight.register_hook(functools.partial(_mask_gradient, mask=mask))
+    def __init__(self) -> None:
+        self._of = WeakTensorKeyDictionary()  # weight -> mask, handle
 
-    def remove(self) -> None:
-        self._handle.remove()
+    def mask(self, weight: Tensor, mask: Tensor) -> None:
+        known, _ = self._of.get(weight, (None, None))
+        if known is not mask:
+            self.remove(weight)
+            self._of[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
 
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
+    def remove(self, weight: Tensor) -> None:
+        _, handle = self._of.pop(weight, (None, None))
+        if handle is not None:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict) -> _Hooks:
+        return _Hooks()
 
     def __reduce__(self) -> tuple:
-        return type(None), ()
+        return _Hooks, ()
 
 
 class _Masked:
     """The mask of a dense layer: a bool buffer of the weight's shape that a state_dict carries; all True until set."""
 
-    _hook: _Hook | None = None  # of the weight and the mask as they were in the last forward
-
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._hooks = _Hooks()
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
 
     def _take(self, module: nn.Module, mask: Tensor) -> None:
@@ -125,6 +132,24 @@ class _Masked:
         )
         self.bias = module.bias
         self.train(module.training)
+        self._hook_weight()
+
+    def _hook_weight(self) -> None:
+        """From now on, so that code that takes the weight and leaves the layer alone moves no pruned entry either."""
+        if self.weight.requires_grad and self.weight.is_leaf:
+            self._hooks.mask(self.weight, self.mask)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._hooks = _Hooks()
+        self._hook_weight()
+
+    def reset_parameters(self) -> None:
+        """As torch's; pruned entries stay zero."""
+        super().reset_parameters()
+        if "mask" in self._buffers:  # torch calls this before there is one
+            with torch.no_grad():
+                self.weight.copy_(self.to_dense_weight())
 
     @property
     def nnz(self) -> int:
@@ -142,7 +167,7 @@ class _Masked:
 
     def _trained_weight(self) -> Tensor:
         """The stored weight, which is zero where pruned; its gradient will be, too, unless it has a consumer who sees to that."""
-        weight, hook = self.weight, self._hook
+        weight = self.weight
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
             return self.to_dense_weight()
         if not (weight.requires_grad and torch.is_grad_enabled()):
@@ -150,12 +175,10 @@ class _Masked:
         if not weight.is_leaf or torch.compiler.is_compiling():
             return _MaskGradient.apply(weight, self.mask)
         consumer = consumer_of(weight)
-        raw = consumer is not None and consumer.get(weight) is self.mask
-        if hook is not None and (raw or hook.mask is not self.mask or hook.weight() is not weight):
-            hook.remove()
-            self._hook = hook = None
-        if hook is None and not raw:
-            self._hook = _Hook(weight, self.mask)
+        if consumer is not None and consumer.get(weight) is self.mask:
+            self._hooks.remove(weight)
+        else:
+            self._hooks.mask(weight, self.mask)
         return weight
 
     def _apply(self, fn, recurse: bool = True):

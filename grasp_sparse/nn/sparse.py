@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.formats import CsrIndices, Storage, csr_from_indices, storage_of, stored_block_size
+from grasp_sparse.formats import CsrIndices, Storage, csr_from_indices, is_consistent, storage_of, stored_block_size
+from grasp_sparse.ops.differentiable import is_transformed
 
 STORED = ("values", "crow_indices", "col_indices")  # the keys in a state_dict that together are the weight
 
@@ -30,6 +31,8 @@ class SparseLayer(nn.Module):
         ValueError: ``values``, ``indices`` or ``bias`` do not fit each other or ``weight_shape``.
     """
 
+    _seen: tuple[int, ...] | None = None  # how often the indices had been written into when they were last known to be sound
+
     def __init__(self, weight_shape: tuple[int, ...], values: Tensor, indices: CsrIndices, bias: Tensor | None) -> None:
         super().__init__()
         self.block_size = stored_block_size(values)
@@ -45,11 +48,34 @@ class SparseLayer(nn.Module):
         self.register_parameter("bias", None if bias is None else _parameter(bias))
         for name, index in indices._asdict().items():
             self.register_buffer(name, index, persistent=name in STORED)
+        self._seen = _versions(indices)
 
     @property
     def indices(self) -> CsrIndices:
         """The five index buffers, in the order that the operations take them."""
         return CsrIndices(*map(self._buffers.__getitem__, CsrIndices._fields))  # past __getattr__, which costs as much as a small layer
+
+    def _walked(self) -> CsrIndices:
+        """The indices for a kernel, looked at again where something has been written into them.
+
+        Kernels stay inside their memory whatever indices say, but they would compute with other places than those of the weights.
+
+        Raises:
+            RuntimeError: the two orders no longer agree.
+        """
+        indices = self.indices
+        if torch.compiler.is_compiling() or is_transformed():
+            return indices
+        versions = _versions(indices)
+        if versions != self._seen and not indices.col_indices.is_meta:
+            if not is_consistent(indices):
+                raise RuntimeError(
+                    "Expected the index buffers of a sparse layer as they were built or loaded, got others: something wrote into them, as "
+                    "averages of all buffers do. Average parameters and floating-point buffers only (AveragedModel with "
+                    "use_buffers=False), and load the layer again."
+                )
+            self._seen = versions
+        return indices
 
     @property
     def storage(self) -> Storage:
@@ -164,6 +190,11 @@ def stored_structure(state_dict: Mapping[str, Tensor], prefix: str, weight_shape
         return storage, csr_from_indices(crow_indices, col_indices, *storage.grid(weight_shape))
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from None
+
+
+def _versions(indices: CsrIndices) -> tuple[int, ...] | None:
+    """How often each has been written into; None of inference tensors, which do not count."""
+    return None if indices.col_indices.is_inference() else tuple([index._version for index in indices])
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -111,7 +111,10 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
         called = calls_of(target, inputs)
         if runs is None and (lack := _no_block_kernels(target)):
             runs, reason = "masked", lack
-        elif runs is None and (obstacle := _no_kernels(target) or (None if called else "not called on the example")):
+        elif runs is None and not called:
+            # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
+            runs, reason = "masked", "not called on the example"
+        elif runs is None and (obstacle := _no_kernels(target)):
             runs, reason = by_density(target, MAX_DENSITY)
             reason = "; ".join(filter(None, (reason, f"not measured: {obstacle}")))
         elif runs is None:

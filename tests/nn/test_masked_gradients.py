@@ -59,9 +59,37 @@ def test_follows_a_mask_that_changes_and_one_that_is_another(kind):
 def test_follows_another_weight(kind):
     layer = masked(kind)
     kept(layer, kind)
-    before, layer.weight = layer.weight, nn.Parameter(torch.ones_like(layer.weight))
+    layer.weight = nn.Parameter(torch.ones_like(layer.weight))
     assert torch.equal(kept(layer, kind), layer.mask)
-    assert len(layer.weight._backward_hooks) == 1 and not before._backward_hooks
+    assert len(layer.weight._backward_hooks) == 1
+
+
+@every
+def test_a_call_with_another_weight_leaves_the_mask_on_the_first(kind):
+    layer, x = masked(kind), torch.rand(INPUT[kind]) + 0.5
+    other = torch.ones_like(layer.weight, requires_grad=True)
+    for _ in range(2):
+        layer.weight.grad = other.grad = None
+        y = layer(x).sum()
+        (y + torch.func.functional_call(layer, {"weight": other}, x).sum()).backward()
+        assert torch.equal(layer.weight.grad != 0, layer.mask) and torch.equal(other.grad != 0, layer.mask)
+    assert len(layer.weight._backward_hooks) == len(other._backward_hooks) == 1
+
+
+@every
+def test_code_that_takes_the_weight_alone_moves_no_pruned_entry(kind):
+    """As attention does that splits the weight of one layer in three: the layer itself is never called."""
+    for layer in (masked(kind), copy.deepcopy(masked(kind)), pickle.loads(pickle.dumps(masked(kind)))):
+        (layer.weight - 1).square().sum().backward()
+        assert torch.equal(layer.weight.grad != 0, layer.mask)
+
+
+@every
+def test_weights_that_are_drawn_anew_stay_zero_where_pruned(kind):
+    layer = masked(kind)
+    before = layer.weight.clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.weight != 0, layer.mask) and not torch.equal(layer.weight, before)
 
 
 def by_torch(layer: nn.Module) -> nn.Module:
@@ -88,12 +116,9 @@ def test_copies_mask_their_own(kind, copied):
 
 @every
 def test_no_hook_where_nothing_is_trained(kind):
-    layer = masked(kind)
-    x = torch.rand(INPUT[kind], requires_grad=True)
-    with torch.no_grad():
-        layer(x)
-    layer.weight.requires_grad_(False)
-    layer(x).sum().backward()
+    dense = copy.deepcopy(DENSE[kind]).requires_grad_(False)
+    layer = type(masked(kind)).from_dense(dense, mask_of(kind, 0))
+    layer(torch.rand(INPUT[kind], requires_grad=True)).sum().backward()
     assert not layer.weight._backward_hooks and layer.weight.grad is None
 
 

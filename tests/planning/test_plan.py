@@ -111,10 +111,11 @@ class TestDecision:
         plan = gs.plan(model, masks, torch.randn(2, 4, 6, 6))
         assert dict(plan) == {"0.weight": "masked", "2.weight": "dense"} and not stopwatch.measured
 
-    def test_a_layer_that_is_not_called_goes_by_density_and_says_so(self, net, stopwatch):
+    @pytest.mark.parametrize("density", [0.5, 0.1])
+    def test_a_layer_that_is_not_called_keeps_its_weight_and_says_so(self, net, stopwatch, density):
         net.spare = nn.Linear(8, 8)
-        row = gs.plan(net, masks_of(net, 0.5), X).rows[-1]
-        assert (row.runs, row.reason, row.times) == ("masked", "density above 0.3; not measured: not called on the example", None)
+        row = gs.plan(net, masks_of(net, density), X).rows[-1]
+        assert (row.runs, row.reason, row.times) == ("masked", "not called on the example", None)
 
     def test_without_kernels_density_decides_and_the_reason_says_so(self, net, stopwatch, monkeypatch):
         monkeypatch.setattr(gs._extension, "_status", gs._extension.ExtensionStatus(False, "test", "reference", (), {}))
