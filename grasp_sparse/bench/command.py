@@ -82,6 +82,13 @@ def model_and_batch(options: BenchOptions, shape: tuple[int, ...]) -> tuple[nn.M
     if not torch.is_tensor(logits) or logits.dim() != 2:
         found = f"shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
         raise UserError(f"Expected model {options.model} to return logits [N, classes], got {found}")
+    with torch.no_grad():
+        trained = copy.deepcopy(model).train()(x[:2])  # a copy: running statistics move
+    if not torch.is_tensor(trained):
+        raise UserError(
+            f"Expected model {options.model} to return logits in training, got {type(trained).__name__}; give a factory of yours, "
+            "package.module:factory, that builds it without auxiliary outputs"
+        )
     return model.train(), (x, torch.randint(logits.shape[1], (len(x),)))
 
 

@@ -40,6 +40,15 @@ def two_outputs() -> nn.Module:
     return Two(24, 4)
 
 
+def aux_in_training() -> nn.Module:
+    class Aux(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            y = super().forward(x)
+            return (y, y) if self.training else y
+
+    return Aux(24, 4)
+
+
 @pytest.fixture(autouse=True)
 def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "own_models", sys.modules[__name__])
@@ -113,6 +122,7 @@ def test_wrong_kernels_print_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--model", "own_models:tiny", "--input", "1x3x9x9"], "a batch of at least 2; got '1x3x9x9'"),
         (["--model", "own_models:tiny", "--input", "4x24"], "model own_models:tiny cannot take an input 4x24"),
         (["--model", "own_models:two_outputs", "--input", "4x24"], "to return logits .*, got tuple"),
+        (["--model", "own_models:aux_in_training", "--input", "4x24"], "to return logits in training, got tuple"),
         (["--model", "own_models:none", "--input", "4x24"], "cannot load model own_models:none"),
         (["--model", "resnet5", "--input", "4x3x9x9"], "unknown model 'resnet5'"),
         (["--model", "own_models:tiny", "--input", "4x3x9x9", "--sparsity", "1"], "Expected --sparsity above 0 and below 1, got 1"),
