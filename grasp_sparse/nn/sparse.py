@@ -19,7 +19,8 @@ class SparseLayer(nn.Module):
     Single weights are ``values [1, nnz]``, whole blocks ``values [nblocks, bh, bw]`` with the indices of the grid of blocks;
     what a block holds past the edge of the weight is zero and stays so, its gradient being zero. Gradient and optimizer state
     have the size of ``values``. A state_dict holds ``values``, ``crow_indices`` and ``col_indices``; the transposed list that
-    the backward pass walks is rebuilt when one is loaded.
+    the backward pass walks is rebuilt when one is loaded. Nobody else writes into the indices: a forward that finds other numbers
+    in them, which averages of all buffers leave (``AveragedModel`` with ``use_buffers=True``), raises RuntimeError.
 
     Args:
         weight_shape: shape of the dense weight.
