@@ -7,9 +7,10 @@
 
 Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms that are
 measured together in turns; cuDNN has searched for its fastest algorithms before. An arm that does not agree with the dense layer
-in float64 is left out, and the exit status is 1. `roofline` is the share of what the device can do: the larger of multiply-adds
-over its measured rate and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after
-every shape, and prints a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
+in float64 is left out, and the exit status is 1. So is, with a line and no more, what leaves a small layer none of its few blocks
+(benchmarks/gpu_possible.py). `roofline` is the share of what the device can do: the larger of multiply-adds over its measured rate
+and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after every shape, and prints
+a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import gpu_peers
 from benchmarks.gpu_cases import add_budget, limit_memory, lost, measure_within, said, use_fastest_convolutions
+from benchmarks.gpu_possible import possible_layers
 from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY, Combination, in_order
 from benchmarks.gpu_summary import table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
@@ -50,12 +52,12 @@ def pruned_layer(dense: nn.Module, pattern: str, sparsity: float, seed: int) -> 
     return kind.from_dense(dense, mask, block_size=PATTERNS[pattern])
 
 
-def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, backward: bool) -> tuple[float, float]:
+def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, backward: bool, input_grad: bool = True) -> tuple[float, float]:
     """(floating-point operations, bytes) that a pass cannot do without: kept weights at every position; all tensors once."""
-    positions = y.numel() // y.shape[1]
-    passes = 3 if backward else 1
-    weights = layer.values.numel() * (4 if not backward else 12)
-    return 2.0 * layer.nnz * positions * passes, float((x.numel() + y.numel()) * itemsize * (2 if backward else 1) + weights)
+    nnz, positions = layer.nnz, y.numel() // y.shape[1]
+    products = 1 + backward + (backward and input_grad)
+    activations = x.numel() * (1 + (backward and input_grad)) + y.numel() * (1 + backward)
+    return 2.0 * nnz * positions * products, float(activations * itemsize + nnz * 4 * products)
 
 
 Call = Callable[[], object]
@@ -146,7 +148,7 @@ def _rows(
         if rivals:
             row["vs dense of this precision"] = f"{min(rivals) / times[name].median:.3f}"
         if name in arms:
-            flops, size = work(layer, x, y, STORAGE[used].itemsize, backward)
+            flops, size = work(layer, x, y, STORAGE[used].itemsize, backward, known["input_grad"] == "yes")
             # three digits of whatever it is: 0.000 has no logarithm
             row["roofline"] = f"{ceilings.seconds(flops, size, used, bool(layer.block_size)) / times[name].median:.3g}"
         rows.append(row)
@@ -202,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [(*case, [(pattern, sparsity) for pattern in patterns for sparsity in options.sparsity]) for case in TINY]
     else:
         cases = in_order(options.group, patterns, options.sparsity)
+    cases, never = possible_layers(cases)
     if options.warm:
         number, count = options.warm
         mine = cases[number - 1 :: count]
@@ -209,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [(group, shape, family) for group, shape, together in cases for family in families(together)]
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)
     ceilings = measure_ceilings(options.device)
-    tell(str(ceilings))
+    for line in (str(ceilings), *never):
+        tell(line)
 
     def run_one(case: tuple[str, Shape, list[Combination]]) -> None:
         group, shape, together = case

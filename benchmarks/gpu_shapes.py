@@ -49,12 +49,8 @@ NETWORKS = (
 
 
 def convs_of(name: str, batch: int) -> Callable[[], list[Shape]]:
-    """Every distinct convolution of a torchvision model at 224 x 224 but the first, which sees three channels."""
-
-    def shapes() -> list[Shape]:
-        return [shape for shape in convolutions(lambda: _model(name), batch) if shape.in_channels > 3]
-
-    return shapes
+    """Every distinct convolution of a torchvision model at 224 x 224."""
+    return lambda: convolutions(lambda: _model(name), batch)
 
 
 GROUPS: dict[str, Callable[[], list[Shape]]] = {
@@ -76,13 +72,13 @@ def in_order(
     """(group, shape, what is measured of it together): every shape in every pattern and sparsity, the most telling first.
 
     TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those
-    with most multiply-adds first, then what is left, of which what keeps most weights comes last.
+    with most multiply-adds first and that of the images last, then what is left, of which what keeps most weights comes last.
     """
     combinations = [(pattern, sparsity) for pattern in patterns for sparsity in sparsities]
     targets = [(pattern, sparsity) for pattern, sparsity in combinations if sparsity in TARGETS.get(pattern, ())]
     usual = [combination for combination in combinations if combination in USUAL]
     sparse = [combination for combination in combinations if combination[1] >= 0.9]
-    shapes = {group: sorted(GROUPS[group](), key=lambda shape: -shape.work * shape.count) for group in groups}
+    shapes = {group: sorted(GROUPS[group](), key=lambda shape: (not shape.input_grad, -shape.work * shape.count)) for group in groups}
     lines = [(group, shape) for group in groups if group == "linear" for shape in shapes[group]]
     images = [(group, shape) for group in groups if group != "linear" for shape in shapes[group]]
     turns = [(line, targets) for line in lines] + [(line, sparse) for line in lines[:1]] + [(image, usual) for image in images]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_cases import add_budget, limit_memory, measure_within, use_fastest_convolutions
+from benchmarks.gpu_possible import possible_steps
 from benchmarks.gpu_shapes import NETWORKS, PATTERNS, SPARSITIES, TINY_NETWORK, GpuNetwork, StepCase, steps_in_order
 from benchmarks.gpu_summary import plan_line, table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
@@ -203,11 +204,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     settings, path = settings_of(options), options.out or RESULTS / "gpu-steps.csv"
     networks = [TINY_NETWORK] if options.quick else [network for network in NETWORKS if network.name in options.model]
-    cases = steps_in_order(networks, options.pattern, options.sparsity, options.precision)
+    cases, never = possible_steps(steps_in_order(networks, options.pattern, options.sparsity, options.precision))
     if options.warm:
         number, count = options.warm
         return measure_within(cases[number - 1 :: count], str, lambda case: warm(case, options.device), options)
     results, plans = (Results(file, settings, options.resume) for file in (path, path.with_name(f"{path.stem}-plan{path.suffix}")))
+    for line in never:
+        tell(line)
     ready: dict[tuple, tuple | str] = {}  # of one network, pattern and sparsity at a time; or why it is not
 
     def run_one(case: StepCase) -> None:

@@ -32,6 +32,10 @@ class ConvShape:
         )
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels, self.kernel, self.kernel
+
+    @property
     def input_grad(self) -> bool:
         """Whether a network needs the gradient of the input: not of the images themselves."""
         return self.in_channels > 3
@@ -59,6 +63,10 @@ class LinearShape:
     count: int = field(default=1, compare=False)
 
     input_grad = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
 
     def __str__(self) -> str:
         return f"linear {self.in_features}->{self.out_features} batch {self.batch}"

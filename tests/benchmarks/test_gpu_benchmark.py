@@ -8,13 +8,15 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_layers, gpu_steps, gpu_summary
-from benchmarks.gpu_shapes import GROUPS, GpuNetwork
+from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, GpuNetwork, in_order
+from benchmarks.shapes import ConvShape, LinearShape
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms
-from grasp_sparse.bench.precision import precision
+from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import write_rows
 from grasp_sparse.nn import SparseLinear
 from grasp_sparse.train.errors import UserError
@@ -128,5 +130,38 @@ def test_the_roofline_is_the_slower_of_the_two_limits():
 
 def test_convolutions_of_networks():
     found = GROUPS["vgg16"]()
-    assert sum(shape.count for shape in found) == 12 and {shape.kernel for shape in found} == {3}
-    assert {(shape.in_channels, shape.size) for shape in GROUPS["resnet50"]()} >= {(64, 56), (256, 56), (2048, 7)}
+    assert sum(shape.count for shape in found) == 13 and {shape.kernel for shape in found} == {3}
+    assert {(shape.in_channels, shape.size) for shape in GROUPS["resnet50"]()} >= {(3, 224), (64, 56), (256, 56), (2048, 7)}
+
+
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "linear"])
+def test_the_convolution_of_the_images_is_the_last_of_its_group(group):
+    usual = [shape for of, shape, together in in_order(list(GROUPS), list(PATTERNS), SPARSITIES) if of == group][: len(GROUPS[group]())]
+    assert [shape.in_channels for shape in usual if not shape.input_grad] == [usual[-1].in_channels] == [3]
+
+
+@pytest.mark.parametrize("shape", [ConvShape(3, 40, 9, 2), ConvShape(32, 64, 6, 2), LinearShape(96, 64, 8)], ids=str)
+@pytest.mark.parametrize("pattern", ["unstructured", "block(32, 32)"])
+def test_what_a_pass_must_do_is_what_its_products_do(shape, pattern):
+    """As torch counts it; of blocks it counts what lies past the edge as well."""
+    layer = gpu_layers.pruned_layer(shape.layer(), pattern, 0.5, seed=0)
+    x = shape.input(torch.Generator()).requires_grad_(shape.input_grad)
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+            if backward:
+                y.sum().backward()
+        flops, size = gpu_layers.work(layer, x, y, 4, backward, shape.input_grad)
+        stored = 1 if pattern == "unstructured" else layer.values.numel() / layer.nnz
+        assert counter.get_total_flops() == flops * stored
+        passes = 1 + backward * (1 + shape.input_grad)
+        assert size == 4 * (x.numel() * (2 if passes == 3 else 1) + y.numel() * (1 + backward) + layer.nnz * passes)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block(32, 32)"])
+def test_the_convolution_of_the_images_is_measured(pattern):
+    """Its blocks reach past three channels, and nobody wants the gradient of its input."""
+    ceilings = Ceilings(dict.fromkeys(STORAGE, 1e12), 1e12)
+    rows, problems = gpu_layers.measure("conv", ConvShape(3, 40, 9, 2), [(pattern, 0.5)], ceilings, "cpu", 2, 0)
+    assert not problems and {row["pass"] for row in rows} == set(gpu_layers.PASSES)
+    assert {row["input_grad"] for row in rows} == {"no"} and all(row["roofline"] for row in rows if row["arm"].startswith("sparse"))
