@@ -1,4 +1,4 @@
-"""Single layers on a GPU: forward, and forward with backward, against every dense precision and torch's own sparse products.
+"""Single layers on a GPU, whole passes and kernel by kernel, against every dense precision and torch's own sparse products.
 
     python -m benchmarks.gpu_layers                     linear layers and the convolutions of three networks
     python -m benchmarks.gpu_layers --group linear --sparsity 0.95
@@ -8,9 +8,11 @@
 Masks are random, of whole blocks where the pattern says so. A call is recorded as a CUDA graph and replayed, all arms that are
 measured together in turns; cuDNN has searched for its fastest algorithms before. An arm that does not agree with the dense layer
 in float64 is left out, and the exit status is 1. So is, with a line and no more, what leaves a small layer none of its few blocks
-(benchmarks/gpu_possible.py). `roofline` is the share of what the device can do: the larger of multiply-adds over its measured rate
-and bytes over its measured bandwidth, divided by the time. Writes benchmarks/results/gpu-layers.csv after every shape, and prints
-a table at the end (benchmarks/gpu_summary.py). The order of the shapes: benchmarks/gpu_shapes.py.
+(benchmarks/gpu_possible.py). The passes are forward, and forward with backward; of linear layers and of the largest convolution
+of a network also fprop, dgrad and wgrad, the kernels of which they consist, each alone. `roofline` is the share of what the
+device can do: the larger of multiply-adds over its measured rate and bytes over its measured bandwidth, divided by the time.
+Writes benchmarks/results/gpu-layers.csv after every shape, and prints a table at the end (benchmarks/gpu_summary.py). The order
+of the shapes: benchmarks/gpu_shapes.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks import gpu_peers
 from benchmarks.gpu_cases import add_budget, limit_memory, lost, measure_within, said, use_fastest_convolutions
 from benchmarks.gpu_possible import possible_layers
-from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, TINY, Combination, in_order
+from benchmarks.gpu_shapes import ALONE, GROUPS, PASSES, PATTERNS, SPARSITIES, TINY, Combination, LayerCase, in_order
 from benchmarks.gpu_summary import table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
 from benchmarks.shapes import Shape
@@ -37,8 +39,7 @@ from grasp_sparse.nn import SparseConv2d, SparseLinear
 from grasp_sparse.pruning import make_masks
 from grasp_sparse.timing import Timing
 
-PASSES = ("forward", "forward+backward")
-KEY = ("group", "shape", "pattern", "sparsity")
+KEY = ("group", "shape", "pattern", "sparsity", "pass")
 # Single weights are no work for tensor cores, whole blocks no work for anything else.
 PRECISIONS = {"unstructured": ("float32", "bfloat16"), "block": ("bfloat16", "tf32")}
 
@@ -52,8 +53,9 @@ def pruned_layer(dense: nn.Module, pattern: str, sparsity: float, seed: int) -> 
     return kind.from_dense(dense, mask, block_size=PATTERNS[pattern])
 
 
-def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, backward: bool, input_grad: bool = True) -> tuple[float, float]:
+def work(layer: nn.Module, x: Tensor, y: Tensor, itemsize: int, what: str, input_grad: bool = True) -> tuple[float, float]:
     """(floating-point operations, bytes) that a pass cannot do without: kept weights at every position; all tensors once."""
+    backward = what == "forward+backward"  # all others are one product, between an input and an output
     nnz, positions = layer.nnz, y.numel() // y.shape[1]
     products = 1 + backward + (backward and input_grad)
     activations = x.numel() * (1 + (backward and input_grad)) + y.numel() * (1 + backward)
@@ -64,10 +66,11 @@ Call = Callable[[], object]
 
 
 def measure(
-    group: str, shape: Shape, together: list[Combination], ceilings: Ceilings, device: str, rounds: int, seed: int
-) -> tuple[list[Row], list[str]]:
+    group: str, shape: Shape, together: list[Combination], passes: tuple[str, ...], ceilings: Ceilings, device: str, rounds: int,
+    seed: int,
+) -> tuple[list[Row], list[str]]:  # fmt: skip
     """Rows of one shape, and what was left out because it was wrong: dense in every precision and pruned in every combination
-    of `together`, for both passes, all of a pass in turns."""
+    of `together`, for all `passes`, all of a pass in turns."""
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     with torch.device(device):
@@ -75,26 +78,26 @@ def measure(
     x = shape.input(generator)
     with torch.no_grad():
         y = dense(x)
-    incoming = {PASSES[0]: None, PASSES[1]: torch.randn(y.shape, generator=generator, device=device)}
+    grad = torch.randn(y.shape, generator=generator, device=device)
+    given = {what: (x, None if what == "forward" else grad) for what in passes}
+    how = {what: {"input_grad": shape.input_grad, "kernel": what if what in ALONE else None} for what in passes}
     everything = torch.ones_like(dense.weight, dtype=torch.bool)
-    reference, problems = _right(
-        {what: dense_arms(dense, x, grad, input_grad=shape.input_grad) for what, grad in incoming.items()}, dense, everything
-    )
+    reference, problems = _right({what: dense_arms(dense, *given[what], **how[what]) for what in passes}, dense, everything)
     layers, arms, peers = {}, {}, {}
     for combination in together:
         pattern, sparsity = combination
         layer = layers[combination] = pruned_layer(dense, pattern, sparsity, seed)
         names = PRECISIONS[pattern.partition("(")[0]]
-        made = {what: pruned_arms({pattern: layer}, x, grad, names, input_grad=shape.input_grad) for what, grad in incoming.items()}
+        made = {what: pruned_arms({pattern: layer}, *given[what], names, **how[what]) for what in passes}
         arms[combination], wrong = _right(made, dense, layer.mask)
         problems += [f"{sparsity:.0%} {problem}" for problem in wrong]
-        peers[combination] = _peers(layer, x, pattern) if isinstance(dense, nn.Linear) and device == "cuda" else {}
+        has_peers = "forward" in passes and isinstance(dense, nn.Linear) and device == "cuda"
+        peers[combination] = _peers(layer, x, pattern) if has_peers else {}
     rows: list[Row] = []
-    for what in PASSES:
+    for what in passes:
         if not reference[what]:
             raise WrongResultError(problems[0])
-        backward = what == PASSES[1]
-        own = {combination: {**arms[combination][what], **({} if backward else peers[combination])} for combination in together}
+        own = {one: {**arms[one][what], **(peers[one] if what == "forward" else {})} for one in together}
         pruned = {(*combination, name): call for combination, calls in own.items() for name, call in calls.items()}
         times = _times({**reference[what], **pruned}, device, rounds)
         for combination in together:
@@ -103,7 +106,7 @@ def measure(
             pattern, sparsity = combination
             known = {"group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": f"{sparsity:g}",
                      "nnz": layers[combination].nnz, "pass": what, "input_grad": "yes" if shape.input_grad else "no"}  # fmt: skip
-            rows += _rows(of_dense | of_pruned, arms[combination][what], known, ceilings, layers[combination], x, y, backward)
+            rows += _rows(of_dense | of_pruned, arms[combination][what], known, ceilings, layers[combination], x, y)
     return rows, problems
 
 
@@ -136,7 +139,7 @@ def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Call]:
 
 def _rows(
     times: Mapping[str, Timing], arms: Mapping[str, CudaArm], known: Row, ceilings: Ceilings, layer: nn.Module,
-    x: Tensor, y: Tensor, backward: bool,
+    x: Tensor, y: Tensor,
 ) -> list[Row]:  # fmt: skip
     rows = []
     for name in times:
@@ -148,7 +151,7 @@ def _rows(
         if rivals:
             row["vs dense of this precision"] = f"{min(rivals) / times[name].median:.3f}"
         if name in arms:
-            flops, size = work(layer, x, y, STORAGE[used].itemsize, backward, known["input_grad"] == "yes")
+            flops, size = work(layer, x, y, STORAGE[used].itemsize, known["pass"], known["input_grad"] == "yes")
             # three digits of whatever it is: 0.000 has no logarithm
             row["roofline"] = f"{ceilings.seconds(flops, size, used, bool(layer.block_size)) / times[name].median:.3g}"
         rows.append(row)
@@ -171,16 +174,17 @@ def warm(shape: Shape, together: list[Combination], device: str, seed: int) -> N
 
 
 def describe(rows: list[Row]) -> list[str]:
-    """One line a pattern and sparsity: forward with backward, each precision against the dense layer of that precision."""
+    """One line a pattern, sparsity and pass but forward alone: each precision against the dense layer of that precision."""
     lines = []
-    for pattern, sparsity in dict.fromkeys((row["pattern"], row["sparsity"]) for row in rows):
-        found = [row for row in rows if (row["pattern"], row["sparsity"], row["pass"]) == (pattern, sparsity, PASSES[1])]
+    for one in dict.fromkeys((row["pattern"], row["sparsity"], row["pass"]) for row in rows if row["pass"] != "forward"):
+        pattern, sparsity, what = one
+        found = [row for row in rows if (row["pattern"], row["sparsity"], row["pass"]) == one]
         best = [row for row in found if kind_of(row["arm"]) == "sparse" and row["best"]]
         ratios = "  ".join(
             f"{row['precision']} {float(row['median_s']) * 1e3:.3g} ms {float(row.get('vs dense of this precision', 'nan')):.2f}x "
             f"(roofline {float(row['roofline']):.0%})" for row in best
         )  # fmt: skip
-        lines.append(f"{rows[0]['shape']:44} {pattern:16} {float(sparsity):.0%}  {ratios}")
+        lines.append(f"{rows[0]['shape']:44} {pattern:16} {float(sparsity):.0%}  {what:16}  {ratios}")
     return lines
 
 
@@ -201,44 +205,48 @@ def main(arguments: list[str] | None = None) -> int:
     settings, patterns = settings_of(options), options.pattern
     if options.quick:
         patterns = [pattern for pattern in patterns if (PATTERNS[pattern] or (0,))[0] <= 32]
-        cases = [(*case, [(pattern, sparsity) for pattern in patterns for sparsity in options.sparsity]) for case in TINY]
+        every = [(pattern, sparsity) for pattern in patterns for sparsity in options.sparsity]
+        cases = [LayerCase(*case, every, passes) for case in TINY for passes in (PASSES, ALONE)]
     else:
         cases = in_order(options.group, patterns, options.sparsity)
     cases, never = possible_layers(cases)
     if options.warm:
         number, count = options.warm
-        mine = cases[number - 1 :: count]
-        return measure_within(mine, label, lambda case: warm(*case[1:], options.device, options.seed), options)
-    cases = [(group, shape, family) for group, shape, together in cases for family in families(together)]
+        mine = [case for case in cases if case.passes == PASSES][number - 1 :: count]  # of which the others are a part
+        return measure_within(mine, str, lambda case: warm(case.shape, case.together, options.device, options.seed), options)
+    cases = [case._replace(together=family) for case in cases for family in families(case.together)]
     results = Results(options.out or RESULTS / "gpu-layers.csv", settings, options.resume)
     ceilings = measure_ceilings(options.device)
     for line in (str(ceilings), *never):
         tell(line)
 
-    def run_one(case: tuple[str, Shape, list[Combination]]) -> None:
-        group, shape, together = case
-        known = {"group": group, "shape": str(shape)}
-        together = [(p, s) for p, s in together if not results.has([known | {"pattern": p, "sparsity": f"{s:g}"}])]
-        if not together:
+    def run_one(case: LayerCase) -> None:
+        known = [{"group": case.group, "shape": str(case.shape), "pass": what} for what in case.passes]
+
+        def rows_of(pattern: str, sparsity: float) -> list[Row]:
+            return [one | {"pattern": pattern, "sparsity": f"{sparsity:g}"} for one in known]
+
+        case = case._replace(together=[one for one in case.together if not results.has(rows_of(*one))])
+        if not case.together:
             return
         rows = None
         try:
-            rows, problems = measure(group, shape, together, ceilings, options.device, options.rounds, options.seed)
+            rows, problems = measure(*case, ceilings, options.device, options.rounds, options.seed)
         except Exception as error:
-            if len(together) == 1 or options.device == "cuda" and lost():
+            if len(case.together) == 1 or options.device == "cuda" and lost():
                 raise
-            tell(f"{label(case)}: {said(error)}; now one after the other")
+            tell(f"{case}: {said(error)}; now one after the other")
         if rows is None:  # out here, where nothing holds the memory of what failed any longer
-            _all_of([lambda one=one: run_one((group, shape, [one])) for one in together])
+            _all_of([lambda one=one: run_one(case._replace(together=[one])) for one in case.together])
             return
-        for combination in together:
-            results.add([row for row in rows if (row["pattern"], row["sparsity"]) == (combination[0], f"{combination[1]:g}")], KEY)
+        for one in (each for combination in case.together for each in rows_of(*combination)):
+            results.add([row for row in rows if row.items() >= one.items()], KEY)
         for line in describe(rows):
             tell(line)
         if problems:
             raise WrongResultError("; ".join(problems))
 
-    failed = measure_within(cases, label, run_one, options)
+    failed = measure_within(cases, str, run_one, options)
     print("\n".join(table(results.rows)))
     print(f"wrote {results.path}")
     return 1 if failed else 0
@@ -248,10 +256,6 @@ def families(together: list[Combination]) -> list[list[Combination]]:
     """Single weights and blocks apart: a kernel that breaks the device takes only those of its own kind along."""
     single = [(pattern, sparsity) for pattern, sparsity in together if PATTERNS[pattern] is None]
     return [family for family in (single, [one for one in together if one not in single]) if family]
-
-
-def label(case: tuple[str, Shape, list[Combination]]) -> str:
-    return f"{case[1]} {', '.join(f'{pattern} {sparsity:.0%}' for pattern, sparsity in case[2])}"
 
 
 def _all_of(calls: list[Call]) -> None:

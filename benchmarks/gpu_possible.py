@@ -1,4 +1,4 @@
-"""How far the layers and networks of a GPU's benchmarks can be pruned: a small layer has few blocks, and keeps one of them at least."""
+"""How far layers and networks can be pruned: a small layer has few blocks, and keeps one of them at least."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.gpu_shapes import PATTERNS, Combination, GpuNetwork, StepCase
+from benchmarks.gpu_shapes import PATTERNS, GpuNetwork, LayerCase, StepCase
 from benchmarks.shapes import Shape
 from grasp_sparse.choice import Choice
 from grasp_sparse.costs import weight_costs
@@ -16,8 +16,6 @@ from grasp_sparse.formats import block_grid
 from grasp_sparse.patterns import get_pattern
 
 _NAMED = 6  # of what cannot be
-
-LayerCase = tuple[str, Shape, list[Combination]]
 
 
 def layer_can(shape: Shape, pattern: str, sparsity: float) -> bool:
@@ -47,12 +45,13 @@ def _weights(network: GpuNetwork) -> tuple[dict[str, torch.Size], dict[str, floa
 def possible_layers(cases: Sequence[LayerCase]) -> tuple[list[LayerCase], list[str]]:
     """The cases with what they can have; and a line about the rest, if there is any."""
     possible, never = [], []
-    for group, shape, together in cases:
-        can = [combination for combination in together if layer_can(shape, *combination)]
-        never += [f"{group} {shape} {pattern} {sparsity:.0%}" for pattern, sparsity in together if (pattern, sparsity) not in can]
+    for case in cases:
+        can = [combination for combination in case.together if layer_can(case.shape, *combination)]
+        cannot = [combination for combination in case.together if combination not in can]
+        never += [f"{case.group} {case.shape} {pattern} {sparsity:.0%}" for pattern, sparsity in cannot]
         if can:
-            possible.append((group, shape, can))
-    return possible, _line(never)
+            possible.append(case._replace(together=can))
+    return possible, _line(list(dict.fromkeys(never)))
 
 
 def possible_steps(cases: Sequence[StepCase]) -> tuple[list[StepCase], list[str]]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from benchmarks.shapes import ConvShape, LinearShape, Shape, convolutions
+from grasp_sparse.bench.kernel_calls import KERNELS
 
 TOKENS = 16384
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -63,34 +64,56 @@ GROUPS: dict[str, Callable[[], list[Shape]]] = {
 TARGETS = {"unstructured": (0.95, 0.98, 0.99), "block(64, 64)": (0.9, 0.95)}
 USUAL = (("unstructured", 0.95), ("block(64, 64)", 0.95))
 
+# Of a layer; and its kernels, each alone.
+PASSES, ALONE = ("forward", "forward+backward"), tuple(KERNELS)
+
 Combination = tuple[str, float]  # pattern and sparsity
 
 
-def in_order(
-    groups: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float]
-) -> list[tuple[str, Shape, list[Combination]]]:
-    """(group, shape, what is measured of it together): every shape in every pattern and sparsity, the most telling first.
+class LayerCase(NamedTuple):
+    """What is measured of a shape together."""
 
-    TARGETS on linear layers, everything else on the largest of them, USUAL on the convolutions of a group after the other, those
-    with most multiply-adds first and that of the images last, then what is left, of which what keeps most weights comes last.
+    group: str
+    shape: Shape
+    together: list[Combination]
+    passes: tuple[str, ...] = PASSES
+
+    def __str__(self) -> str:
+        alone = " kernel by kernel" if self.passes == ALONE else ""
+        return f"{self.shape}{alone} " + ", ".join(f"{pattern} {sparsity:.0%}" for pattern, sparsity in self.together)
+
+
+def in_order(groups: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float]) -> list[LayerCase]:
+    """Every shape in every pattern and sparsity, the most telling first.
+
+    TARGETS on linear layers, then kernel by kernel, everything else on the largest of them, TARGETS kernel by kernel on the
+    largest convolution of each group, USUAL on the convolutions of a group after the other, those with most multiply-adds first
+    and that of the images last, then what is left, of which what keeps most weights comes last.
     """
     combinations = [(pattern, sparsity) for pattern in patterns for sparsity in sparsities]
     targets = [(pattern, sparsity) for pattern, sparsity in combinations if sparsity in TARGETS.get(pattern, ())]
     usual = [combination for combination in combinations if combination in USUAL]
     sparse = [combination for combination in combinations if combination[1] >= 0.9]
-    shapes = {group: sorted(GROUPS[group](), key=lambda shape: (not shape.input_grad, -shape.work * shape.count)) for group in groups}
+    shapes = {group: sorted(GROUPS[group](), key=_least_telling) for group in groups}
     lines = [(group, shape) for group in groups if group == "linear" for shape in shapes[group]]
     images = [(group, shape) for group in groups if group != "linear" for shape in shapes[group]]
-    turns = [(line, targets) for line in lines] + [(line, sparse) for line in lines[:1]] + [(image, usual) for image in images]
-    turns += [(case, wanted) for wanted in (sparse, combinations) for case in (*lines, *images)]
+    largest = [next(image for image in images if image[0] == group) for group in groups if group != "linear"]
+    turns = [(line, targets, PASSES) for line in lines] + [(line, targets, ALONE) for line in lines]
+    turns += [(line, sparse, PASSES) for line in lines[:1]] + [(image, targets, ALONE) for image in largest]
+    turns += [(image, usual, PASSES) for image in images]
+    turns += [(case, wanted, PASSES) for wanted in (sparse, combinations) for case in (*lines, *images)]
     done: set[tuple] = set()
     ordered = []
-    for case, wanted in turns:
-        left = [combination for combination in wanted if (case, combination) not in done]
-        done |= {(case, combination) for combination in left}
+    for case, wanted, passes in turns:
+        left = [combination for combination in wanted if (case, combination, passes) not in done]
+        done |= {(case, combination, passes) for combination in left}
         if left:
-            ordered.append((*case, left))
+            ordered.append(LayerCase(*case, left, passes))
     return ordered
+
+
+def _least_telling(shape: Shape) -> tuple[bool, int]:
+    return not shape.input_grad, -shape.work * shape.count
 
 
 class StepCase(NamedTuple):

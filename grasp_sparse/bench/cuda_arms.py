@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.bench.arms import LAYOUTS, Arm, WrongResultError, largest_difference
+from grasp_sparse.bench.kernel_calls import KERNELS, kernel_call
 from grasp_sparse.bench.precision import STORAGE, TOLERANCE, precision
 from grasp_sparse.bench.results import DENSE
 from grasp_sparse.nn import SparseLayer
@@ -22,10 +23,13 @@ from grasp_sparse.nn import SparseLayer
 class CudaArm(Arm):
     """An :class:`~grasp_sparse.bench.arms.Arm` in one more precision, "tf32", whose dense layer is in its precision already.
 
-    Runs on whatever device its tensors are on; on the CPU "tf32" is float32.
+    Runs on whatever device its tensors are on; on the CPU "tf32" is float32. With `kernel`, a call runs that one alone (see
+    :mod:`grasp_sparse.bench.kernel_calls`).
     """
 
-    def __init__(self, layer: nn.Module, x: Tensor, grad: Tensor | None, precision: str, input_grad: bool = True) -> None:
+    def __init__(
+        self, layer: nn.Module, x: Tensor, grad: Tensor | None, precision: str, input_grad: bool = True, kernel: str | None = None
+    ) -> None:
         dtype = STORAGE[precision]
         self.layer, self.precision = layer, precision
         self.pruned = isinstance(layer, SparseLayer)
@@ -33,6 +37,7 @@ class CudaArm(Arm):
             layer.to(dtype)
         self.x = x.detach().to(dtype).requires_grad_(input_grad and grad is not None)
         self.grad = None if grad is None else grad.to(dtype)
+        self.kernel, self.alone = kernel, kernel and kernel_call(kernel, layer, self.x, self.grad)
 
     def _forward(self) -> Tensor:
         casts = self.pruned and self.precision == "bfloat16"
@@ -42,13 +47,18 @@ class CudaArm(Arm):
 
     def __call__(self) -> Tensor:
         with precision(self.precision):
-            return super().__call__()
+            if self.alone is None:
+                return super().__call__()
+            with torch.no_grad():
+                return self.alone()
 
     def results(self) -> dict[str, Tensor]:
-        """Output and gradients of one call in float64; that of the weight is dense, zeros where pruned."""
-        found = {"output": self().detach()}
-        if self.grad is not None:
-            layer = self.layer
+        """Output and gradients of one call, or what a kernel gives, in float64; that of the weight dense, zeros where pruned."""
+        layer, y = self.layer, self().detach()
+        found = {KERNELS[self.kernel] if self.kernel else "output": y}
+        if self.kernel == "wgrad" and self.pruned:
+            found["weight gradient"] = layer.placed(y)
+        if self.alone is None and self.grad is not None:
             if self.x.requires_grad:
                 found["input gradient"] = self.x.grad
             if layer.bias is not None:
@@ -57,13 +67,15 @@ class CudaArm(Arm):
         return {what: tensor.double() for what, tensor in found.items()}
 
 
-def dense_arms(dense: nn.Module, x: Tensor, grad: Tensor | None, *, input_grad: bool = True) -> dict[str, CudaArm]:
+def dense_arms(
+    dense: nn.Module, x: Tensor, grad: Tensor | None, *, input_grad: bool = True, kernel: str | None = None
+) -> dict[str, CudaArm]:
     """"dense <precision> <layout>" for every precision; a linear layer has the layout "rows"."""
     arms = {}
     for name in STORAGE:
         for layout in LAYOUTS if x.dim() == 4 else ("rows",):
             own = laid(copy.deepcopy(dense), layout)
-            arms[f"{DENSE} {name} {layout}"] = CudaArm(own, laid(x, layout), laid(grad, layout), name, input_grad)
+            arms[f"{DENSE} {name} {layout}"] = CudaArm(own, laid(x, layout), laid(grad, layout), name, input_grad, kernel)
     return arms
 
 
@@ -130,16 +142,17 @@ def laid(what, layout: str):
 
 
 def pruned_arms(
-    pruned: Mapping[str, nn.Module], x: Tensor, grad: Tensor | None, precisions: tuple[str, ...], *, input_grad: bool = True
-) -> dict[str, CudaArm]:
+    pruned: Mapping[str, nn.Module], x: Tensor, grad: Tensor | None, precisions: tuple[str, ...], *, input_grad: bool = True,
+    kernel: str | None = None,
+) -> dict[str, CudaArm]:  # fmt: skip
     """"sparse <label> <precision> <layout>" for each label of `pruned`: images channels_last, rows as they are, and both with the
-    batch innermost where single weights are stored."""
+    batch innermost where single weights are stored; a kernel alone in the layout that it works in."""
     arms = {}
     usual, innermost = ("channels_last", "chwn") if x.dim() == 4 else ("rows", "feature-major")
     for label, layer in pruned.items():
-        layouts = (usual,) if layer.block_size else (usual, innermost)
+        layouts = (usual,) if layer.block_size else (innermost,) if kernel else (usual, innermost)
         for name in precisions:
             for layout in layouts:
-                own = copy.deepcopy(layer)
-                arms[f"sparse {label} {name} {layout}"] = CudaArm(own, laid(x, layout), laid(grad, layout), name, input_grad)
+                own, given = copy.deepcopy(layer), (laid(x, layout), laid(grad, layout))
+                arms[f"sparse {label} {name} {layout}"] = CudaArm(own, *given, name, input_grad, kernel)
     return arms

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_layers, gpu_steps, gpu_summary
-from benchmarks.gpu_shapes import GROUPS, PATTERNS, SPARSITIES, GpuNetwork, in_order
+from benchmarks.gpu_shapes import ALONE, GROUPS, PASSES, PATTERNS, SPARSITIES, GpuNetwork, in_order
 from benchmarks.shapes import ConvShape, LinearShape
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.ceilings import Ceilings
-from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms
+from grasp_sparse.bench.cuda_arms import check, dense_arms, pruned_arms, wrong_arms
+from grasp_sparse.bench.kernel_calls import KERNELS
 from grasp_sparse.bench.precision import STORAGE, precision
 from grasp_sparse.bench.results import write_rows
 from grasp_sparse.nn import SparseLinear
@@ -31,7 +32,7 @@ def test_layers_write_every_arm(tmp_path, capsys):
     sparse = [row for row in rows if row["arm"].startswith("sparse")]
     assert {(row["group"], row["pattern"], row["pass"], row["precision"]) for row in sparse} == {
         (group, pattern, what, used)
-        for group in ("linear", "conv") for pattern in patterns for what in gpu_layers.PASSES
+        for group in ("linear", "conv") for pattern in patterns for what in (*PASSES, *ALONE)
         for used in gpu_layers.PRECISIONS[pattern.partition("(")[0]]
     }  # fmt: skip
     assert all(float(row["vs dense of this precision"]) > 0 and 0 < float(row["roofline"]) for row in sparse)
@@ -121,6 +122,24 @@ def test_a_wrong_layer_is_not_measured():
         check(arms, dense, mask)
 
 
+@pytest.mark.parametrize("kernel", ALONE)
+@pytest.mark.parametrize("pattern", ["unstructured", "block(32, 32)"])
+@pytest.mark.parametrize("shape", [ConvShape(64, 40, 7, 2, kernel=3, stride=2), LinearShape(96, 70, 9)], ids=str)
+def test_a_kernel_alone_is_right_and_not_measured_when_wrong(shape, pattern, kernel):
+    dense, x = shape.layer(), shape.input(torch.Generator())
+    grad = torch.randn_like(dense(x))
+    arms = dense_arms(dense, x, grad, kernel=kernel)
+    assert not wrong_arms(arms, dense, torch.ones_like(dense.weight, dtype=torch.bool))
+    layer = gpu_layers.pruned_layer(dense, pattern, 0.5, seed=0)
+    arms = pruned_arms({pattern: layer}, x, grad, ("float32", "bfloat16"), kernel=kernel)
+    assert not wrong_arms(arms, dense, layer.mask) and [arm.precision for arm in arms.values()] == ["float32", "bfloat16"]
+    wrong, right = arms.values()
+    alone = wrong.alone
+    wrong.alone = lambda: alone() + 1
+    (problem,) = wrong_arms({"wrong": wrong, "right": right}, dense, layer.mask).items()
+    assert problem[0] == "wrong" and problem[1].startswith(f"{KERNELS[kernel]} differs")
+
+
 def test_the_roofline_is_the_slower_of_the_two_limits():
     ceilings = Ceilings({"float32": 1e12, "tf32": 4e12, "bfloat16": 8e12}, 1e9)
     assert ceilings.seconds(8e12, 1.0, "bfloat16", True) == 1
@@ -136,7 +155,8 @@ def test_convolutions_of_networks():
 
 @pytest.mark.parametrize("group", [name for name in GROUPS if name != "linear"])
 def test_the_convolution_of_the_images_is_the_last_of_its_group(group):
-    usual = [shape for of, shape, together in in_order(list(GROUPS), list(PATTERNS), SPARSITIES) if of == group][: len(GROUPS[group]())]
+    cases = in_order(list(GROUPS), list(PATTERNS), SPARSITIES)
+    usual = [case.shape for case in cases if case.group == group and case.passes == PASSES][: len(GROUPS[group]())]
     assert [shape.in_channels for shape in usual if not shape.input_grad] == [usual[-1].in_channels] == [3]
 
 
@@ -146,22 +166,25 @@ def test_what_a_pass_must_do_is_what_its_products_do(shape, pattern):
     """As torch counts it; of blocks it counts what lies past the edge as well."""
     layer = gpu_layers.pruned_layer(shape.layer(), pattern, 0.5, seed=0)
     x = shape.input(torch.Generator()).requires_grad_(shape.input_grad)
-    for backward in (False, True):
+    y = layer(x)
+    stored = 1 if pattern == "unstructured" else layer.values.numel() / layer.nnz
+    for what in (*PASSES, *ALONE):
+        grad = None if what == "forward" else torch.ones_like(y)
+        kernel = what if what in ALONE else None
+        arms = pruned_arms({pattern: layer}, x, grad, ("float32",), input_grad=shape.input_grad, kernel=kernel)
         with FlopCounterMode(display=False) as counter:
-            y = layer(x)
-            if backward:
-                y.sum().backward()
-        flops, size = gpu_layers.work(layer, x, y, 4, backward, shape.input_grad)
-        stored = 1 if pattern == "unstructured" else layer.values.numel() / layer.nnz
+            list(arms.values())[-1]()
+        flops, size = gpu_layers.work(layer, x, y, 4, what, shape.input_grad)
         assert counter.get_total_flops() == flops * stored
-        passes = 1 + backward * (1 + shape.input_grad)
-        assert size == 4 * (x.numel() * (2 if passes == 3 else 1) + y.numel() * (1 + backward) + layer.nnz * passes)
+        products = (2 + shape.input_grad) if what == "forward+backward" else 1
+        assert flops == products * 2 * layer.nnz * y.numel() / y.shape[1]
+        assert size == 4 * (x.numel() * max(1, products - 1) + y.numel() * min(2, products) + products * layer.nnz)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block(32, 32)"])
 def test_the_convolution_of_the_images_is_measured(pattern):
     """Its blocks reach past three channels, and nobody wants the gradient of its input."""
     ceilings = Ceilings(dict.fromkeys(STORAGE, 1e12), 1e12)
-    rows, problems = gpu_layers.measure("conv", ConvShape(3, 40, 9, 2), [(pattern, 0.5)], ceilings, "cpu", 2, 0)
-    assert not problems and {row["pass"] for row in rows} == set(gpu_layers.PASSES)
+    rows, problems = gpu_layers.measure("conv", ConvShape(3, 40, 9, 2), [(pattern, 0.5)], PASSES, ceilings, "cpu", 2, 0)
+    assert not problems and {row["pass"] for row in rows} == set(PASSES)
     assert {row["input_grad"] for row in rows} == {"no"} and all(row["roofline"] for row in rows if row["arm"].startswith("sparse"))

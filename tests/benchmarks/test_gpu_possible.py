@@ -45,9 +45,12 @@ def test_a_network_can_be_pruned_so_far_and_no_further():
 def test_every_case_is_measured_or_left_out():
     cases = in_order(list(GROUPS), list(PATTERNS), SPARSITIES)
     possible, (line,) = possible_layers(cases)
-    every, kept = ({(group, shape, one) for group, shape, together in some for one in together} for some in (cases, possible))
-    assert kept == {case for case in every if layer_can(case[1], *case[2])} and all(together for *_, together in possible)
-    assert "3->64 at 224x224 batch 64 block(64, 64) 95%" in line and line.endswith(f"; and {len(every) - len(kept) - 6} more")
+    every, kept = (
+        {(case.passes, case.group, case.shape, one) for case in some for one in case.together} for some in (cases, possible)
+    )
+    assert kept == {case for case in every if layer_can(case[2], *case[3])} and all(case.together for case in possible)
+    assert "3->64 at 224x224 batch 64 block(64, 64) 95%" in line
+    assert line.endswith(f"; and {len({case[1:] for case in every - kept}) - 6} more")
     assert possible_layers(possible) == (possible, [])
 
 

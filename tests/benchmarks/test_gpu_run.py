@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_cases, gpu_layers, gpu_peers, gpu_steps
-from benchmarks.gpu_shapes import GROUPS, NETWORKS, PATTERNS, SPARSITIES, TARGETS, in_order, steps_in_order
+from benchmarks.gpu_shapes import ALONE, GROUPS, NETWORKS, PASSES, PATTERNS, SPARSITIES, TARGETS, in_order, steps_in_order
 from grasp_sparse.bench import cuda_arms
 from grasp_sparse.bench.ceilings import Ceilings
 from grasp_sparse.bench.precision import STORAGE
@@ -27,17 +27,32 @@ def options(**changed) -> argparse.Namespace:
 
 def test_the_most_telling_layers_come_first_and_each_once():
     ordered = in_order(list(GROUPS), list(PATTERNS), SPARSITIES)
-    group, shape, together = ordered[0]
-    assert (group, str(shape)) == ("linear", "linear 4096->4096 batch 16384")
-    assert together == [(pattern, sparsity) for pattern, wanted in TARGETS.items() for sparsity in wanted]
-    every = [(group, str(shape), combination) for group, shape, together in ordered for combination in together]
+    group, shape, together, passes = ordered[0]
+    assert (group, str(shape), passes) == ("linear", "linear 4096->4096 batch 16384", PASSES)
+    targets = [(pattern, sparsity) for pattern, wanted in TARGETS.items() for sparsity in wanted]
+    assert together == targets
+    whole, alone = ([case for case in ordered if case.passes == passes] for passes in (PASSES, ALONE))
+    every = [(case.group, str(case.shape), combination) for case in whole for combination in case.together]
     wanted = {(group, str(shape), (p, s)) for group in GROUPS for shape in GROUPS[group]() for p in PATTERNS for s in SPARSITIES}
     assert len(every) == len(set(every)) and set(every) == wanted
-    images = [group for group, _, together in ordered if group != "linear" and len(together) == 2]
+    images = [case.group for case in whole if case.group != "linear" and len(case.together) == 2]
     assert images == sorted(images, key=list(GROUPS).index)
-    kept = [min(sparsity for _, sparsity in together) for _, _, together in ordered]
+    kept = [min(sparsity for _, sparsity in case.together) for case in ordered]
     assert kept.index(0.8) == len(kept) - kept.count(0.8) and all(sparsity >= 0.9 for sparsity in kept[: kept.index(0.8)])
-    assert in_order(["vgg16"], ["block(32, 32)"], [0.8])[0][2] == [("block(32, 32)", 0.8)]
+    assert in_order(["vgg16"], ["block(32, 32)"], [0.8])[0].together == [("block(32, 32)", 0.8)]
+
+
+def test_kernels_are_measured_alone_early():
+    """Those of linear layers, and of the convolution of each network that has most to do; before the other convolutions."""
+    ordered = in_order(list(GROUPS), list(PATTERNS), SPARSITIES)
+    alone = [i for i, case in enumerate(ordered) if case.passes == ALONE]
+    assert alone[-1] + 1 == next(i for i, case in enumerate(ordered) if case.group != "linear" and case.passes == PASSES)
+    assert all(len(ordered[i].together) == sum(map(len, TARGETS.values())) for i in alone)
+    shapes = {group: [ordered[i].shape for i in alone if ordered[i].group == group] for group in GROUPS}
+    assert set(shapes.pop("linear")) == set(GROUPS["linear"]()) and shapes == {
+        group: [max(GROUPS[group](), key=lambda shape: shape.work * shape.count)] for group in shapes
+    }
+    assert str(ordered[alone[0]]).startswith("linear 4096->4096 batch 16384 kernel by kernel unstructured 95%, ")
 
 
 def test_single_weights_and_blocks_are_measured_apart():
@@ -123,7 +138,8 @@ def test_a_wrong_arm_is_left_out_and_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cuda_arms, "CudaArm", Wrong)
     out = tmp_path / "layers.csv"
     assert gpu_layers.main([*TINY, "--out", str(out)]) == 1
-    assert {row["precision"] for row in rows_of(out) if row["arm"].startswith("sparse")} == {"float32"}
+    whole = [row for row in rows_of(out) if row["arm"].startswith("sparse") and row["pass"] in PASSES]
+    assert {row["precision"] for row in whole} == {"float32"}
     assert "bfloat16 rows, forward: output differs from the dense layer's in float64" in capsys.readouterr().out
 
 
