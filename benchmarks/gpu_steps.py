@@ -7,13 +7,14 @@
 
 The sparsity is the share of multiply-adds removed; masks are scored on random images, for what they cost is a matter of how many
 weights each layer keeps. Precisions: float32, tf32, and bfloat16 under autocast, dense and pruned alike; dense in all that are
-asked for (with --budget-seconds: in that of the pruned one, of float32 in TF32 too) and in both memory formats. Each layer of a
-pruned network runs as gs.plan has measured it to be faster. Pruned networks are given channels_last; sparse convolutions of single
-weights lay images batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do,
-and once more with gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in
-turns. Loss and gradients of a pruned network are compared with those of the dense one with zeros in place before anything is
-measured. Writes benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and
-prints a table at the end (benchmarks/gpu_summary.py).
+asked for (with --budget-seconds: in that of the pruned one, of float32 in TF32 too) and in both memory formats. `vs best dense`
+is against the fastest dense step of the network so far, whichever case it was measured in. Each layer of a pruned network runs as
+gs.plan has measured it to be faster. Pruned networks are given channels_last; sparse convolutions of single weights lay images
+batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do, and once more with
+gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and
+gradients of a pruned network are compared with those of the dense one with zeros in place before anything is measured. Writes
+benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and prints a table at
+the end (benchmarks/gpu_summary.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.gpu_summary import plan_line, table
 from benchmarks.runner import RESULTS, Results, add_device, check_device, parser, run, settings_of, share, tell, times_of
 from grasp_sparse.bench.arms import LAYOUTS, WrongResultError
 from grasp_sparse.bench.precision import STORAGE, precision
-from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
+from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, same, timing_columns
 from grasp_sparse.bench.steps import STEP, check_steps, dense_steps, masked_copy, sparse_steps
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.optim import SGD, layer_masks
@@ -156,6 +157,14 @@ def measure(
     return rows, planned
 
 
+def against_best_dense(rows: list[Row], earlier: Iterable[Row]) -> list[Row]:
+    """The rows of a case, against the fastest dense step among them and those of `earlier` cases of the network: dense steps are
+    the same in all of them, but with a budget none has every precision."""
+    alike = [row for row in (*earlier, *rows) if same(row, rows[0], ("model", "input")) and kind_of(row["arm"]) == DENSE]
+    best = min(float(row["median_s"]) for row in alike)
+    return [row | {"vs best dense": f"{best / float(row['median_s']):.3f}"} for row in rows]
+
+
 def warm(case: StepCase, device: str) -> None:
     """One step with every layer sparse that can be, and one as `prepared` compares it: compiles and tunes the kernels; the compiled
     ones stay on the disk."""
@@ -234,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.budget_seconds is not None:  # each has cuDNN search anew in both formats, which takes longer than to measure it
             of_dense = ["float32", "tf32"] if case.precision == "float32" else [case.precision]
         rows, planned = measure(case, masked, masks, batch, difference, of_dense, options.device, options.rounds)
-        results.add(rows, KEY)
+        results.add(against_best_dense(rows, [row for row in results.rows if same(row, settings, settings)]), KEY)
         plans.add(planned, KEY)
         tell(describe(rows))
         tell(plan_line(planned))

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_summary
 
 Reads benchmarks/results/gpu-layers.csv and gpu-steps.csv, which benchmarks.gpu_layers and benchmarks.gpu_steps write. A cell
-is how many times as fast as the dense layer or network of the same precision, in the faster of its memory formats; of layers
-the geometric mean over the shapes of their group and, for what is ours, the share of the roofline that was reached.
+is how many times as fast as the dense layer or network of the same precision, in the faster of its memory formats, in brackets as
+that of the fastest precision; of layers the geometric mean over the shapes of their group and, for what is ours, the share of the
+roofline that was reached.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PLANS = "gpu-steps-plan.csv"
 PLANNED = ("model", "pattern", "sparsity", "planned_in")
 NOISE = 0.03
 LABELS = ("", "pattern", "by", "precision", "pass")
+LEGEND = "times as fast as dense in this precision (as dense in the fastest one), and the share of the roofline:"
 
 
 def _labels(row: Row) -> tuple[str, ...]:
@@ -35,13 +37,20 @@ def _labels(row: Row) -> tuple[str, ...]:
 
 def _cell(rows: Sequence[Row]) -> str:
     """Of the rows of one line and sparsity: ours in the fastest layout, a peer as it is."""
-    text = f"{geometric_mean([float(row['vs dense of this precision']) for row in rows]):.2f}x"
-    reached = [float(row["roofline"]) for row in rows if row.get("roofline")]
-    return f"{text} {geometric_mean(reached):.0%}" if reached else text
+    text = f"{_mean(rows, 'vs dense of this precision'):.2f}x ({_mean(rows, 'vs best dense'):.2f}x)"
+    reached = [row for row in rows if row.get("roofline")]
+    return f"{text} {_mean(reached, 'roofline'):.0%}" if reached else text
+
+
+def _mean(rows: Sequence[Row], column: str) -> float:
+    """Geometric; 0 where one was so small that it is written as 0, which has no logarithm."""
+    values = [float(row[column]) for row in rows]
+    return geometric_mean(values) if min(values) > 0 else 0.0
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each group or network, pattern, precision and pass, a column for each sparsity; nothing for no rows."""
+    """What cells say, then a line for each group or network, pattern, precision and pass, a column for each sparsity; nothing
+    for no rows."""
     found: dict[tuple[str, ...], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         kind = kind_of(row["arm"])
@@ -54,7 +63,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for labels, cells in found.items():
         lines.append((*labels, *(_cell(cells[sparsity]) if sparsity in cells else "-" for sparsity in sparsities)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return [LEGEND, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)]
 
 
 def plan_line(rows: Sequence[Row]) -> str:

@@ -168,7 +168,7 @@ def test_a_tiny_share_of_the_roofline_is_not_nothing(tmp_path, monkeypatch, caps
     assert gpu_layers.main([*TINY, "--out", str(tmp_path / "layers.csv")]) == 0
     shares = [float(row["roofline"]) for row in rows_of(tmp_path / "layers.csv") if row["roofline"]]
     assert shares and all(0 < share < 1e-12 for share in shares)
-    assert "x 0%" in capsys.readouterr().out
+    assert "x) 0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", [1, 2])
