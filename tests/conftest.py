@@ -1,4 +1,5 @@
-"""Shared by every test: a fixed seed, and new CPU memory that is poisoned, so that a result nobody wrote is seen."""
+"""Shared by every test: a fixed seed, and new CPU memory that is poisoned, so that a result nobody wrote is seen; and at the end,
+what of GPU kernels was not checked."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hypothesis
 import pytest
 import shares
 import torch
+import unchecked
 
 from grasp_sparse import poison
 from grasp_sparse.planning import cache
@@ -49,6 +51,11 @@ def pytest_collection_modifyitems(config, items):
         mine = set(shares.share([item.nodeid for item in items], *config.getoption("--share")))
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in mine])
         items[:] = [item for item in items if item.nodeid in mine]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in unchecked.lines(terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(line)
 
 
 def _skip_without_a_device(items):
