@@ -55,6 +55,13 @@ def test_train_prints_results_and_ends_with_a_line_for_programs(capsys: pytest.C
     assert "runs/demo/report.html" in text and f"runs/demo/{checkpoint_name(1, 0)}" in text and "best dense" in text
 
 
+def test_memory_is_told_where_no_step_is_timed(capsys: pytest.CaptureFixture) -> None:
+    assert _exit_code("train", *_SMALL, "--timing-rounds", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"train: accuracy=\S+ weight_sparsity=\S+ flop_sparsity=\S+ dense_bytes=\d+ sparse_bytes=\d+", lines[-1])
+    assert any(line.startswith("bytes kept") for line in lines) and not any(line.startswith("seconds a training step") for line in lines)
+
+
 def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
     Path("mine.toml").write_text('data = "fake"\nepochs = 7\nlr = 0.25\nexclude = ["classifier"]\n')
     assert _exit_code("train", "--recipe", "mine.toml", *_SMALL, "--timing-rounds", "0", "--no-nesterov") == 0
@@ -270,7 +277,7 @@ def test_ctrl_c_during_the_report_says_how_to_write_it(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("owner", "name", "message"),
     [("grasp_sparse.report.run_page", "plot_curve", "cannot write the report .RuntimeError: no such font.; .* grasp-sparse report run"),
-     ("grasp_sparse.train.run", "measure_steps", "cannot compare with dense steps .RuntimeError: no such font.; .* --resume run")],
+     ("grasp_sparse.train.beside_dense", "measure_steps", "cannot compare with dense steps .RuntimeError: no such font.; .* --resume run")],
     ids=["page", "comparison with dense"],
 )  # fmt: skip
 def test_what_fails_once_training_is_finished_is_a_warning(

@@ -161,7 +161,7 @@ class TrainConfig:
     device: str = _option("cpu", "run", "cpu, cuda or cuda:N")
     threads: int | None = _option(None, "run", "CPU threads (default: torch's choice)", type=int, metavar="N")
     timing_rounds: int = _option(
-        15, "run", "measured steps per arm, dense and sparse in turns, after training; 0 skips", type=int, metavar="N"
+        15, "run", "measured steps per arm, dense and sparse in turns, after training; 0 skips them", type=int, metavar="N"
     )
     tensorboard: str = _option(
         "auto", "run", "events in RUN/tensorboard: where the package is installed (auto), always or never", choices=("auto", "on", "off")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,30 @@ from typing import Any
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.files import FolderInUse, locked_folder, write_atomically
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.train.beside_dense import beside_dense
 from grasp_sparse.train.checkpoint import read_checkpoint, require
 from grasp_sparse.train.checkpoint_files import (
     delete_checkpoints, delete_partial_files, has_run, list_checkpoints, newest_good_checkpoint, set_damaged_aside,
 )
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms, without_peers
+from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms
 from grasp_sparse.train.distributed import Ranks, current_ranks, lost_ranks_named, on_main
 from grasp_sparse.train.engine import Trainer
 from grasp_sparse.environment import describe_environment
-from grasp_sparse.train.errors import UserError, one_line
-from grasp_sparse.train.footprint import measure_footprint
+from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import LOG_NAME, say
 from grasp_sparse.train.position import Position
 from grasp_sparse.train.prepare import (
-    check_same_structure, data_and_model, density_table, example_input, fresh_model, masks_for, pruning_summary,
-    sparsify_for_training,
+    check_same_structure, data_and_model, density_table, example_input, masks_for, pruning_summary, sparsify_for_training,
 )
 from grasp_sparse.train.recorder import delete_events
 from grasp_sparse.train.resume import check_data_of_run, load_weights, misfits_named, resume_command, resumed_config
-from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words, train_batches
+from grasp_sparse.train.sharding import images_per_step, regrouped, step_in_words
 from grasp_sparse.train.signals import Interrupted, Preempted
-from grasp_sparse.train.timing import best_dense, measure_phases, measure_steps
 
 MASKS_NAME = "masks.safetensors"
 RESULT_NAME = "result.json"
 REPORT_NAME = "report.html"
-_TIMED_BATCHES = 4
 _RUN_FILES = (MASKS_NAME, RESULT_NAME, LOG_NAME, REPORT_NAME)
 
 
@@ -193,7 +189,7 @@ def _finish(
     resume = f"go on with: {resume_command(config, trainer.run_dir)}"
     try:
         position = trainer.fit()
-        comparison = measured or on_main(lambda: _compared_if_possible(trainer))
+        comparison = measured or on_main(lambda: beside_dense(trainer))
     except KeyboardInterrupt as stop:
         saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
         if not saved and not list_checkpoints(trainer.run_dir):
@@ -244,50 +240,16 @@ def _scale(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, Any
 
 def _measured_before(trainer: Trainer) -> dict[str, Any] | None:
     """What result.json says was measured of the steps of this complete run; None where as much as is asked for now was not."""
+    rounds = trainer.config.timing_rounds
     try:
         result = json.loads((trainer.run_dir / RESULT_NAME).read_text(encoding="utf-8"))
         measured = {name: result[name] for name in ("timing", "memory")}
-        if result["training"] != _training_summary(trainer.position) or not all(measured.values()):
+        if result["training"] != _training_summary(trainer.position) or result["config"]["timing_rounds"] != rounds:
             return None
-        if result["config"]["timing_rounds"] != trainer.config.timing_rounds:
+        if not measured["memory"] or bool(measured["timing"]) != bool(rounds):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    say("its steps were measured before; another --timing-rounds measures them again")
+    if rounds:
+        say("its steps were measured before; another --timing-rounds measures them again")
     return measured
-
-
-def _compared_if_possible(trainer: Trainer) -> dict[str, Any]:
-    """What `_compare_with_dense` measures; nothing where that is not asked for, or fails: a trained network is not lost over it."""
-    nothing = {"timing": None, "memory": None}
-    if not trainer.config.timing_rounds:
-        return nothing
-    try:
-        return _compare_with_dense(trainer)
-    except Exception as error:  # no memory for the dense network, a compiler that fails: whatever it is, training is finished
-        warnings.warn(
-            f"cannot compare with dense steps ({type(error).__name__}: {one_line(error)}); the result is written without them, "
-            f"to try again: {resume_command(trainer.config, trainer.run_dir)}", stacklevel=2,
-        )  # fmt: skip
-        return nothing
-
-
-def _compare_with_dense(trainer: Trainer) -> dict[str, Any]:
-    """Step times and bytes of the trained model and of the same model with nothing pruned; on rank 0, the others wait."""
-    config, data = trainer.config, trainer.data
-    say(f"timing {config.timing_rounds} steps of each kind, in turns")
-    order = train_batches(config, data, 0, 0, Ranks())
-    batches = [(data.prepare(x, config.device), y.to(config.device)) for (x, y), _ in zip(order, range(_TIMED_BATCHES))]
-    dense = fresh_model(config, data)
-    sparse = None if config.dense else without_peers(trainer.model)
-    times = measure_steps(config, dense, sparse, batches)
-    fastest = best_dense(times)
-    phases = measure_phases(config, dense, sparse, batches, fastest)
-    models = {"dense": dense} if sparse is None else {"dense": dense, "sparse": sparse}
-    return {
-        "timing": {
-            "arms": {name: dataclasses.asdict(arm) for name, arm in times.items()}, "best_dense": fastest, "phases": phases,
-            "environment": describe_environment(),
-        },
-        "memory": {name: dataclasses.asdict(measure_footprint(config, model, batches[0])) for name, model in models.items()},
-    }

@@ -18,6 +18,7 @@ def print_result(result: dict[str, Any], run_dir: Path, report: Path | None) -> 
     if timing:
         say()
         say(_time_table(timing))
+    if memory:
         say()
         say(_memory_table(memory))
     say()
@@ -54,5 +55,6 @@ def result_line(result: dict[str, Any]) -> str:
         values["dense_step_s"] = f"{timing['arms'][timing['best_dense']]['median']:.5f}"
         if "sparse" in timing["arms"]:
             values["sparse_step_s"] = f"{timing['arms']['sparse']['median']:.5f}"
+    if memory:
         values |= {f"{arm}_bytes": str(sum(sizes.values())) for arm, sizes in memory.items()}
     return f"{result['config']['name']}: " + " ".join(f"{key}={value}" for key, value in values.items())

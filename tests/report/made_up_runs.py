@@ -29,7 +29,7 @@ def arm(median: float) -> dict[str, float]:
     return {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, "count": 5, "best": 0.8 * median}
 
 
-def result(pruned: bool = True, timed: bool = True, accuracy: float = 0.8, **settings: Any) -> dict[str, Any]:
+def result(pruned: bool = True, timed: bool = True, counted: bool = True, accuracy: float = 0.8, **settings: Any) -> dict[str, Any]:
     layers = [
         {"name": f"conv{i}.weight", "shape": [8, 8, 3, 3], "kept": kept, "total": 576, "density": kept / 576,
          "flops_kept": 10 * kept, "flops_total": 5760, "runs": "sparse"}
@@ -46,7 +46,7 @@ def result(pruned: bool = True, timed: bool = True, accuracy: float = 0.8, **set
         "pruning": {"weight_sparsity": 0.97, "flop_sparsity": 0.98, "skipped": [["fc", "excluded"]], "layers": layers} if pruned else None,
         "training": {"epochs": 3, "seconds": 75.0, "last_accuracy": accuracy, "best_accuracy": accuracy + 0.01, "best_epoch": 2},
         "timing": {"arms": arms, "best_dense": "dense channels_last", "phases": phases} if timed else None,
-        "memory": {"dense": dense, **({"sparse": sparse} if pruned else {})} if timed else None,
+        "memory": {"dense": dense, **({"sparse": sparse} if pruned else {})} if counted else None,
     }
 
 

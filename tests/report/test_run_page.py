@@ -19,15 +19,18 @@ from grasp_sparse.train.errors import UserError
 
 @pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "dense"])
 @pytest.mark.parametrize("timed", [True, False], ids=["timed", "untimed"])
-def test_a_page_stands_alone_and_shows_what_there_is(tmp_path: Path, pruned: bool, timed: bool) -> None:
-    path = write_report(write_run(tmp_path / "run", pruned=pruned, timed=timed))
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+def test_a_page_stands_alone_and_shows_what_there_is(tmp_path: Path, pruned: bool, timed: bool, counted: bool) -> None:
+    path = write_report(write_run(tmp_path / "run", pruned=pruned, timed=timed, counted=counted))
     page = Page(path)
     assert {file.name for file in path.parent.iterdir()} == {"result.json", "log.jsonl", "report.html"}
-    assert page.figures == 2 + 4 * timed + pruned
+    assert page.figures == 2 + 2 * timed + 2 * counted + pruned
     assert "80.00%" in page.text and "81.00%" in page.text and "1 min 15 s" in page.text
     assert ("3.00 times as fast" in page.text) == (pruned and timed)
     assert ("97.00% of the weights and 98.00% of the multiply-adds" in page.text) == pruned
     assert ("Cost of a step" in page.text) == timed
+    assert ("Memory and traffic" in page.text) == ("all-reduced in a step 4 kB" in page.text) == counted
+    assert ("10.10%" in page.text) == (pruned and counted)
     assert page.size < 500_000
 
 

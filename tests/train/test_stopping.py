@@ -16,7 +16,7 @@ import several_ranks
 from small_runs import COMMAND, NET, at_call, config_of, same_end
 
 from grasp_sparse import cli
-from grasp_sparse.train import distributed, engine, evaluation, prepare, run, signals
+from grasp_sparse.train import beside_dense, distributed, engine, evaluation, prepare, run, signals
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
 from grasp_sparse.train.engine import Trainer
@@ -142,7 +142,7 @@ def test_a_signal_before_a_complete_run_is_looked_at_again_is_not_forgotten(
     """It has no step left after which somebody would look."""
     shutil.copytree(whole, tmp_path / "run")
     at_call(1, lambda: signal.raise_signal(signal.SIGTERM), engine, "Recorder", monkeypatch)
-    monkeypatch.setattr(run, "_compare_with_dense", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(run, "beside_dense", lambda *_: pytest.fail("went on"))
     with pytest.raises(Preempted, match="stopped by a signal; saved, go on with") as stop:
         resume_run(tmp_path / "run", {**NET, "timing_rounds": 2})
     assert stop.value.saved
@@ -179,7 +179,7 @@ def test_a_signal_while_handlers_change_leaves_those_from_before(monkeypatch: py
 def test_a_signal_while_steps_are_timed_ends_a_run_that_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(run, "_compare_with_dense", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(beside_dense, "_times_beside_dense", lambda *_: signal.raise_signal(signal.SIGTERM))
     flags = [*COMMAND, "--epochs", "1", "--timing-rounds", "2", "--out", str(tmp_path / "run")]
     assert cli.main(["train", *flags]) == 0
     assert "stopped by a signal; saved, go on with" in capsys.readouterr().err
