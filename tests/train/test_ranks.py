@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,16 @@ _FLAGS = [
 ]  # fmt: skip
 
 
-def _torchrun(*agents: list[str], out: Path) -> str:
-    """Train into the folder `out` by an agent of torchrun for each of these lists of flags; what they said on stdout."""
+def _torchrun(*agents: list[str], out: Path, more: Sequence[str] = (), environment: Mapping[str, str] = {}) -> str:
+    """Train into the folder `out` by an agent of torchrun for each of these lists of flags; what they said on stdout.
+
+    `more`: flags of the training that take the place of those above; `environment` is added for all.
+    """
     command = [sys.executable, "-m", "torch.distributed.run"]
     processes = [
         subprocess.Popen(
-            [*command, *flags, "-m", "grasp_sparse", "train", *_FLAGS, "--out", str(out)], text=True,
-            env={**os.environ, **several_ranks.python_path()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*command, *flags, "-m", "grasp_sparse", "train", *_FLAGS, *more, "--out", str(out)], text=True,
+            env={**os.environ, **several_ranks.python_path(), **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for flags in agents
     ]  # fmt: skip
@@ -259,6 +263,22 @@ def test_torchrun_does_the_steps_of_one_process_and_reduces_only_what_is_trained
     assert [row["reduced_bytes"] for row in states[0]["position"]["history"]] == [4 * (values + dense)] * 2
     assert f"{4 * (values + dense):,} bytes all-reduced a step" in said
     assert states[1]["position"]["history"][0]["reduced_bytes"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX") or "g++"), reason="--compile needs a C++ compiler")
+def test_compiled_ranks_do_the_steps_of_others_and_reduce_once_a_step(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    """In micro-batches: gradients of the first one must not cross, nor those of the last be left at home."""
+    more, kernels = ["--compile", "--batch-size", "4", "--accumulate", "2"], tmp_path / "kernels"
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(kernels), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    _torchrun(["--standalone", "--nproc-per-node", "2"], out=tmp_path / "run", more=more, environment=environment)
+    assert any(kernels.rglob("*.so"))  # it was compiled
+    compiled, plain = load_checkpoint(tmp_path / "run"), load_checkpoint(two_ranks[0])
+    assert compiled["model"].keys() == plain["model"].keys()
+    for name, tensor in plain["model"].items():
+        torch.testing.assert_close(compiled["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    reduced = [[row["reduced_bytes"] for row in state["position"]["history"]] for state in (compiled, plain)]
+    assert reduced[0] == reduced[1] and reduced[1][0] > 0
 
 
 def test_a_finished_run_that_is_taken_up_by_others_tells_who_trained_it(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
