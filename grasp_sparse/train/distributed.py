@@ -21,6 +21,8 @@ from torch import Tensor
 
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.signals import deferred_stop, stop_number, stop_of
+from grasp_sparse.train.waiting import announce_answer, hearing_others, wait_for_answer
 
 T = TypeVar("T")
 
@@ -46,6 +48,15 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process speaks and writes files for all."""
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of rank 0's work: a result, the words of an error, or the signal that stopped it."""
+
+    result: Any = None
+    failed: str | None = None
+    stopped: int = 0
 
 
 class RankLost(UserError):
@@ -159,23 +170,51 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; the others wait for it, a day. When it fails there, it fails everywhere."""
+    """What `work` gives on rank 0, on every rank; the others wait for it, a day.
+
+    When it fails there, it fails everywhere. A signal that stops rank 0 or one that waits stops all of them, and each raises it.
+    """
     ranks = current_ranks()
     if ranks.size == 1:
         return work()
-    answer: list[Any] = [None, None]
-    failure: BaseException | None = None
-    if ranks.is_main:
-        try:
-            answer[0] = work()
-        except Exception as error:
-            failure, answer[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(answer, src=0, group=_waiting)
+    return _work_for_all(work, ranks.size - 1) if ranks.is_main else _answer_of_main()
+
+
+def _work_for_all(work: Callable[[], T], others: int) -> T:
+    answer, failure, words = _Answer(), None, None
+    try:
+        # NCCL, if somebody else has joined the processes with it, knows no messages from anybody
+        with contextlib.nullcontext() if _waiting is None else hearing_others(_waiting, others) as words:
+            answer = _Answer(work())
+    except Exception as error:
+        failure, answer = error, _Answer(failed=f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as stop:
+        failure, answer = stop, _Answer(stopped=stop_number(stop))
+    # a stop is on its way to all, and often comes more than once: from a scheduler, from torchrun, from another rank
+    with lost_ranks_named(), deferred_stop(alone=False) if answer.stopped else contextlib.nullcontext():
+        if words is not None:
+            announce_answer(_waiting)
+        dist.broadcast_object_list([answer], src=0, group=_waiting)
+        if words is not None:
+            words.join()
     if failure is not None:
         raise failure
-    if answer[1] is not None:
-        raise MainFailed(f"rank 0 failed: {answer[1]}")
-    return answer[0]
+    return answer.result
+
+
+def _answer_of_main() -> Any:
+    received: list[Any] = [None]
+    with lost_ranks_named():
+        stop = None if _waiting is None else wait_for_answer(_waiting)
+        dist.broadcast_object_list(received, src=0, group=_waiting)
+    answer: _Answer = received[0]
+    if answer.stopped:
+        raise stop_of(answer.stopped)
+    if stop is not None:  # it came too late to stop rank 0
+        raise stop
+    if answer.failed is not None:
+        raise MainFailed(f"rank 0 failed: {answer.failed}")
+    return answer.result
 
 
 def barrier() -> None:

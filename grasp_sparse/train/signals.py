@@ -25,6 +25,16 @@ class Preempted(KeyboardInterrupt):
         self.saved = saved
 
 
+def stop_number(stop: KeyboardInterrupt) -> int:
+    """The signal that asks for that stop."""
+    return int(signal.SIGTERM if isinstance(stop, Preempted) else signal.SIGINT)
+
+
+def stop_of(number: int) -> KeyboardInterrupt:
+    """What that signal raises where nothing is saved for it."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Preempted()
+
+
 @contextlib.contextmanager
 def _handled(handle: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
     """Inside, `handle` receives those signals; outside the main thread, where none arrive, nothing changes."""

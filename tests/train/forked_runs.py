@@ -143,8 +143,8 @@ def ranks(folder: Path, name: str, work: Callable[[], int]) -> list[int]:
     return [forked(work, folder / f"{name}-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(_RANKS)]
 
 
-def command(out: Path) -> int:
-    return cli.main(["train", "--resume", "auto", "--out", str(out), *(word for flag in _FLAGS.items() for word in flag)])
+def command(out: Path, *more: str) -> int:
+    return cli.main(["train", "--resume", "auto", "--out", str(out), *(word for flag in _FLAGS.items() for word in flag), *more])
 
 
 def reached(folder: Path, steps: int, processes: list[int]) -> None:
