@@ -73,6 +73,8 @@ def _keys(run: Run) -> list[tuple[str, str]]:
     if SPARSE in run.memory:
         dense, sparse = (sum(run.memory[arm].values()) for arm in ("dense", SPARSE))
         keys.append(("of the dense memory for weights and their state", f"{sparse / dense:.1%}"))
+    if corrupt := run.result.get("corrupt_files"):
+        keys.append(("image files that could not be read", f"{len(corrupt):,}"))
     keys.append(("training, evaluation included", human_duration(training["seconds"])))
     if "ema_accuracy" in run.rows[-1]:
         keys.insert(1, ("of the moving average of its weights", f"{run.rows[-1]['ema_accuracy']:.2%}"))

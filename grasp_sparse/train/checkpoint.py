@@ -29,7 +29,7 @@ FORMAT = 3
 _SECTIONS: dict[str, tuple[type, ...]] = {
     "recipe": (dict,), "config": (dict,), "model": (dict,), "optimizer": (dict,), "scaler": (dict, type(None)),
     "ema": (dict, type(None)), "rng": (list,), "position": (dict,), "pruning": (dict, type(None)),
-    "masks_digest": (str, type(None)), "environment": (dict,), "data": (dict,),
+    "masks_digest": (str, type(None)), "environment": (dict,), "data": (dict,), "corrupt_files": (list,),
 }  # fmt: skip
 _IN_PRUNING = {"weight_sparsity": float, "flop_sparsity": float, "layers": list, "skipped": list}
 _IN_LAYER = {
@@ -78,6 +78,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or type(state.get("format")) is not int or state["format"] != FORMAT:
         found = f"format {state.get('format')!s:.20}" if isinstance(state, dict) else type(state).__name__
         raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found}")
+    state.setdefault("corrupt_files", [])  # they were not written once
     missing = _SECTIONS.keys() - state.keys()
     require(not missing, str(path), "a checkpoint with all of its sections", f"none named {', '.join(sorted(missing))}")
     _check_plain(state, path)
@@ -131,6 +132,8 @@ def _check_sections(state: dict[str, Any], path: Path) -> None:
         require(isinstance(state[name], types), f"{name} in {path}", types[0].__name__, state[name])
     for name in ("recipe", "config", "model"):
         require(all(type(key) is str for key in state[name]), f"the keys of {name} in {path}", "names", state[name])
+    files = state["corrupt_files"]
+    require(all(type(name) is str for name in files), f"corrupt_files in {path}", "names", files)
     rng = state["rng"]
     require(bool(rng) and all(map(is_rng, rng)), f"rng in {path}", "the states of each rank's random streams", rng)
     if (scaler := state["scaler"]) is not None:

@@ -58,8 +58,8 @@ class TrainConfig:
         0.0, "data", "chance that a random rectangle is blanked (sets decoded while training)", type=float, metavar="SHARE"
     )
     max_corrupt: int = _option(
-        10, "data", "end the run when a process has met more unreadable image files than this; so many are replaced", type=int,
-        metavar="N",
+        10, "data", "end the run when it has met more unreadable image files than this, each counted once, since its start and on all "
+        "ranks, which tell one another at checkpoints; so many are replaced", type=int, metavar="N",
     )
     train_limit: int | None = _option(None, "data", "use only this many training images", type=int, metavar="N")
     test_limit: int | None = _option(None, "data", "use only this many test images", type=int, metavar="N")

@@ -68,6 +68,8 @@ class Trainer:
         """Continue from a checkpoint whose model weights are already in `model`. Raises UserError when it does not fit."""
         self.position = position_from(state["position"], self.config.epochs, self.steps_per_epoch)
         restore_optimizer(self.config, self.optimizer, state["optimizer"])
+        self.data.corrupt.learn(state["corrupt_files"])
+        self._check_corrupt()
         for name, mine in (("ema", self.ema), ("scaler", self.options.scaler.state_dict() or None)):
             require((state[name] is None) == (mine is None), name, "there if and only if the recipe asks for it", state[name])
         if self.ema is not None:
@@ -83,11 +85,22 @@ class Trainer:
     def save(self, must: bool = True) -> None:
         """Write a checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there.
 
-        Where there is no room for it: UserError if it `must` be written, otherwise a warning. DivergedError where it would hold
+        The ranks also tell one another which images they could not read: UserError for too many, and nothing is written. Where there is no room for it: UserError if it `must` be written, otherwise a warning. DivergedError where it would hold
         numbers that are not finite: a run cannot go on from those, and they would take the place of good ones.
         """
-        streams = gather(rng_state())
-        on_main(lambda: self._write(streams, must))
+        told = gather((rng_state(), self.data.corrupt.names))
+        self.data.corrupt.learn(name for _, names in told for name in names)
+        self._check_corrupt()
+        on_main(lambda: self._write([streams for streams, _ in told], must))
+
+    def _check_corrupt(self) -> None:
+        """UserError, on rank 0 for all, for more unreadable images than are allowed; all know of the same ones."""
+        try:
+            self.data.corrupt.check()
+        except UserError:
+            if self.ranks.is_main:
+                raise
+            raise MainFailed("too many corrupt images") from None
 
     def _write(self, streams: list[dict[str, Any]], must: bool) -> None:
         if (found := self._non_finite()) is not None:
@@ -99,6 +112,7 @@ class Trainer:
             "scaler": self.options.scaler.state_dict() or None,
             "ema": None if self.ema is None else self.ema.averages,
             "rng": streams,
+            "corrupt_files": sorted(self.data.corrupt.names),
             "position": asdict(self.position),
             **self.extra,
         }

@@ -207,6 +207,7 @@ def _finish(
         "pruning": trainer.extra["pruning"],
         "training": _training_summary(position),
         "scale": _scale(trainer, config, ranks),
+        "corrupt_files": sorted(trainer.data.corrupt.names),
         **comparison,
     }
     text = json.dumps(result, indent=1)

@@ -15,6 +15,8 @@ def print_result(result: dict[str, Any], run_dir: Path, report: Path | None) -> 
     say()
     say(f"test accuracy   {training['last_accuracy']:.2%} after the last epoch ({training['epochs']}), "
         f"best {training['best_accuracy']:.2%} after epoch {training['best_epoch']}")
+    if corrupt := result["corrupt_files"]:
+        say(f"passed over     {len(corrupt):,} image file{'s' * (len(corrupt) != 1)} that could not be read")
     if timing:
         say()
         say(_time_table(timing))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from image_files import write_class_folders
 from torch.distributed import distributed_c10d
 
 import grasp_sparse
@@ -37,6 +38,7 @@ from grasp_sparse.train.run import resume_run, start_run
 from grasp_sparse.train.signals import Interrupted
 
 RANKS = 3
+CORRUPT = (0, 1, 10)  # files of a class are in the order of their names: the first three
 CRITERIA = ("grasp", "snip", "synflow", "magnitude", "random")
 
 
@@ -228,10 +230,26 @@ def work(folder: Path) -> dict[str, Any]:
     start_run(noisy, folder / "whole")
     interrupted_then_resumed(noisy, folder / "parts", steps=6)
 
+    on_main(lambda: images_of_which_each_rank_cannot_read_one(folder / "images"))
+    photographs = small_config(
+        data="imagefolder", data_dir=str(folder / "images"), workers=0, train_limit=None, test_limit=None, dense=True, epochs=1,
+        max_corrupt=RANKS,
+    )  # fmt: skip
+    found["corrupt"] = start_run(photographs, folder / "corrupt")["corrupt_files"]
+    fewer = dataclasses.replace(photographs, max_corrupt=RANKS - 1)
+    found["too many corrupt"] = message_of(lambda: start_run(fewer, folder / "too many corrupt"))
+
     copied = folder / "to go on alone"
     interrupted_then_resumed(small_config(), folder / "plain", 6, lambda: on_main(lambda: copy_files(folder / "plain", copied)))
     found["accumulated"] = start_run(small_config(batch_size=4, accumulate=2), folder / "accumulated")["scale"]
     return found
+
+
+def images_of_which_each_rank_cannot_read_one(root: Path) -> None:
+    """In evaluation, where rank R reads every image whose number leaves R."""
+    write_class_folders(root, count=4 * RANKS)
+    for number in range(RANKS):
+        (root / "val" / "a" / f"{CORRUPT[number]}.png").write_bytes(b"")
 
 
 def copy_files(source: Path, target: Path) -> None:

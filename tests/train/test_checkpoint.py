@@ -42,6 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path)
     assert loaded["position"] == _STATE["position"] and torch.equal(loaded["model"]["w"], torch.arange(1000.0))
     assert _names(tmp_path) == [path.name] == [checkpoint_name(3, 0)]
+    assert loaded["corrupt_files"] == []  # none are told of in a checkpoint of an older version
 
 
 def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path: Path) -> None:
@@ -288,7 +289,8 @@ def _rng_with(left: int, following: int) -> list:
      ("position", []), ("pruning", 3), ("pruning", {"layers": 3}),
      ("pruning", {**_PRUNING, "layers": [{**_LAYER, "kept": "1"}]}), ("pruning", {**_PRUNING, "layers": [3]}),
      ("pruning", {**_PRUNING, "skipped": [["a"]]}), ("pruning", {**_PRUNING, "weight_sparsity": float("nan")}),
-     ("masks_digest", 3), ("environment", None), ("scaler", {}), ("scaler", {**_SCALER, "scale": float("inf")}), ("ema", [])],
+     ("masks_digest", 3), ("environment", None), ("scaler", {}), ("scaler", {**_SCALER, "scale": float("inf")}), ("ema", []),
+     ("corrupt_files", {}), ("corrupt_files", ["train/a/1.png", 2])],
 )  # fmt: skip
 def test_a_section_of_another_type_is_named(tmp_path: Path, section: str, value: object) -> None:
     _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": FORMAT, "pruning": _PRUNING, section: value})

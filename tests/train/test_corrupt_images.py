@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from image_files import write_class_folders
+from page_reader import Page
+from small_runs import at_call
 
+from grasp_sparse.report.run_page import write_report
 from grasp_sparse.train import engine
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.config import TrainConfig
@@ -20,6 +24,7 @@ from grasp_sparse.train.data import folder
 from grasp_sparse.train.data.sets import Data, load_data
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.run import resume_run, start_run
+from grasp_sparse.train.signals import Preempted
 
 
 def _forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +143,31 @@ def test_a_run_that_met_too_many_goes_on_with_a_higher_limit(tmp_path: Path, mon
         resume_run(tmp_path / "run", {"max_corrupt": 3})
     state = load_checkpoint(tmp_path / "run")
     assert state["position"]["history"][-1]["corrupt_images"] == 3 and state["config"]["max_corrupt"] == 3
+
+
+def test_what_was_met_before_an_interruption_counts_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file once, also where the images lie elsewhere by then."""
+    write_class_folders(tmp_path / "images", count=8)
+    config = TrainConfig(
+        data="imagefolder", data_dir=str(tmp_path / "images"), image_size=8, workers=0, batch_size=16, epochs=3, dense=True,
+        max_corrupt=2, model="vgg_small", model_args={"stem": 4, "widths": [4], "depth": 1}, timing_rounds=0, tensorboard="off",
+    )  # fmt: skip
+    (tmp_path / "images/train/a/1.png").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="1 of at most 2"), pytest.raises(Preempted):
+        at_call(1, lambda: signal.raise_signal(signal.SIGTERM), engine, "training_step", patch)
+        start_run(config, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run")["corrupt_files"] == ["train/a/1.png"]
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/train/b/2.png").write_bytes(b"")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.warns(UserWarning, match="of at most 2"):
+        result = resume_run(tmp_path / "run", {"data_dir": str(tmp_path / "elsewhere")})
+    assert result["corrupt_files"] == ["train/a/1.png", "train/b/2.png"]
+    assert "image files that could not be read 2" in Page(write_report(tmp_path / "run")).text
+    with pytest.raises(UserError, match="at most 1 corrupt images, got 2, .*train/b/2.png"):
+        resume_run(copy, {"data_dir": str(tmp_path / "elsewhere"), "max_corrupt": 1})
 
 
 def test_a_run_without_one_readable_test_image_says_so(tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_indices_do_not_travel_with_each_forward_pass(found: list[dict]) -> None
     assert [rank["index kept"] for rank in found] == [True] * RANKS
 
 
+def test_images_that_cannot_be_read_are_counted_over_all_ranks(folder: Path, found: list[dict]) -> None:
+    """Each rank has met one of them."""
+    names = sorted(f"val/a/{number}.png" for number in several_ranks.CORRUPT)
+    assert [rank["corrupt"] for rank in found] == [names] * RANKS
+    assert load_checkpoint(folder / "corrupt")["corrupt_files"] == names
+    said = [rank["too many corrupt"] for rank in found]
+    assert said[0].startswith("UserError: Expected at most 2 corrupt images, got 3, ") and "--max-corrupt" in said[0]
+    assert said[1:] == ["MainFailed: too many corrupt images"] * 2
+
+
 def test_drawing_batches_from_batches_cannot_be_shared(found: list[dict]) -> None:
     said = "UserError: Expected no num_batches in criterion_args on several ranks"
     assert all(rank["batches of the criterion"].startswith(said) for rank in found)

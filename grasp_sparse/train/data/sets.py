@@ -98,7 +98,7 @@ def _fashion_mnist(config: TrainConfig) -> Data:
 
 
 def _cifar(config: TrainConfig) -> Data:
-    corrupt = CorruptImages(config.max_corrupt)
+    corrupt = CorruptImages(config.max_corrupt, config.data_dir or "data")
     limits = (config.train_limit, config.test_limit)
     train, test, title, source = load_cifar(config.data, config.data_dir, limits, corrupt, config.workers)
     splits = [MemoryImages(*split, pad=4) for split in (train, test)]
@@ -136,7 +136,7 @@ def _of_files(
     transforms: tuple[Transform, Transform],
 ) -> Data:  # fmt: skip
     """A set decoded while it is used; mean and spread are those of ImageNet."""
-    corrupt = CorruptImages(config.max_corrupt)
+    corrupt = CorruptImages(config.max_corrupt, root)
     decoding = Decoding(config.workers, pin_memory=config.device.startswith("cuda"))
     splits = []
     for files, limit in ((train, config.train_limit), (test, config.test_limit)):
