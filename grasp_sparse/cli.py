@@ -13,13 +13,16 @@ import tomllib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grasp_sparse.flags import BAD_INPUT, make_parser
 from grasp_sparse.train.config import TrainConfig, read_recipe
 from grasp_sparse.train.errors import UserError, one_line
 from grasp_sparse.train.resume import explained
 from grasp_sparse.train.signals import Preempted, preemption_raises
+
+if TYPE_CHECKING:  # which imports torch.distributed: only who trains needs it
+    from grasp_sparse.train.distributed import Ranks
 
 OK, INTERRUPTED, TERMINATED = 0, 130, 143
 
@@ -93,6 +96,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_to_the_end(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.train.checkpoint_files import has_run
     from grasp_sparse.train.distributed import on_main, start_distributed, stop_distributed
     from grasp_sparse.train.logging import say
     from grasp_sparse.train.run import continue_or_start_run, resume_run, start_run
@@ -110,6 +114,8 @@ def _train_to_the_end(arguments: argparse.Namespace) -> int:
     else:
         config, given = on_main(lambda: (_config(arguments), _given_values(arguments)))
         run_dir = _out(arguments, config)
+        if ranks.is_main and not (arguments.resume and has_run(run_dir)):
+            _advise(arguments, config, ranks)
         if arguments.resume:
             result = continue_or_start_run(config, given, run_dir)
         else:
@@ -120,6 +126,16 @@ def _train_to_the_end(arguments: argparse.Namespace) -> int:
     print_result(result, run_dir, _page_of(run_dir))
     say(result_line(result))
     return OK
+
+
+def _advise(arguments: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> None:
+    """Warn of a recipe's learning rate on a step that the recipe does not have, unless the command line gives it."""
+    from grasp_sparse.train.sharding import rate_advice
+
+    if arguments.recipe and "lr" not in _given_flags(arguments):
+        recipe = TrainConfig.from_dict(read_recipe(arguments.recipe), f"recipe {arguments.recipe}")
+        if advice := rate_advice(config, recipe, ranks):
+            warnings.warn(advice, stacklevel=2)
 
 
 def _page_of(run_dir: Path) -> Path | None:

@@ -65,9 +65,12 @@ def test_memory_is_told_where_no_step_is_timed(capsys: pytest.CaptureFixture) ->
 def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
     Path("mine.toml").write_text('data = "fake"\nepochs = 7\nlr = 0.25\nexclude = ["classifier"]\n')
     assert _exit_code("train", "--recipe", "mine.toml", *_SMALL, "--timing-rounds", "0", "--no-nesterov") == 0
+    assert "warning: a step has 16 images, and 128 in the recipe as it is" in capsys.readouterr().err
     config = json.loads(Path("runs/mine/result.json").read_text())["config"]
     assert (config["epochs"], config["lr"], config["nesterov"], config["exclude"]) == (1, 0.25, False, ["classifier"])
     assert (config["model_args"], config["name"]) == ({"widths": [16], "depth": 1}, "mine")
+    assert _exit_code("train", "--recipe", "mine.toml", *_SMALL, "--timing-rounds", "0", "--lr", "0.25", "--out", "other") == 0
+    assert "a step has" not in capsys.readouterr().err
 
 
 def test_dense_training_prunes_nothing(capsys: pytest.CaptureFixture) -> None:

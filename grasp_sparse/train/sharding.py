@@ -52,6 +52,26 @@ def regrouped(config: TrainConfig, recipe: TrainConfig, saved: int, ranks: Ranks
     return dataclasses.replace(config, batch_size=batch_size, accumulate=accumulate, cuda_graphs=graphs).validate()
 
 
+def rate_advice(config: TrainConfig, recipe: TrainConfig, ranks: Ranks) -> str | None:
+    """What to try where a step of `config` has other images than one of the `recipe` in one process, whose rate it keeps.
+
+    SGD's rate grows as the images do (Goyal et al., arXiv:1706.02677), AdamW's as their square root (Malladi et al.,
+    arXiv:2205.10287). None where there is nothing to say.
+    """
+    images, meant = images_per_step(config, ranks), images_per_step(recipe, Ranks())
+    if images == meant or config.lr != recipe.lr:
+        return None
+    scaled = config.lr * (images / meant) ** (1.0 if config.optimizer == "sgd" else 0.5)
+    ways = [f"--lr {scaled:.3g}" + (" with some --warmup" if images > meant and not config.warmup else "")]
+    if meant % ranks.size == 0:
+        same = regrouped(recipe, recipe, 1, ranks)
+        ways.insert(0, f"--batch-size {same.batch_size} --accumulate {same.accumulate} for the same step")
+    return (
+        f"a step has {images:,} images, and {meant:,} in the recipe as it is, in one process; if its learning rate of "
+        f"{config.lr:g} is for those, give {', or '.join(ways)}"
+    )
+
+
 def seed_rank(seed: int, rank: int, *where: int) -> None:
     """Give each rank random streams of its own (dropout); rank 0 keeps those it has."""
     if rank:

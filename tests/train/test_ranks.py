@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.run import resume_run, start_run
-from grasp_sparse.train.sharding import regrouped, step_in_words
+from grasp_sparse.train.sharding import rate_advice, regrouped, step_in_words
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,21 @@ def test_the_first_line_says_how_many_images_a_step_has(tmp_path: Path, capsys: 
     resume_run(tmp_path, {"model": small_config().model})
     assert capsys.readouterr().out.splitlines()[0] == "1 rank x batch 8 x 2 micro-batches = 16 images a step"
     assert step_in_words(256, 1, 8) == "8 ranks x batch 256 x 1 micro-batch = 2,048 images a step"
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "ways"),
+    [(8, {}, "--batch-size 32 --accumulate 1 for the same step, or --lr 0.8 with some --warmup"),
+     (8, {"warmup": 0.1}, "--batch-size 32 --accumulate 1 for the same step, or --lr 0.8"), (3, {}, "--lr 0.3 with some --warmup"),
+     (4, {"optimizer": "adamw"}, "--batch-size 64 --accumulate 1 for the same step, or --lr 0.2 with some --warmup"),
+     (1, {"batch_size": 64}, "--batch-size 256 --accumulate 1 for the same step, or --lr 0.025"),
+     (8, {"batch_size": 32}, None), (1, {"batch_size": 128, "accumulate": 2}, None), (8, {"lr": 0.8}, None)],
+)  # fmt: skip
+def test_a_rate_meant_for_another_step_is_not_passed_over(size: int, changes: dict, ways: str | None) -> None:
+    recipe = small_config(batch_size=256, lr=0.1)
+    advice = rate_advice(dataclasses.replace(recipe, **changes), recipe, Ranks(size=size))
+    assert (advice is None) == (ways is None)
+    assert advice is None or advice.endswith(f" if its learning rate of 0.1 is for those, give {ways}")
 
 
 def test_ranks_that_cannot_share_a_step_are_refused() -> None:
