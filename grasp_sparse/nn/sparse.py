@@ -65,10 +65,11 @@ class SparseLayer(nn.Module):
             RuntimeError: the two orders no longer agree.
         """
         indices = self.indices
-        if torch.compiler.is_compiling() or is_transformed():
+        # Where a function is traced or transformed there are no numbers to look at.
+        if torch.compiler.is_compiling() or is_transformed() or type(indices.col_indices) is not Tensor or indices.col_indices.is_meta:
             return indices
         versions = _versions(indices)
-        if versions != self._seen and not indices.col_indices.is_meta:
+        if versions != self._seen:
             if not is_consistent(indices):
                 raise RuntimeError(
                     "Expected the index buffers of a sparse layer as they were built or loaded, got others: something wrote into them, as "

@@ -27,6 +27,7 @@ from torch.distributed import distributed_c10d
 import grasp_sparse
 from grasp_sparse import pruning
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.nn import SparseLayer
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.train import engine
 from grasp_sparse.train.config import TrainConfig
@@ -185,17 +186,19 @@ def other_data_on_the_last_rank() -> None:
 
 
 def index_changed_on_the_last_rank() -> bool:
-    """Whether an index buffer that the last rank alone has changed is unchanged there by a forward and a backward pass."""
+    """Whether indices that the last rank alone has changed are unchanged there by a forward and a backward pass."""
     config = small_config()
     data, model = data_and_model(config)
     sparsify_for_training(config, model, masks_for(config, model, data), data)
     wrapped, _ = data_parallel(model)
-    indices = next(buffer for name, buffer in model.named_buffers() if name.endswith("col_indices"))
+    layer = next(module for module in model.modules() if isinstance(module, SparseLayer))
+    before = layer.col_indices.clone()
     if current_ranks().rank == RANKS - 1:
-        indices.copy_(indices.flip(0))
-    left = indices.clone()
+        layer._adopt(layer.storage.from_mask(layer.mask.roll(1, -1)), keep_device=True)
+        assert not torch.equal(layer.col_indices, before)
+    left = layer.col_indices.clone()
     wrapped(torch.randn(4, *data.shape)).sum().backward()
-    return torch.equal(indices, left)
+    return torch.equal(layer.col_indices, left)
 
 
 def long_work_on_main() -> str:
