@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, Reduce, add_gradient, alone, batch_loss, sum_samples
+from grasp_sparse.criteria.second_derivative import check_twice_differentiable, explained, use_twice_differentiable
 from grasp_sparse.scratch import capture_rng
 
 
@@ -51,6 +52,7 @@ def grasp_scores(
         `num_classes`.
     reduce: sums over the processes that share the samples: g between the passes, so that each differentiates with the
         gradient of all samples, and Hg at the end.
+    Raises ValueError for a model with an operation that has no second derivative.
     """
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0, got {temperature}")
@@ -61,6 +63,7 @@ def grasp_scores(
     if redraw not in (None, "all", "last"):
         raise ValueError(f"Expected redraw None, 'all' or 'last', got {redraw!r}")
     model.train(train)
+    use_twice_differentiable(model)
     if redraw:
         _redraw_linears(model, redraw, generator)
 
@@ -69,7 +72,7 @@ def grasp_scores(
     gradient, product = _zeros(parameters), _zeros(parameters)
     restart_rng = capture_rng()
     # Fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), explained():
         total = 0
         for batch in batches:
             share = 1 if paper else batch.samples
@@ -97,6 +100,7 @@ def _zeros(parameters: list[nn.Parameter]) -> list[Tensor]:
 def _hessian_vector(loss: Tensor, parameters: list[nn.Parameter], vector: list[Tensor]) -> list[Tensor | None]:
     """∂⟨∇loss, vector⟩/∂parameters; None where it does not depend on the parameter."""
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    check_twice_differentiable(gradients)
     inner = [(g * v).sum() for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
     if not inner:  # a loss linear in the weights has no curvature
         return [None] * len(parameters)
