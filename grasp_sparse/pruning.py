@@ -198,8 +198,9 @@ class _Maker:
                 if finished == self.rounds:
                     break
                 within = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / self.rounds)).masks(scores, prices, within)
-                for name, mask in within.items():
-                    parameters[name].mul_(mask)
+                with torch.no_grad():
+                    for name, mask in within.items():
+                        parameters[name].mul_(mask)
         return scores, within
 
 

@@ -61,11 +61,12 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: int | None = None) -> Iterator[nn.Module]:
-    """Yields a deep copy of `model` to do anything with; gradients are enabled, no parameter of the copy asks for one.
+    """Yields a deep copy of `model` to do anything with; gradients are enabled, and its parameters ask for one where the model's do.
 
     `dtype` converts the copy; without it half-precision models are copied to float32, because second derivatives and
     products of fifty layers mean nothing in 8 or 11 bits. Parameter hooks are not copied (they serve training), module
-    hooks are: the caller's forward hooks fire whenever the copy runs.
+    hooks are: the caller's forward hooks fire whenever the copy runs. What asks for a gradient is left as it is because a
+    forward may look: reentrant checkpointing records nothing of a block whose input needs none.
 
     Raises ValueError for a model that cannot be deep-copied.
     """
@@ -81,7 +82,7 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
             dtype = torch.float32
         if dtype is not None:
             scratch.to(dtype)
-        yield scratch.requires_grad_(False)
+        yield scratch
 
 
 def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -27,13 +27,14 @@ def test_random_state_is_restored_and_a_seed_decides_what_is_drawn_inside():
     assert draw() == following
 
 
-def test_the_copy_keeps_ties_and_asks_for_no_gradients():
+def test_the_copy_keeps_ties_and_asks_for_the_gradients_that_the_model_does():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
     with torch.no_grad(), scratch_copy(model, dtype=torch.float64) as scratch:
-        assert torch.is_grad_enabled() and not any(p.requires_grad for p in scratch.parameters())
+        assert torch.is_grad_enabled() and [p.requires_grad for p in scratch.parameters()] == [True, True, False]
         assert scratch[0].weight is scratch[1].weight and scratch[0].weight.dtype == torch.float64
-        scratch[0].weight.zero_()
+        scratch[0].weight.data.zero_()
     assert model[0].weight.dtype == torch.float32 and model[0].weight.all() and model[0].weight.requires_grad
 
 

@@ -89,7 +89,8 @@ def score(
     Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Module
     hooks are copied along and do fire on the copy, once per forward of the scoring: what they do outside the model
     (counting, logging) happens. Two calls from the same random state (or seed) give the same bits. Raises ValueError
-    for bad arguments, a compiled model and a layer whose scores are not finite.
+    for bad arguments, a compiled model, reentrant checkpointing, a layer whose scores are not finite and scores that are
+    all zero. Warns about weights without a gradient, which score 0.
     """
     check_uncompiled(model)
     chosen = get_criterion(criterion)
@@ -119,6 +120,12 @@ def score(
             raise ValueError(f"Expected the criterion to score every weight, got none for {', '.join(missing)}")
         for name, weight in weights.items():
             check_scores(name, scores[name], weight.shape)
+        if not any(bool(scores[name].any()) for name in weights):
+            raise ValueError(
+                "Expected scores that tell weights apart, got 0 for every weight, so that masks would follow the order of the layers: "
+                "look for weights or gradients that are all zero (an output layer that starts at zero, a network pruned until nothing "
+                "passes) and, with criterion='grasp', for a loss without curvature"
+            )
         return {name: scores[name].detach() for name in weights}
 
 

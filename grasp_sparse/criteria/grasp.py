@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grasp_sparse.criteria.batches import Batch
-from grasp_sparse.criteria.loss import LossFn, Reduce, add_gradient, alone, batch_loss, sum_samples
+from grasp_sparse.criteria.loss import LossFn, Reduce, add_gradient, alone, batch_loss, summed_gradient
 from grasp_sparse.criteria.second_derivative import check_twice_differentiable, explained, use_twice_differentiable
 from grasp_sparse.scratch import capture_rng
 
@@ -69,17 +69,11 @@ def grasp_scores(
 
     parameters = list(weights.values())
     paper = preset == "paper"
-    gradient, product = _zeros(parameters), _zeros(parameters)
+    product = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
     restart_rng = capture_rng()
     # Fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH), explained():
-        total = 0
-        for batch in batches:
-            share = 1 if paper else batch.samples
-            loss = batch_loss(model, batch, loss_fn, temperature)
-            add_gradient(gradient, torch.autograd.grad(loss, parameters, allow_unused=True), share)
-            total += share
-        total = sum_samples(gradient, total, reduce)
+        gradient, total = summed_gradient(model, weights, batches, loss_fn, temperature, reduce, alike=paper)
         if not paper:
             for accumulated in gradient:
                 accumulated.div_(total)
@@ -91,10 +85,6 @@ def grasp_scores(
             add_gradient(product, _hessian_vector(loss, parameters, gradient), share)
         reduce(product)
     return {name: weight.detach() * hg for (name, weight), hg in zip(weights.items(), product, strict=True)}
-
-
-def _zeros(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
 
 
 def _hessian_vector(loss: Tensor, parameters: list[nn.Parameter], vector: list[Tensor]) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.criteria.batches import Batch
+from grasp_sparse.criteria.graph import check_checkpointing, warn_unreached
 from grasp_sparse.scratch import call_model, move
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -23,8 +24,8 @@ def alone(tensors: Sequence[Tensor]) -> None:
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperature: float) -> Tensor:
     """`loss_fn(model(inputs) / temperature, targets)`, a scalar; cross-entropy when no loss_fn is given.
 
-    Raises ValueError when the output cannot be divided by a temperature, or the loss is no scalar that depends on the
-    weights.
+    Raises ValueError when the output cannot be divided by a temperature, the loss is no scalar that depends on the
+    weights, or reentrant checkpointing hides some of them.
     """
     output = call_model(model, batch.inputs)
     if temperature != 1.0 or loss_fn is None:
@@ -43,39 +44,41 @@ def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperatu
         raise ValueError(
             "Expected a loss that depends on the weights, got one without a gradient (detached, or no_grad in forward?)"
         )
+    check_checkpointing(loss)
     return loss.reshape(())
 
 
-def mean_gradient(
+def summed_gradient(
     model: nn.Module,
-    weights: Sequence[nn.Parameter],
+    weights: Mapping[str, nn.Parameter],
     batches: Iterable[Batch],
     loss_fn: LossFn | None,
     temperature: float,
     reduce: Reduce = alone,
-) -> list[Tensor]:
-    """Gradient of the mean loss over all samples, of all processes, with the memory of one micro-batch.
+    alike: bool = False,
+) -> tuple[list[Tensor], int]:
+    """Gradients of the micro-batches' mean losses, each times its share, summed over all processes; and the sum of the shares.
 
-    A micro-batch's own mean counts by its number of samples, so the result does not depend on the cut (without
-    BatchNorm).
+    A share is the number of samples, so that the quotient of the two does not depend on the cut (without BatchNorm), or 1
+    for every micro-batch if they count `alike`. Memory is that of one micro-batch. Warns about weights that none of the
+    micro-batches, of any process, has a gradient for.
     """
-    total = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
-    samples = 0
+    total = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
+    shares, reached = 0, [False] * len(total)
     for batch in batches:
+        share = 1 if alike else batch.samples
         loss = batch_loss(model, batch, loss_fn, temperature)
-        add_gradient(total, torch.autograd.grad(loss, weights, allow_unused=True), batch.samples)
-        samples += batch.samples
-    samples = sum_samples(total, samples, reduce)
-    return [gradient.div_(samples) for gradient in total]
-
-
-def sum_samples(tensors: Sequence[Tensor], samples: int, reduce: Reduce) -> int:
-    """Sums ``tensors``, in place, and ``samples`` over all processes; returns the latter. ValueError when nobody had any."""
-    count = torch.tensor(samples, dtype=torch.float64, device=tensors[0].device)
-    reduce([*tensors, count])
-    if not count:
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        add_gradient(total, gradients, share)
+        shares += share
+        reached = [before or gradient is not None for before, gradient in zip(reached, gradients, strict=True)]
+    counts = torch.tensor([shares, *reached], dtype=torch.float64, device=total[0].device)
+    reduce([*total, counts])
+    shares, *reached = counts.tolist()
+    if not shares:
         raise ValueError("Expected at least one batch, got none in any of the processes that score together")
-    return int(count)
+    warn_unreached([name for name, found in zip(weights, reached, strict=True) if not found])
+    return total, int(shares)
 
 
 def add_gradient(total: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from grasp_sparse.criteria.batches import Batch
-from grasp_sparse.criteria.loss import LossFn, Reduce, alone, mean_gradient
+from grasp_sparse.criteria.loss import LossFn, Reduce, alone, summed_gradient
 
 
 def snip_scores(
@@ -28,5 +28,5 @@ def snip_scores(
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0, got {temperature}")
     model.train(train)
-    gradient = mean_gradient(model, list(weights.values()), batches, loss_fn, temperature, reduce)
-    return {name: (weight.detach() * g).abs_() for (name, weight), g in zip(weights.items(), gradient, strict=True)}
+    gradient, samples = summed_gradient(model, weights, batches, loss_fn, temperature, reduce)
+    return {name: (weight.detach() * g.div_(samples)).abs_() for (name, weight), g in zip(weights.items(), gradient, strict=True)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.criteria.batches import Batch
+from grasp_sparse.criteria.graph import check_checkpointing, warn_unreached
 from grasp_sparse.scratch import call_model, move
 
 
@@ -34,7 +35,9 @@ def synflow_scores(
     output = call_model(model, ones)
     if not isinstance(output, Tensor):
         raise ValueError(f"Expected the model to return a tensor for criterion='synflow', got {type(output).__name__}")
+    check_checkpointing(output)
     gradients = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
+    warn_unreached([name for name, gradient in zip(weights, gradients, strict=True) if gradient is None])
     return {
         name: torch.zeros_like(weight, requires_grad=False) if gradient is None else (weight.detach() * gradient).abs_()
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

@@ -55,7 +55,6 @@ def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[Laye
     gradients where the model has them. Counted is the first argument, where it is a tensor.
     """
     seen: dict[str, Counter[LayerInput]] = {}
-    trained = [parameter.requires_grad for parameter in model.parameters()]
 
     def note(name: str):
         def hook(module: nn.Module, inputs: tuple) -> None:
@@ -65,8 +64,6 @@ def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[Laye
         return hook
 
     with scratch_copy(model) as scratch:
-        for parameter, requires_grad in zip(scratch.parameters(), trained, strict=True):
-            parameter.requires_grad_(requires_grad)
         for name, module in scratch.named_modules():
             module.register_forward_pre_hook(note(name))
         call_model(scratch.eval(), example_input)

@@ -197,6 +197,10 @@ def test_works_inside_no_grad_and_inference_mode():
             assert torch.equal(score(model, batches)["5.weight"], expected["5.weight"])
 
 
+def _flat():
+    return [(data()[0].flatten(1), data()[1])]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -211,6 +215,7 @@ def test_works_inside_no_grad_and_inference_mode():
         (lambda: score(smooth_net(), [data()], samples_per_class=2), "together"),
         (lambda: score(nn.Sequential(nn.Conv1d(1, 1, 1)), None, "magnitude"), "two-dimensional"),
         (lambda: get_criterion("none"), "none"),
+        (lambda: score(nn.Linear(72, 1), _flat(), loss_fn=lambda out, y: out.mean()), "0 for every weight.*without curvature"),
     ],
 )
 def test_bad_arguments_are_refused(call, message):
