@@ -61,7 +61,7 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: int | None = None) -> Iterator[nn.Module]:
-    """Yields a deep copy of `model` to do anything with; gradients are enabled, and its parameters ask for one where the model's do.
+    """Yields a deep copy of `model` to do anything with; gradients are enabled, its parameters ask for one where the model's do.
 
     `dtype` converts the copy; without it half-precision models are copied to float32, because second derivatives and
     products of fifty layers mean nothing in 8 or 11 bits. Parameter hooks are not copied (they serve training), module

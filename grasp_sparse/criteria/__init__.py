@@ -122,9 +122,9 @@ def score(
             check_scores(name, scores[name], weight.shape)
         if not any(bool(scores[name].any()) for name in weights):
             raise ValueError(
-                "Expected scores that tell weights apart, got 0 for every weight, so that masks would follow the order of the layers: "
-                "look for weights or gradients that are all zero (an output layer that starts at zero, a network pruned until nothing "
-                "passes) and, with criterion='grasp', for a loss without curvature"
+                "Expected scores that tell weights apart, got 0 for every weight, so that masks would follow the order of the "
+                "layers: look for weights or gradients that are all zero (an output layer that starts at zero, a network pruned "
+                "until nothing passes) and, with criterion='grasp', for a loss without curvature"
             )
         return {name: scores[name].detach() for name in weights}
 

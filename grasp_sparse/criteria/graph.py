@@ -24,8 +24,8 @@ def check_checkpointing(output: Tensor) -> None:
     """ValueError if reentrant checkpointing lies behind ``output``: its weights are in no graph, and would get no gradient."""
     if "CheckpointFunctionBackward" in recorded_operations([output]):
         raise ValueError(
-            "Expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which hides the weights inside from "
-            "torch.autograd.grad: pass use_reentrant=False to torch.utils.checkpoint, or switch checkpointing off while scoring"
+            "Expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which hides the weights inside "
+            "from torch.autograd.grad: pass use_reentrant=False to torch.utils.checkpoint, or switch checkpointing off"
         )
 
 
@@ -34,7 +34,7 @@ def warn_unreached(names: Sequence[str]) -> None:
     if names:
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         warnings.warn(
-            f"No gradient reached {listed} in any batch: all scores there are 0. The forward leaves them out, or detaches what comes "
-            "of them; exclude them to keep them dense.",
+            f"No gradient reached {listed} in any batch: all scores there are 0. The forward leaves them out, or detaches what "
+            "comes of them; exclude them to keep them dense.",
             stacklevel=2,
         )

@@ -24,8 +24,8 @@ def alone(tensors: Sequence[Tensor]) -> None:
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperature: float) -> Tensor:
     """`loss_fn(model(inputs) / temperature, targets)`, a scalar; cross-entropy when no loss_fn is given.
 
-    Raises ValueError when the output cannot be divided by a temperature, the loss is no scalar that depends on the
-    weights, or reentrant checkpointing hides some of them.
+    Raises ValueError when the output cannot be divided by a temperature, or the loss is no scalar that depends on the
+    weights.
     """
     output = call_model(model, batch.inputs)
     if temperature != 1.0 or loss_fn is None:
@@ -44,7 +44,6 @@ def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None, temperatu
         raise ValueError(
             "Expected a loss that depends on the weights, got one without a gradient (detached, or no_grad in forward?)"
         )
-    check_checkpointing(loss)
     return loss.reshape(())
 
 
@@ -61,13 +60,14 @@ def summed_gradient(
 
     A share is the number of samples, so that the quotient of the two does not depend on the cut (without BatchNorm), or 1
     for every micro-batch if they count `alike`. Memory is that of one micro-batch. Warns about weights that none of the
-    micro-batches, of any process, has a gradient for.
+    micro-batches, of any process, has a gradient for. Raises ValueError where reentrant checkpointing hides some.
     """
     total = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
     shares, reached = 0, [False] * len(total)
     for batch in batches:
         share = 1 if alike else batch.samples
         loss = batch_loss(model, batch, loss_fn, temperature)
+        check_checkpointing(loss)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         add_gradient(total, gradients, share)
         shares += share

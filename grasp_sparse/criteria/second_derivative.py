@@ -46,8 +46,8 @@ def explained() -> Iterator[None]:
 def check_twice_differentiable(gradients: Iterable[Tensor | None]) -> None:
     """ValueError if a backward marked to be differentiated once gave ``gradients``.
 
-    torch says so only when it runs that backward again. The node it puts there leads to no weight, so it does not, and what came out
-    of the first run would count as a constant, without a word.
+    torch says so only when it runs that backward again. The node it puts there leads to no weight, so it does not, and what
+    came out of the first run would count as a constant, without a word.
     """
     if "torch::autograd::Error" in recorded_operations(gradient for gradient in gradients if gradient is not None):
         raise _missing("an autograd function whose backward is marked @once_differentiable")
@@ -55,6 +55,6 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None]) -> None:
 
 def _missing(operation: str) -> ValueError:
     return ValueError(
-        f"Expected a model that can be differentiated twice, which GraSP needs, got one without a second derivative of {operation}: "
-        "use criterion='snip', or another that takes gradients only once or not at all"
+        "Expected a model that can be differentiated twice, which GraSP needs, got one without a second derivative of "
+        f"{operation}: use criterion='snip', or another that takes gradients only once or not at all"
     )
