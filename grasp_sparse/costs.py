@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grasp_sparse.scratch import call_model, first_tensor, scratch_copy
+from grasp_sparse.nested import count_samples, first_tensor
+from grasp_sparse.scratch import call_model, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
 
@@ -22,14 +23,14 @@ def weight_costs(
     """Multiply-adds per sample of one weight of every prunable parameter of `model`, by parameter name.
 
     `example_input` is a tensor [N, …], a tuple of arguments or a dict of keyword arguments; N is the first dimension of
-    its first tensor. A weight used several times (a module called twice, a tied weight) costs the sum of its uses.
+    its first tensor. A namedtuple is one argument, a PackedSequence counts its sequences. A weight used several times (a module called twice, a tied weight) costs the sum of its uses.
     Measured by hooks during one forward of a copy in eval mode; the model is not touched. A layer whose module is not
     called costs 0, with a warning.
     """
     first = first_tensor(example_input)
     if first.ndim < 1 or first.shape[0] == 0:
         raise ValueError(f"Expected example_input with at least one sample, got shape {list(first.shape)}")
-    samples = first.shape[0]
+    samples = count_samples(example_input)
     weights = find_weights(model, include, exclude).weights
     with scratch_copy(model) as scratch, torch.no_grad():
         positions = dict.fromkeys((weight.name for weight in weights), 0)

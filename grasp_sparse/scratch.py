@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from grasp_sparse.nested import is_namedtuple, map_tensors
+
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -87,33 +89,17 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
 
 def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """Tensors in nested tuples, lists and dicts brought to `device`; floating ones to `dtype` too when it is given."""
-    if isinstance(data, torch.Tensor):
-        return data.detach().to(device, dtype if data.is_floating_point() else None)
-    if isinstance(data, Mapping):
-        return {key: move(value, device, dtype) for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        moved = [move(value, device, dtype) for value in data]
-        return tuple(moved) if isinstance(data, tuple) else moved
-    return data
+    return map_tensors(lambda tensor: tensor.detach().to(device, dtype if tensor.is_floating_point() else None), data)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """`model(tensor)`, `model(*tuple)` or `model(**dict)`, on the model's own device and in its own floating dtype."""
+    """`model(tensor)`, `model(*tuple)` or `model(**dict)`, on the model's own device and in its own floating dtype.
+
+    A namedtuple (PackedSequence) is one argument.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = move(inputs, like.device, like.dtype)
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def first_tensor(data: Any) -> torch.Tensor:
-    """The first tensor in nested tuples, lists and dicts: the one whose first dimension counts samples."""
-    if isinstance(data, torch.Tensor):
-        return data
-    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
-    for value in values:
-        try:
-            return first_tensor(value)
-        except ValueError:
-            continue
-    raise ValueError(f"Expected a tensor, or a tuple or dict holding one, got {type(data).__name__}")
+    spread = isinstance(inputs, (tuple, list)) and not is_namedtuple(inputs)
+    return model(*inputs) if spread else model(inputs)

@@ -20,9 +20,10 @@ from grasp_sparse import _extension, pruning
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, batch_loss
 from grasp_sparse.masks import MaskSet
+from grasp_sparse.nested import first_tensor, map_tensors
 from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning.cost_model import layer_costs
-from grasp_sparse.scratch import call_model, first_tensor
+from grasp_sparse.scratch import call_model
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.timing import interleaved
 
@@ -185,14 +186,10 @@ def _has_formats(model: nn.Module, batch: Batch) -> bool:
 
 
 def _to(batch: Batch, memory_format: torch.memory_format) -> Batch:
-    def convert(data: Any) -> Any:
-        if isinstance(data, Tensor):
-            return data.to(memory_format=memory_format) if data.dim() == 4 else data
-        if isinstance(data, Mapping):
-            return {key: convert(value) for key, value in data.items()}
-        return tuple(map(convert, data)) if isinstance(data, (tuple, list)) else data
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(memory_format=memory_format) if tensor.dim() == 4 else tensor
 
-    return Batch(convert(batch.inputs), batch.targets)
+    return Batch(map_tensors(convert, batch.inputs), batch.targets)
 
 
 def _step(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Callable[[], None]:

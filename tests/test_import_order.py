@@ -18,6 +18,7 @@ ORDER = [
     "cuda_timing",
     "poison",
     "weights",
+    "nested",
     "scratch",
     "costs",
     "criteria",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from grasp_sparse.scratch import call_model, first_tensor, move, preserved_rng, scratch_copy
+from grasp_sparse.nested import first_tensor
+from grasp_sparse.scratch import call_model, move, preserved_rng, scratch_copy
 
 
 def draw() -> tuple:

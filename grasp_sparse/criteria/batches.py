@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from grasp_sparse.scratch import first_tensor, move
+from grasp_sparse.nested import count_samples, first_tensor, leaves, map_tensors
+from grasp_sparse.scratch import move
 
 MEMORY_LIMIT = 1 << 30
 
 
 class Batch(NamedTuple):
-    """One micro-batch: inputs (a tensor, tuple or dict) and targets."""
+    """One micro-batch: inputs (a tensor, tuple or dict; a namedtuple is one argument) and targets."""
 
     inputs: Any
     targets: Any
 
     @property
     def samples(self) -> int:
-        return first_tensor(self.inputs).shape[0]
+        return count_samples(self.inputs)
 
 
 def as_batch(item: Any) -> Batch:
@@ -65,13 +67,13 @@ class StoredBatches:
         self, batches: Iterable[Any], *, count: int | None = None, memory_limit: int = MEMORY_LIMIT, allow_none: bool = False
     ) -> None:
         self._in_memory: list[Batch] = []
-        self._offsets: list[tuple[int, int]] = []
+        self._spilled: list[tuple[Batch, int, int]] = []  # structure without its tensors, and where they are in the file
         self._file: Any = None
         held = 0
         for item in islice(batches, count):
             batch = Batch(*move(tuple(as_batch(item)), torch.device("cpu")))
             size = _bytes(batch)
-            if held + size <= memory_limit and not self._offsets:
+            if held + size <= memory_limit and not self._spilled:
                 self._in_memory.append(batch)
                 held += size
             else:
@@ -84,19 +86,27 @@ class StoredBatches:
     def _spill(self, batch: Batch) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile()
-        buffer = io.BytesIO()
-        torch.save(_own_storage(tuple(batch)), buffer)
-        self._offsets.append((self._file.seek(0, io.SEEK_END), buffer.tell()))
+        buffer, tensors, nothing = io.BytesIO(), [], torch.empty(0)
+
+        def take_out(tensor: Tensor) -> Tensor:
+            # torch.save writes the whole storage behind a view: a slice of a data set would carry the data set along.
+            tensors.append(tensor.clone())
+            return nothing
+
+        structure = map_tensors(take_out, batch)
+        torch.save(tensors, buffer)
+        self._spilled.append((structure, self._file.seek(0, io.SEEK_END), buffer.tell()))
         self._file.write(buffer.getbuffer())
 
     def __len__(self) -> int:
-        return len(self._in_memory) + len(self._offsets)
+        return len(self._in_memory) + len(self._spilled)
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._in_memory
-        for offset, size in self._offsets:
+        for structure, offset, size in self._spilled:
             self._file.seek(offset)
-            yield Batch(*torch.load(io.BytesIO(self._file.read(size)), weights_only=True))
+            tensors = iter(torch.load(io.BytesIO(self._file.read(size)), weights_only=True))
+            yield map_tensors(lambda _, tensors=tensors: next(tensors), structure)
 
 
 def class_balanced(
@@ -152,24 +162,11 @@ def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]
 
 
 def _every(data: Any, first: int, step: int) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _every(value, first, step) for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return tuple(_every(value, first, step) for value in data)
-    return data[first::step] if isinstance(data, Tensor) and data.ndim else data
+    def cut(sequences: PackedSequence) -> PackedSequence:
+        return pack_sequence(unpack_sequence(sequences)[first::step], enforce_sorted=False)
 
-
-def _own_storage(data: Any) -> Any:
-    # torch.save writes the whole storage behind a view: a slice of a data set would carry the data set along.
-    if isinstance(data, Mapping):
-        return {key: _own_storage(value) for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return tuple(_own_storage(value) for value in data)
-    return data.clone() if isinstance(data, Tensor) else data
+    return map_tensors(lambda tensor: tensor[first::step] if tensor.ndim else tensor, data, packed=cut)
 
 
 def _bytes(data: Any) -> int:
-    if isinstance(data, Tensor):
-        return data.numel() * data.element_size()
-    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
-    return sum(_bytes(value) for value in values)
+    return sum(leaf.data.numel() * leaf.data.element_size() for leaf in leaves(data))

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.graph import check_checkpointing, warn_unreached
-from grasp_sparse.scratch import call_model, move
+from grasp_sparse.nested import map_tensors
+from grasp_sparse.scratch import call_model
 
 
 def synflow_scores(
@@ -45,8 +47,7 @@ def synflow_scores(
 
 
 def _one_sample_of_ones(inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return {key: _one_sample_of_ones(value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_one_sample_of_ones(value) for value in inputs)
-    return torch.ones_like(move(inputs, inputs.device)[:1]) if isinstance(inputs, Tensor) and inputs.ndim else inputs
+    def ones(tensor: Tensor) -> Tensor:
+        return torch.ones_like(tensor[:1], requires_grad=False) if tensor.ndim else tensor
+
+    return map_tensors(ones, inputs, packed=lambda sequences: pack_sequence([torch.ones_like(unpack_sequence(sequences)[0])]))
