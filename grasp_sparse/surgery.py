@@ -117,14 +117,21 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     """Gives a freshly built dense ``model`` the structure and the values of a sparse checkpoint, in place; returns it.
 
     Args:
-        model: the dense architecture; its values do not matter.
+        model: the dense architecture; its values do not matter, but they need memory: a model built on the meta device gets some
+            by ``model.to_empty(device=...)``, which leaves buffers that are in no state_dict to be filled.
         state_dict: of a model that went through :func:`sparsify_`; the masks are not needed.
 
     Raises:
-        ValueError: missing or unexpected keys, wrong shapes or corrupt indices, all listed; nothing was changed.
+        ValueError: missing or unexpected keys, wrong shapes or corrupt indices, all listed, or a model on the meta device;
+            nothing was changed.
     """
     if any(isinstance(module, CHANGED) for module in model.modules()):
         raise ValueError("Expected a dense model, got one with sparse layers; use densify_ first or model.load_state_dict.")
+    on_meta = next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+    if on_meta is not None:
+        raise ValueError(
+            f"Expected a model with memory for its values, got {on_meta!r} on the meta device: call model.to_empty(device=...) first."
+        )
     steps, problems = [], []
     for holders in parameter_holders(model).values():
         layers = {name: module for name, module, attribute in holders if type(module) in DENSE and attribute == "weight"}

@@ -281,6 +281,22 @@ class TestLoadSparse:
         x = torch.randn(4, 3, 6, 6)
         assert torch.equal(fresh(x), net(x))
 
+    @pytest.mark.parametrize("place", ["everything", "a bias", "a running mean"])
+    def test_a_model_without_memory_is_told_to_get_some(self, net, masks, place):
+        gs.sparsify_(net, masks)
+        fresh = Net()
+        if place == "everything":
+            fresh.to("meta")
+        elif place == "a bias":
+            fresh.head.bias = nn.Parameter(fresh.head.bias.to("meta"))
+        else:
+            norm = next(module for module in fresh.modules() if isinstance(module, nn.BatchNorm2d))
+            norm.running_mean = norm.running_mean.to("meta")
+        with pytest.raises(ValueError, match=r"Expected a model with memory .* on the meta device: call model\.to_empty"):
+            gs.load_sparse(fresh, net.state_dict())
+        assert type(fresh.head) is nn.Linear
+        assert same_state(gs.load_sparse(fresh.to_empty(device="cpu"), net.state_dict()), net)
+
     def test_dense_checkpoint_loads_too(self, net):
         assert same_state(gs.load_sparse(Net(), net.state_dict()), net)
 
