@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.nested import is_namedtuple, map_tensors
+from grasp_sparse.weights import check_initialised
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -70,8 +71,9 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
     hooks are: the caller's forward hooks fire whenever the copy runs. What asks for a gradient is left as it is because a
     forward may look: reentrant checkpointing records nothing of a block whose input needs none.
 
-    Raises ValueError for a model that cannot be deep-copied.
+    Raises ValueError for a model that cannot be deep-copied, or with lazy modules that have not run yet.
     """
+    check_initialised(model)
     with preserved_rng(seed), torch.inference_mode(False), torch.enable_grad():
         try:
             scratch = copy.deepcopy(model)

@@ -103,6 +103,17 @@ def find_weights(model: nn.Module, include: Selector | None = None, exclude: Sel
     return WeightSelection(weights, [Skipped(*entry) for entry in sorted(skipped.items(), key=lambda e: position[e[0]])])
 
 
+def check_initialised(model: nn.Module) -> None:
+    """ValueError, naming the first of them, if `model` has lazy modules that have not run yet."""
+    for name, module in model.named_modules():
+        if any(isinstance(t, UninitializedTensorMixin) for t in (*module._parameters.values(), *module._buffers.values())):
+            raise ValueError(f"Expected a model whose weights have shapes, got {_no_weight_yet(module)} ({name or 'the model'})")
+
+
+def _no_weight_yet(module: nn.Module) -> str:
+    return f"{type(module).__name__} has no weight yet: run one forward first"
+
+
 def _is_matrix(module: nn.Module, parameter: nn.Parameter) -> bool:
     if isinstance(parameter, UninitializedTensorMixin):
         return True
@@ -114,7 +125,7 @@ def _why_dense(owner: _Owner) -> str | None:
     module, name = owner.module, owner.parameter_name
     kind = type(module).__name__
     if kind.startswith("Lazy"):
-        return f"{kind} has no weight yet: run one forward first"
+        return _no_weight_yet(module)
     for types, reason in _REASONS:
         if isinstance(module, types):
             return f"{kind} ({name}): {reason}"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.nested import first_tensor
+from grasp_sparse.pruning import prune
 from grasp_sparse.scratch import call_model, move, preserved_rng, scratch_copy
 
 
@@ -52,6 +53,20 @@ def test_a_model_that_cannot_be_copied_is_explained():
     model.cached = model.weight * 2
     with pytest.raises(ValueError, match=r"copy\.deepcopy"), scratch_copy(model):
         pass
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(3), lambda: nn.LazyBatchNorm1d(affine=False)], ids=["weight", "buffer"])
+def test_lazy_modules_have_to_run_first(lazy):
+    model, x = nn.Sequential(nn.Linear(6, 8), lazy()), torch.randn(4, 6)
+    for use in (
+        lambda: prune(model, [(x, torch.arange(4) % 3)], 0.5),
+        lambda: prune(model, criterion="magnitude"),
+        lambda: prune(model, criterion="magnitude", budget="flops", example_input=x),
+    ):
+        with pytest.raises(ValueError, match=r"Expected a model whose weights have shapes, got Lazy.*: run one forward first \(1\)"):
+            use()
+    model(x)
+    assert "0.weight" in prune(model, [(x, torch.arange(4) % 3)], 0.5)
 
 
 def test_nested_inputs_are_moved_and_measured():
