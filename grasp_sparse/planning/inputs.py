@@ -52,19 +52,20 @@ def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[Laye
     """The inputs of each module, by module name, with the number of calls, when a copy of ``model`` runs on ``example_input``.
 
     ``example_input`` is one argument, a tuple of them (not a namedtuple, which is one), or a dict of named ones. The copy runs in evaluation mode, with
-    gradients where the model has them. Counted is the first argument, where it is a tensor.
+    gradients where the model has them. Counted is the first argument, or the one named ``input``, where it is a tensor.
     """
     seen: dict[str, Counter[LayerInput]] = {}
 
     def note(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                seen.setdefault(name, Counter())[describe_input(inputs[0])] += 1
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named.get("input")  # what torch's layers call it
+            if isinstance(given, Tensor):
+                seen.setdefault(name, Counter())[describe_input(given)] += 1
 
         return hook
 
     with scratch_copy(model) as scratch:
         for name, module in scratch.named_modules():
-            module.register_forward_pre_hook(note(name))
+            module.register_forward_pre_hook(note(name), with_kwargs=True)
         call_model(scratch.eval(), example_input)
     return seen

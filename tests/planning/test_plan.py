@@ -212,6 +212,16 @@ class TestInputs:
         assert seen["second"] == {LayerInput((4, 8, 6, 6), "nchw", torch.float32, True): 2}
         assert next(iter(layer_inputs(net, X.to(memory_format=torch.channels_last))["first"])).layout == "channels_last"
 
+    def test_inputs_by_name_are_seen(self):
+        class ByName(Net):
+            def forward(self, x):
+                x = self.first(input=x).relu()
+                return self.head(input=self.second(self.second(x).relu()).mean((2, 3)))
+
+        assert layer_inputs(ByName(), X).keys() == {"", "first", "second", "head"}
+        for name, given in layer_inputs(Net(), X).items():
+            assert layer_inputs(ByName(), X)[name] == given
+
     def test_behind_frozen_layers_no_gradient_is_needed(self, net):
         net.first.requires_grad_(False)
         assert [given.needs_grad for given in layer_inputs(net, X)["second"]] == [False, True]  # called twice
