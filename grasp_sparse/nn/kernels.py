@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from grasp_sparse import _extension
+from grasp_sparse.ops.differentiable import is_transformed
 from grasp_sparse.ops.layout import is_batch_innermost
 
 _STATUS = _extension.status()
 _ON_CPU, _ON_CUDA = _STATUS.loaded, _STATUS.cuda_reason is None
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def looked_through() -> bool:
+    """Whether torch.func or torch.jit.trace looks through the layers, which then run as torch's own: their operations have rules for
+    vmap and forward mode, and a trace must not depend on whether a gradient happens to be wanted. Layouts cannot be asked for there."""
+    return is_transformed() or torch.jit.is_tracing()
 
 
 def runs_here(x: Tensor, cpu: Collection[torch.dtype]) -> bool:
