@@ -23,9 +23,9 @@ def weight_costs(
     """Multiply-adds per sample of one weight of every prunable parameter of `model`, by parameter name.
 
     `example_input` is a tensor [N, …], a tuple of arguments or a dict of keyword arguments; N is the first dimension of
-    its first tensor. A namedtuple is one argument, a PackedSequence counts its sequences. A weight used several times (a module called twice, a tied weight) costs the sum of its uses.
-    Measured by hooks during one forward of a copy in eval mode; the model is not touched. A layer whose module is not
-    called costs 0, with a warning.
+    its first tensor. A namedtuple is one argument, and a PackedSequence counts its sequences. A weight used several times
+    (a module called twice, a tied weight) costs the sum of its uses. Measured by hooks during one forward of a copy in eval
+    mode; the model is not touched. A layer whose module is not called costs 0, with a warning.
     """
     first = first_tensor(example_input)
     if first.ndim < 1 or first.shape[0] == 0:

@@ -130,7 +130,8 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     on_meta = next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
     if on_meta is not None:
         raise ValueError(
-            f"Expected a model with memory for its values, got {on_meta!r} on the meta device: call model.to_empty(device=...) first."
+            f"Expected a model with memory for its values, got {on_meta!r} on the meta device: "
+            "call model.to_empty(device=...) first."
         )
     steps, problems = [], []
     for holders in parameter_holders(model).values():

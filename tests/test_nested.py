@@ -103,7 +103,8 @@ def test_packed_sequences_are_samples(criterion):
     """Each sequence counts once, however long, and however the batch is cut."""
     model, packed, targets = Recurrent().double(), packed_sequences(torch.float64), torch.tensor([0, 1, 2, 3])
     whole = score(model, [(packed, targets)], criterion)
-    one_by_one = [(pack_sequence([sequence]), target[None]) for sequence, target in zip(unpack_sequence(packed), targets, strict=True)]
+    samples = zip(unpack_sequence(packed), targets, strict=True)
+    one_by_one = [(pack_sequence([sequence]), target[None]) for sequence, target in samples]
     for cut in (score(model, one_by_one, criterion), score(model, [(packed, targets)], criterion, micro_batch_size=3)):
         for name, value in whole.items():
             torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=0)

@@ -1,8 +1,9 @@
 """The samples a criterion looks at: drawn once, kept for a second pass, cut into micro-batches.
 
 GraSP reads its samples twice and both passes must see the same inputs, so a DataLoader that shuffles and augments is
-sampled once (what can be made again is not kept: RereadBatches). Only inputs and targets are kept, on the CPU: up to `MEMORY_LIMIT` bytes in memory, the rest in an unnamed
-temporary file, so that hundreds of ImageNet batches need the memory of one.
+sampled once (what can be made again is not kept: RereadBatches). Only inputs and targets are kept, on the CPU: up to
+`MEMORY_LIMIT` bytes in memory, the rest in an unnamed temporary file, so that hundreds of ImageNet batches need the memory
+of one.
 """
 
 from __future__ import annotations

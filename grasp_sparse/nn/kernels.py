@@ -17,8 +17,9 @@ _CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def looked_through() -> bool:
-    """Whether torch.func or torch.jit.trace looks through the layers, which then run as torch's own: their operations have rules for
-    vmap and forward mode, and a trace must not depend on whether a gradient happens to be wanted. Layouts cannot be asked for there."""
+    """Whether torch.func or torch.jit.trace looks through the layers, which then run as torch's own. Their operations have rules
+    for vmap, which lets nobody ask for a layout, and for forward mode; and a trace must not depend on whether a gradient happens
+    to be wanted."""
     return is_transformed() or torch.jit.is_tracing()
 
 

@@ -51,8 +51,9 @@ def _layout(x: Tensor) -> str:
 def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[LayerInput]]:
     """The inputs of each module, by module name, with the number of calls, when a copy of ``model`` runs on ``example_input``.
 
-    ``example_input`` is one argument, a tuple of them (not a namedtuple, which is one), or a dict of named ones. The copy runs in evaluation mode, with
-    gradients where the model has them. Counted is the first argument, or the one named ``input``, where it is a tensor.
+    ``example_input`` is one argument, a tuple of them (a namedtuple is one), or a dict of named ones. The copy runs in
+    evaluation mode, with gradients where the model has them. Counted is the first argument, or the one named ``input``, where
+    it is a tensor.
     """
     seen: dict[str, Counter[LayerInput]] = {}
 
