@@ -3,20 +3,19 @@ add the residual and apply the ReLU behind them, sparse linear layers and convol
 layout from then on.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
-are, and so does the state_dict. A ReLU is taken into what lies before it only where the structure says that nothing else
-sees what lies between the two.
+are, and so does the state_dict. Who calls the layers, an ``nn.Sequential`` or a block, asks for the ReLU with the call, and only
+where nothing sees what lies between the two; a layer called by anybody else computes what it always did.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
-from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, MaxPool2d, SparseConv2d, SparseLinear
+from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, FusedSequential, MaxPool2d
+from grasp_sparse.nn.sequential import applies_relu, fused_kind
 
 
 class FusedBatchNorm2d(BatchNorm2d):
@@ -35,110 +34,54 @@ class LayoutAdaptiveAvgPool2d(AdaptiveAvgPool2d):
     """What was an ``nn.AdaptiveAvgPool2d``."""
 
 
-class PassedReLU(nn.ReLU):
-    """What was an ``nn.ReLU`` behind a layer that now applies it; hands on its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-
 _POOLS = {nn.MaxPool2d: LayoutMaxPool2d, nn.AvgPool2d: LayoutAvgPool2d, nn.AdaptiveAvgPool2d: LayoutAdaptiveAvgPool2d}
 
 
 def fuse_(model: nn.Module) -> list[str]:
     """Replaces every plain ``nn.BatchNorm2d`` and pooling layer in ``model``; returns the names of the norms.
 
-    The ReLU behind a norm is taken into it, and the add before that ReLU, in ``nn.Sequential``, in torchvision's ResNet, and
-    in modules that declare ``fusible_norms`` (see :func:`grasp_sparse.nn.norm_relu`); in ``nn.Sequential`` also the ReLU behind a
-    :class:`~grasp_sparse.nn.SparseLinear`, and behind a :class:`~grasp_sparse.nn.SparseConv2d` that stores whole blocks. Not where
-    a forward or backward hook, a ``forward`` set on the instance or a second use of the module might see the difference. Code that
-    takes single layers out of an ``nn.Sequential`` would: hooks and features that want the value before the ReLU need the model
-    as it was.
+    In torchvision's ResNet and in modules that call :func:`grasp_sparse.nn.norm_relu` a norm then does the ReLU behind it and the
+    add before that; in ``nn.Sequential``, which becomes a :class:`~grasp_sparse.nn.FusedSequential`, a ReLU is done by the norm,
+    the :class:`~grasp_sparse.nn.SparseLinear` or the :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks before it. Each call
+    decides, by the layers that are there, and not where a hook or a ``forward`` set on an instance sees the difference.
 
-    Subclasses of ``nn.BatchNorm2d`` and other norms are left alone. Whoever replaces layers afterwards (SyncBatchNorm) calls
-    :func:`unfuse_` first: the ReLU would go with them.
+    Subclasses of ``nn.BatchNorm2d``, other norms and subclasses of ``nn.Sequential`` with a forward of their own are left alone.
     """
-    uses = Counter(child for module in model.modules() for child in module._modules.values() if child is not None)
-    names = {module: name for name, module in model.named_modules() if _is_stock(module, nn.BatchNorm2d)}
-    with_relu: dict[nn.Module, bool] = dict.fromkeys(names, False)
-    layers, relus, blocks = [], [], {}
+    norms = {module: name for name, module in model.named_modules() if _is_stock(module, nn.BatchNorm2d)}
+    for norm in norms:
+        norm.__class__ = FusedBatchNorm2d
     counterparts = {stock: ours for ours, stock in _torchvision_classes().items()}
-
-    def may_change(module: nn.Module, kind: type[nn.Module]) -> bool:
-        return _is_stock(module, kind) and uses[module] == 1 and not _has_hooks(module)
-
     for module in model.modules():
-        if vars(module).keys() & {"forward", "_forward_impl"}:
-            continue
-        if type(module).forward is nn.Sequential.forward:
-            for layer, relu in pairwise(module._modules.values()):
-                if not may_change(relu, nn.ReLU):
-                    continue
-                if may_change(layer, nn.BatchNorm2d):
-                    with_relu[layer] = True
-                    relus.append(relu)
-                elif _may_apply_relu(layer) and may_change(layer, type(layer)) and not layer.relu:
-                    layers.append(layer)
-                    relus.append(relu)
-            continue
-        kind = counterparts.get(type(module), type(module))
-        if kind is not type(module) and not (_is_stock(module.relu, nn.ReLU) and not _has_hooks(module.relu)):
-            continue
-        norms = [norm for norm in _fusible_norms(module, kind) if may_change(norm, nn.BatchNorm2d)]
-        with_relu |= dict.fromkeys(norms, True)
-        if norms and kind is not type(module):
-            blocks[module] = kind
-
-    for norm, relu in with_relu.items():
-        norm.__class__, norm.relu = FusedBatchNorm2d, relu
-    for module in model.modules():
-        if type(module) in _POOLS and _is_stock(module, type(module)):
-            module.__class__ = _POOLS[type(module)]
-    for layer in layers:
-        layer.relu = True
-    for relu in relus:
-        relu.__class__ = PassedReLU
-    for block, kind in blocks.items():
-        block.__class__ = kind
-    return list(names.values())
+        stock = type(module)
+        if stock in _POOLS and _is_stock(module, stock):
+            module.__class__ = _POOLS[stock]
+        elif stock in counterparts and any(isinstance(child, BatchNorm2d) for child in module.children()):
+            module.__class__ = counterparts[stock]
+        elif isinstance(module, nn.Sequential) and not isinstance(module, FusedSequential) and _has_pair(module):
+            module.__class__ = fused_kind(stock) or stock
+    return list(norms.values())
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Gives every module that :func:`fuse_` changed its own class back, and every ReLU its work; returns ``model``."""
+    """Gives every module that :func:`fuse_` changed its own class back; returns ``model``."""
     pools = {ours: stock for stock, ours in _POOLS.items()}
-    stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, **pools, PassedReLU: nn.ReLU, **_torchvision_classes()}
+    stock_classes = {FusedBatchNorm2d: nn.BatchNorm2d, **pools, **_torchvision_classes()}
     for module in model.modules():
-        if type(module).forward is nn.Sequential.forward:
-            for layer, relu in pairwise(module._modules.values()):
-                if _may_apply_relu(layer) and type(relu) is PassedReLU:
-                    layer.relu = False
-    for module in model.modules():
-        if type(module) in stock_classes:
+        if isinstance(module, FusedSequential) and "stock" in vars(type(module)):  # not a subclass of the user's
+            module.__class__ = module.stock
+        elif type(module) in stock_classes:
             module.__class__ = stock_classes[type(module)]
-            if type(module) is nn.BatchNorm2d:
-                del module.relu
     return model
 
 
-def _may_apply_relu(layer: nn.Module | None) -> bool:
-    """Whether its kernels can, on the way out of them."""
-    return type(layer) is SparseLinear or (type(layer) is SparseConv2d and layer.block_size is not None)
+def _has_pair(layers: nn.Sequential) -> bool:
+    """Whether a layer that can apply a ReLU stands before one."""
+    return any(type(relu) is nn.ReLU and applies_relu(layer) for layer, relu in pairwise(layers._modules.values()))
 
 
 def _is_stock(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Exactly of this class and with its behaviour."""
     return type(module) is kind and "forward" not in vars(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, hooks) for hooks in kinds)
-
-
-def _fusible_norms(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module | None]:
-    """The children of ``module`` that the forward of ``kind`` calls through norm_relu; none if a subclass has its own forward."""
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    return (module._modules.get(name) for name in vars(owner).get("fusible_norms", ()))
 
 
 def _torchvision_classes() -> dict[type[nn.Module], type[nn.Module]]:

@@ -29,7 +29,7 @@ _KINDS = {
 _IDENTITY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 
 # What sparse layers keep beside tensors and dense ones do not have.
-_OURS_ONLY = ("weight_shape", "block_size", "border", "relu", "_seen", "_hooks")
+_OURS_ONLY = ("weight_shape", "block_size", "border", "_seen", "_hooks")
 
 
 class _Step(NamedTuple):
@@ -51,10 +51,11 @@ def sparsify_(
     """Turns the masked ``nn.Linear`` and ``nn.Conv2d`` layers of ``model`` into sparse ones, in place.
 
     Create the optimizer afterwards: the weights are new Parameters. Layers that share a weight share its values. Batch norms
-    are replaced by fused ones, ReLUs are applied by the layers before them (:func:`grasp_sparse.fusion.fuse_`). A layer
-    then runs ``sparse`` (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where
-    that is faster, for grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned).
-    Masks made with a block pattern, as their recipe says, give layers that store whole blocks; all others store single weights.
+    are fused: they, and sparse layers, apply the ReLU behind them in calls where nobody sees what lies between the two, so layers
+    may still be replaced, sliced, hooked and called alone (:func:`grasp_sparse.fusion.fuse_`). A layer then runs ``sparse``
+    (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where that is faster, for
+    grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned). Masks made with a block
+    pattern, as their recipe says, give layers that store whole blocks; all others store single weights.
 
     Args:
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.

@@ -12,11 +12,13 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from grasp_sparse.fusion import FusedBatchNorm2d, LayoutAdaptiveAvgPool2d, LayoutAvgPool2d, LayoutMaxPool2d, PassedReLU, fuse_, unfuse_
-from grasp_sparse.nn import BatchNorm2d, SparseConv2d, SparseLinear
+from fused_calls import fused_calls
+from grasp_sparse.fusion import FusedBatchNorm2d, LayoutAdaptiveAvgPool2d, LayoutAvgPool2d, LayoutMaxPool2d, fuse_, unfuse_
+from grasp_sparse.nn import BatchNorm2d, FusedSequential, SparseConv2d
 from grasp_sparse.pruning import make_masks
 from grasp_sparse.surgery import densify_, load_sparse, sparsify_
 from grasp_sparse.train.models import ResNet32, vgg_small
+from pruned_models import pruned_copy
 
 
 class Mixed(nn.Module):
@@ -33,7 +35,7 @@ class Mixed(nn.Module):
         return self.norm(self.tail(self.body(self.stem(x)))).relu().mean((2, 3))
 
 
-MODELS = {  # name -> (factory, number of norms, of which take a ReLU in, image size)
+MODELS = {  # name -> (factory, number of norms, of which apply the ReLU behind them, image size)
     "resnet18": (lambda: models.resnet18(num_classes=5), 20, 17, 40),
     "resnet50": (lambda: models.ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5), 20, 16, 40),
     "resnet32": (lambda: ResNet32(5, widths=(4, 8, 8), blocks=2), 15, 13, 12),
@@ -70,10 +72,6 @@ def classes(model: nn.Module) -> list[type]:
     return [type(module) for module in model.modules()]
 
 
-def norms_with_relu(model: nn.Module) -> int:
-    return sum(isinstance(module, FusedBatchNorm2d) and module.relu for module in model.modules())
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_same_numbers(case, layout):
     model, norms, with_relu, x = case
@@ -81,7 +79,7 @@ def test_same_numbers(case, layout):
     names = fuse_(model)
     assert len(names) == norms == sum(isinstance(m, FusedBatchNorm2d) for m in model.modules())
     assert all(type(model.get_submodule(name)) is FusedBatchNorm2d for name in names)
-    assert norms_with_relu(model) == with_relu
+    assert len(fused_calls(copy.deepcopy(model), x)) == with_relu
     x = x.to(memory_format=layout)
     for got, want in zip(step(model, x), step(stock, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
@@ -104,6 +102,7 @@ def test_nothing_but_classes_changes(case):
     model.eval()
     fuse_(model)
     assert [*model.modules()] == modules and not model.training
+    assert [vars(module) for module in modules] == [{**a, "training": False} for a in attributes]
     assert all(one is other for one, other in zip(objects, [*model.parameters(), *model.buffers()], strict=True))
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -112,7 +111,7 @@ def test_nothing_but_classes_changes(case):
 
 
 def test_fused_models_copy_pickle_and_load(case):
-    model, _, _, x = case
+    model, _, with_relu, x = case
     fresh = copy.deepcopy(model)
     fuse_(model)
     clones = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -122,7 +121,8 @@ def test_fused_models_copy_pickle_and_load(case):
     for clone in (*clones, fresh):
         for got, want in zip(step(clone, x), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    assert norms_with_relu(clones[1]) == norms_with_relu(model)
+    for clone in clones:
+        assert len(fused_calls(clone, x)) == with_relu and classes(clone) == classes(model)
 
 
 def test_twice_is_once(case):
@@ -164,14 +164,6 @@ def _hook(index, register):
     return change
 
 
-def _shared_relu(model):
-    return nn.Sequential(model, nn.Conv2d(4, 4, 1).double(), model[2])
-
-
-def _shared_norm(model):
-    return nn.Sequential(model, nn.Conv2d(4, 4, 1).double(), model[1])
-
-
 def _own_forward(model):
     model[1].forward = model[1].forward
     return model
@@ -206,8 +198,6 @@ LEFT = {
     "hook on the norm": _hook(1, "register_forward_hook"),
     "pre-hook on the ReLU": _hook(2, "register_forward_pre_hook"),
     "backward hook on the norm": _hook(1, "register_full_backward_hook"),
-    "ReLU used twice": _shared_relu,
-    "norm used twice": _shared_norm,
     "forward on the instance": _own_forward,
     "forward of its own": _tapped,
     "another activation": _leaky,
@@ -221,8 +211,19 @@ def test_relu_stays_where_the_difference_could_be_seen(change):
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     expected = copy.deepcopy(model)(x)
     fuse_(model)
-    assert norms_with_relu(model) == 0 and not any(isinstance(m, PassedReLU) for m in model.modules())
+    assert fused_calls(copy.deepcopy(model), x) == []
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_used_twice():
+    model = sequential()
+    model = nn.Sequential(model, nn.Conv2d(4, 4, 1).double(), model[2], model[1])
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    expected = step(copy.deepcopy(model), x)
+    fuse_(model)
+    assert len(fused_calls(copy.deepcopy(model), x)) == 1  # the norm's, in the one place where a ReLU is behind it
+    for got, want in zip(step(model, x), expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def _copied(value):
@@ -250,25 +251,76 @@ def test_hooks_inside_a_block_still_see_what_they_saw(register):
 
 
 def test_a_norm_of_the_users_own_is_not_unfused():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4, relu=True))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4))
     assert fuse_(model) == []
     unfuse_(model)
-    assert type(model[1]) is BatchNorm2d and model[1].relu
+    assert type(model[1]) is BatchNorm2d
 
 
-def test_a_subclass_with_its_own_forward_does_not_inherit_the_promise():
+def test_a_subclass_with_its_own_forward_is_called_as_it_says():
     class Other(ResNet32):
         def forward(self, x):
-            return self.bn1(self.conv1(x))
+            return self.stages[0][0](self.bn1(self.conv1(x)))
 
-    model = Other(5, widths=(4, 4), blocks=1)
+    model, x = Other(5, widths=(4, 4), blocks=1), torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(model)(x)
     fuse_(model)
-    assert not model.bn1.relu and model.stages[0][0].bn1.relu
+    block = model.stages[0][0]
+    assert fused_calls(model, x) == [block.bn1, block.bn2]
+    torch.testing.assert_close(model(x), expected)
 
 
-def test_compiles_to_one_graph():
+class Copied(nn.Sequential):
+    def __reduce__(self):
+        return Copied, tuple(self)
+
+
+class Registered(nn.Sequential):
+    names: list[str] = []
+
+    def __init_subclass__(cls):
+        Registered.names.append(cls.__name__)
+
+
+@pytest.mark.parametrize("kind", [Copied, Registered])
+def test_a_sequence_with_ways_of_its_own_is_left_alone(kind):
+    model = kind(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    assert fuse_(model) == ["1"] and type(model) is kind and Registered.names == []
+
+
+def test_a_sequence_without_a_pair_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), None, nn.ReLU())
+    assert fuse_(model) == ["2"] and type(model) is nn.Sequential
+
+
+def test_what_is_like_a_sequence_stays_like_it():
+    """Slices and sums are sequences too; a subclass keeps what it can."""
+    class Stage(nn.Sequential):
+        def channels(self) -> int:
+            return self[0].out_channels
+
+    model = Stage(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    fuse_(model)
+    assert isinstance(model, Stage) and isinstance(model, FusedSequential) and model.channels() == 4
+    x = torch.randn(2, 3, 5, 5)
+    assert fused_calls(model[1:], model[0](x)) == [model[1]] and fused_calls(model[:2], x) == []
+    assert type(unfuse_(model)) is Stage
+
+
+def test_a_subclass_of_the_fused_sequence_stays_what_it_is():
+    class Stage(FusedSequential):
+        pass
+
+    model = Stage(nn.Conv2d(3, 4, 1), BatchNorm2d(4), nn.ReLU())
+    fuse_(model)
+    assert len(fused_calls(model, torch.randn(2, 3, 5, 5))) == 1
+    assert type(copy.deepcopy(model)) is Stage and type(unfuse_(model)) is Stage
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg_small"])
+def test_compiles_to_one_graph(name):
     torch._dynamo.reset()
-    model = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model = MODELS[name][0]() if name == "vgg_small" else models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
     fuse_(model)
     twin, x = copy.deepcopy(model), torch.randn(3, 3, 40, 40)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -284,11 +336,7 @@ def _masks(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.rand(p.shape) < 0.3 for name, p in model.named_parameters() if p.dim() == 2}
 
 
-def _linears_with_relu(model: nn.Module) -> int:
-    return sum(isinstance(module, SparseLinear) and module.relu for module in model.modules())
-
-
-def test_sparse_linear_takes_its_relu_in():
+def test_sparse_linear_applies_the_relu_behind_it():
     model = _mlp(nn.Dropout(0.0))
     masks = _masks(model)
     stock = copy.deepcopy(model)
@@ -297,48 +345,44 @@ def test_sparse_linear_takes_its_relu_in():
             parameter.data *= masks[name]
     x = torch.randn(7, 20, dtype=torch.float64)
     sparsify_(model, masks, max_density=1.0)
-    assert _linears_with_relu(model) == 2 and sum(type(module) is PassedReLU for module in model.modules()) == 2
-    assert "relu=True" in repr(model[0])
+    assert fused_calls(model, x) == [model[0], model[3]]
     got, want = step(model, x), step(stock, x)
     results = ["y", "x", *(name for name, _ in stock.named_parameters())]
     for name, actual, expected in zip(results, got[: len(results)], want[: len(results)], strict=True):
         torch.testing.assert_close(actual, expected[masks[name]].unsqueeze(0) if name in masks else expected)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert len(fused_calls(copied, x)) == 2
     torch.testing.assert_close(copied(x), want[0])
 
     loaded = load_sparse(_mlp(nn.Dropout(0.0)), model.state_dict())
-    assert _linears_with_relu(loaded) == 2
+    assert len(fused_calls(loaded, x)) == 2
     torch.testing.assert_close(loaded(x), want[0])
 
     unfused = unfuse_(copy.deepcopy(model))
     torch.testing.assert_close(unfused(x), want[0])
-    assert _linears_with_relu(unfused) == 0 and not any(type(module) is PassedReLU for module in unfused.modules())
+    assert fused_calls(unfused, x) == [] and type(unfused) is nn.Sequential
 
     densify_(model)
-    assert classes(model) == classes(stock) and "relu" not in vars(model[0])
+    assert classes(model) == classes(stock)
     torch.testing.assert_close(model(x), want[0])
 
 
-@pytest.mark.parametrize("why", ["hook on the layer", "hook on the ReLU", "the ReLU twice", "the layer twice", "masked layer"])
+@pytest.mark.parametrize("why", ["hook on the layer", "hook on the ReLU", "masked layer"])
 def test_relu_stays_where_something_would_see_the_difference(why):
-    mlp = _mlp()
-    model = nn.ModuleList([mlp])
+    model, x = _mlp(), torch.randn(3, 20, dtype=torch.float64)
     if why == "hook on the layer":
-        mlp[0].register_forward_hook(lambda *_: None)
+        model[0].register_forward_hook(lambda *_: None)
     elif why == "hook on the ReLU":
-        mlp[1].register_forward_pre_hook(lambda *_: None)
-    elif why == "the ReLU twice":
-        model.append(mlp[1])
-    elif why == "the layer twice":
-        model.append(mlp[0])
+        model[1].register_forward_pre_hook(lambda *_: None)
     masks = _masks(model)
-    runs = {name: "masked" if why == "masked layer" and name == "0.0.weight" else "sparse" for name in masks}
+    expected = pruned_copy(model, masks)(x)
+    runs = {name: "masked" if why == "masked layer" and name == "0.weight" else "sparse" for name in masks}
     sparsify_(model, masks, plan=runs)
-    assert not getattr(mlp[0], "relu", False) and type(mlp[1]) is nn.ReLU
-    assert mlp[2].relu and type(mlp[3]) is PassedReLU
+    assert fused_calls(model, x) == [model[2]]
+    torch.testing.assert_close(model(x), expected)
 
 
-def test_sparse_convolution_of_blocks_takes_its_relu_in():
+def test_sparse_convolution_of_blocks_applies_the_relu_behind_it():
     """One of single weights does not: its kernels have no ReLU."""
     def model() -> nn.Sequential:
         torch.manual_seed(1)
@@ -355,8 +399,7 @@ def test_sparse_convolution_of_blocks_takes_its_relu_in():
                 stock.get_parameter(name).mul_(mask)
         sparsify_(sparse, masks, max_density=1.0)
         convs = [module for module in sparse if isinstance(module, SparseConv2d)]
-        assert [conv.relu for conv in convs] == [fused > 0] * 2
-        assert sum(type(module) is PassedReLU for module in sparse) == fused and ("relu=True" in repr(convs[0])) == (fused > 0)
+        assert fused_calls(sparse, x) == convs[:fused]
         got, want = step(sparse, x), step(stock, x)
         torch.testing.assert_close((got[0], got[1], got[-1]), (want[0], want[1], want[-1]))
         loaded = load_sparse(model(), sparse.state_dict())
@@ -364,13 +407,13 @@ def test_sparse_convolution_of_blocks_takes_its_relu_in():
         assert [type(module) for module in loaded] == [type(module) for module in sparse]
         unfused = unfuse_(copy.deepcopy(sparse))
         torch.testing.assert_close(unfused(x), want[0])
-        assert not any(type(module) is PassedReLU or getattr(module, "relu", False) for module in unfused)
+        assert fused_calls(unfused, x) == []
         densify_(sparse)
-        assert classes(sparse) == classes(stock) and "relu" not in vars(sparse[0])
+        assert classes(sparse) == classes(stock)
         torch.testing.assert_close(sparse(x), want[0])
 
 
 def test_relu_of_single_weights_is_refused():
     conv = SparseConv2d.from_dense(nn.Conv2d(3, 4, 3), torch.ones(4, 3, 3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="Expected relu with values of whole blocks only"):
-        SparseConv2d(3, 4, (3, 3), conv.values, conv.indices, relu=True)
+        conv(torch.randn(2, 3, 5, 5), relu=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from grasp_sparse.bench.arms import check_arms, layer_arms
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
-from grasp_sparse.fusion import unfuse_
 from grasp_sparse.surgery_report import LayerReport, SurgeryReport
 from grasp_sparse.timing import interleaved_within
 
@@ -51,9 +49,7 @@ def measure_layers(
     """Rows of every layer that `report` says was pruned; `masked` is the dense network, `sparse` the one after surgery.
 
     seconds: for each layer. progress: wraps the layers, e.g. a tqdm. The network's first layer needs no gradient of its input.
-    Layers are compared without the ReLU behind them, which a sparse one may have taken in.
     """
-    sparse = unfuse_(copy.deepcopy(sparse))
     first = next((row.name for row in report.rows if row.input_shape is not None), None)
     rows: list[Row] = []
     for row in progress(measurable(report)):

@@ -23,10 +23,9 @@ class SparseConv2d(SparseLayer):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as ``nn.Conv2d``, sizes as pairs.
         values, indices, bias: as :class:`SparseLayer`.
-        relu: whether the result is ``max(…, 0)``; of whole blocks only. A dense copy of the layer does not know of it.
 
     Raises:
-        ValueError: as :class:`SparseLayer`, or ``relu`` with single weights.
+        ValueError: as :class:`SparseLayer`.
     """
 
     groups = 1
@@ -44,12 +43,8 @@ class SparseConv2d(SparseLayer):
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         padding_mode: str = "zeros",
-        relu: bool = False,
     ) -> None:
         super().__init__((out_channels, in_channels, *kernel_size), values, indices, bias)
-        if relu and self.block_size is None:
-            raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
-        self.relu = relu
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = tuple(kernel_size)
@@ -109,7 +104,10 @@ class SparseConv2d(SparseLayer):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """As that of ``nn.Conv2d``; if ``relu``, which takes whole blocks, max(…, 0) of it."""
+        if relu and self.block_size is None:
+            raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
         border = self.border
         if self.padding_mode != "zeros":
             top, bottom, left, right = border
@@ -117,7 +115,7 @@ class SparseConv2d(SparseLayer):
         if self.block_size is None:
             x = batch_innermost(x)
             return csr_conv2d(x, self.values, self._walked(), self.bias, self.kernel_size, self.stride, border, self.dilation)
-        return bsr_conv2d(x, self.values, self._walked(), self.weight_shape, self.bias, self.stride, border, self.dilation, self.relu)
+        return bsr_conv2d(x, self.values, self._walked(), self.weight_shape, self.bias, self.stride, border, self.dilation, relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -129,7 +127,7 @@ class SparseConv2d(SparseLayer):
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return f"{text}, {self._kept()}{', relu=True' if self.relu else ''}"
+        return f"{text}, {self._kept()}"
 
 
 def resolve_padding(

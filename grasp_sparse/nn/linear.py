@@ -16,16 +16,14 @@ class SparseLinear(SparseLayer):
     Args:
         in_features, out_features: as ``nn.Linear``.
         values, indices, bias: as :class:`SparseLayer`.
-        relu: whether the result is ``max(…, 0)``; a dense copy of the layer does not know of it.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False
+        self, in_features: int, out_features: int, values: Tensor, indices: CsrIndices, bias: Tensor | None = None
     ) -> None:
         super().__init__((out_features, in_features), values, indices, bias)
         self.in_features = in_features
         self.out_features = out_features
-        self.relu = relu
 
     @classmethod
     def from_dense(cls, module: nn.Linear, mask: Tensor, block_size: tuple[int, int] | None = None) -> SparseLinear:
@@ -53,16 +51,14 @@ class SparseLinear(SparseLayer):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """As that of ``nn.Linear``; if ``relu``, max(…, 0) of it."""
         if self.block_size is None:
-            return csr_linear(x, self.values, self._walked(), self.bias, self.relu)
-        return bsr_linear(x, self.values, self._walked(), self.weight_shape, self.bias, self.relu)
+            return csr_linear(x, self.values, self._walked(), self.bias, relu)
+        return bsr_linear(x, self.values, self._walked(), self.weight_shape, self.bias, relu)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._kept()}{', relu=True' if self.relu else ''}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self._kept()}"
 
 
 def check_mask(module: nn.Module, mask: Tensor) -> None:

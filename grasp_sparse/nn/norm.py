@@ -7,31 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.nn.kernels import looked_through, runs_here
+from grasp_sparse.nn.relu import may_fuse
 from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.dtypes import compute_dtype
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``, then plus ``residual`` if one is given, then ReLU if ``relu``; the output has the layout of the input.
+    """``nn.BatchNorm2d``, of which a call may ask for more: plus ``residual`` if given, then ReLU if ``relu``.
 
-    Parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``. One fused operation runs on the CPU in
-    float32, float64 and bfloat16 (in evaluation, where nothing is differentiated), and on CUDA where x lies batch innermost, in
-    float16 too. Everything else is computed by torch's own operations.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``nn.BatchNorm2d``.
-        relu: whether the result is ``max(…, 0)``.
+    Arguments, parameters, buffers, state_dict and running statistics are those of ``nn.BatchNorm2d``; the output has the layout
+    of the input. One fused operation runs on the CPU in float32, float64 and bfloat16 (in evaluation, where nothing is
+    differentiated), and on CUDA where x lies batch innermost, in float16 too. Everything else is computed by torch's own
+    operations.
     """
 
-    def __init__(self, num_features: int, *args, relu: bool = False, **kwargs) -> None:
-        super().__init__(num_features, *args, **kwargs)
-        self.relu = relu
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if looked_through():
             y = super().forward(input)
             y = y if residual is None else y + residual
-            return F.relu(y) if self.relu else y
+            return F.relu(y) if relu else y
         x = input
         self._check_input_dim(x)
         momentum = self._count_batch()
@@ -39,15 +33,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         if self._fusible(x, residual, running):
             if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
-                y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, self.relu)
+                y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, relu)
                 self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
                 return y
             if not batch_statistics and (x.is_cuda or not self._differentiated(x, residual)):
-                return call("batch_norm_eval", x, residual, self.weight, self.bias, *running, self.eps, self.relu)
+                return call("batch_norm_eval", x, residual, self.weight, self.bias, *running, self.eps, relu)
         y = F.batch_norm(x, *running, self.weight, self.bias, batch_statistics, momentum, self.eps)
         if residual is not None:
             y += residual  # in place, as residual networks do: batch norm does not keep its output
-        return F.relu(y, inplace=True) if self.relu else y
+        return F.relu(y, inplace=True) if relu else y
 
     def _count_batch(self) -> float:
         """How much of the running statistics this batch replaces; counts it."""
@@ -80,16 +74,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not torch.compiler.is_compiling():  # kernels write behind autograd's back; a compiler is told by the schema
             torch.autograd.graph.increment_version(running)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, relu=True" if self.relu else super().extra_repr()
 
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
+    """``relu(norm(x) + residual)``, in one operation if ``norm`` is a :class:`BatchNorm2d`.
 
-def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + residual)``, in one operation if ``norm`` is a :class:`BatchNorm2d` that applies ReLU itself.
+    Not where a hook or a ``forward`` of its own is to see the norm or the ReLU alone, or ``relu`` is another activation.
 
-    A module that calls some of its norms through this, and not otherwise, names them in a class attribute ``fusible_norms``:
-    ``grasp_sparse.fusion`` then may have them apply the ReLU.
+    Args:
+        relu: the module that is called, or passed over; None applies ``F.relu``.
     """
-    if isinstance(norm, BatchNorm2d) and norm.relu:
-        return norm(x, residual)
-    return F.relu(norm(x) if residual is None else norm(x) + residual)
+    if isinstance(norm, BatchNorm2d) and type(norm).forward is BatchNorm2d.forward and may_fuse(norm, relu):
+        return norm(x, residual, relu=True)
+    y = norm(x) if residual is None else norm(x) + residual
+    return F.relu(y) if relu is None else relu(y)

@@ -77,8 +77,6 @@ def vgg_small(
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (1x1 convolution where the shape changes)."""
 
-    fusible_norms = ("bn1", "bn2")
-
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
@@ -97,8 +95,6 @@ class _BasicBlock(nn.Module):
 
 class ResNet32(nn.Module):
     """The paper's ResNet32: three stages of five blocks, widths 32/64/128; 1,855,584 prunable weights for ten classes."""
-
-    fusible_norms = ("bn1",)
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, widths: Sequence[int] = (32, 64, 128), blocks: int = 5):
         super().__init__()

@@ -42,7 +42,7 @@ class Block(nn.Module):
         convs = (SparseConv2d.from_dense(nn.Conv2d(8, 8, 3, padding=1), mask) for mask in masks)
         # Sparse layers take bfloat16 under autocast alone, which asks for a device that is there.
         self.conv1, self.conv2 = convs if dtype == torch.float32 else (nn.Identity(), nn.Identity())
-        self.bn1, self.bn2 = BatchNorm2d(8, relu=True), BatchNorm2d(8, relu=True)
+        self.bn1, self.bn2 = BatchNorm2d(8), BatchNorm2d(8)
         self.pool, self.average, self.end = MaxPool2d(3, 2, 1), AvgPool2d(2), AdaptiveAvgPool2d(3)
 
     def forward(self, x):

@@ -80,11 +80,11 @@ def test_equals_torch(use, training, layout):
 def test_a_norm_with_a_residual(training):
     """Also where only the residual is mapped."""
     torch.manual_seed(0)
-    ours = BatchNorm2d(3, relu=True, track_running_stats=not training).double().train(training)
+    ours = BatchNorm2d(3, track_running_stats=not training).double().train(training)
     x, residuals = images(), torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
-    got = vmap(ours, in_dims=(None, 0))(x, residuals)
+    got = vmap(lambda x, residual: ours(x, residual, relu=True), in_dims=(None, 0))(x, residuals)
     for y, residual in zip(got, residuals, strict=True):
-        torch.testing.assert_close(y, ours(x, residual))
+        torch.testing.assert_close(y, ours(x, residual, relu=True))
 
 
 def test_running_statistics_follow_in_an_ensemble():
