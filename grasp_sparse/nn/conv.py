@@ -104,11 +104,11 @@ class SparseConv2d(SparseLayer):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Conv2d``; if ``relu``, which takes whole blocks, max(…, 0) of it."""
         if relu and self.block_size is None:
             raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
-        border = self.border
+        x, border = input, self.border
         if self.padding_mode != "zeros":
             top, bottom, left, right = border
             x, border = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), _NO_PADDING

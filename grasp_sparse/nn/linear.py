@@ -51,11 +51,11 @@ class SparseLinear(SparseLayer):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Linear``; if ``relu``, max(…, 0) of it."""
         if self.block_size is None:
-            return csr_linear(x, self.values, self._walked(), self.bias, relu)
-        return bsr_linear(x, self.values, self._walked(), self.weight_shape, self.bias, relu)
+            return csr_linear(input, self.values, self._walked(), self.bias, relu)
+        return bsr_linear(input, self.values, self._walked(), self.weight_shape, self.bias, relu)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self._kept()}"

@@ -217,8 +217,8 @@ class MaskedLinear(_Masked, nn.Linear):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._trained_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self._trained_weight(), self.bias)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -238,8 +238,8 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(channels_last(x), self._trained_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(channels_last(input), self._trained_weight(), self.bias)
 
 
 def _conv_arguments(module: nn.Conv2d) -> dict:

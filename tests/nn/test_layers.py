@@ -227,3 +227,12 @@ def test_masked_keeps_groups():
     layer = masked_of(dense, mask)
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(layer(x), pruned(dense, mask)(x))
+
+
+@pytest.mark.parametrize("kind", [SparseLinear, MaskedLinear, SparseConv2d, MaskedConv2d], ids=lambda kind: kind.__name__)
+def test_the_argument_has_the_name_that_torch_gives_it(kind):
+    dense, x = (nn.Linear(6, 4), torch.randn(3, 6)) if issubclass(kind, (SparseLinear, MaskedLinear)) else (
+        nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    )  # fmt: skip
+    layer = kind.from_dense(dense, torch.rand(dense.weight.shape) < 0.5)
+    assert torch.equal(layer(input=x), layer(x))
