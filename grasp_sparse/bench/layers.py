@@ -31,7 +31,7 @@ def measure_layer(
         y = dense(x)
     arms = layer_arms(dense, {"": pruned}, x, torch.randn(y.shape, generator=generator), input_grad=input_grad)
     check_arms(arms, dense, pruned.mask)
-    times = interleaved_within(arms, seconds, lead_in=1, fewest=3)
+    times = interleaved_within(arms, seconds, lead_in=3, fewest=3)  # of a call of 0.1 ms a second one still warms up Python
     return [
         {
             "layer": row.name, "kind": row.kind, "shape": "x".join(map(str, row.shape)), "input": "x".join(map(str, row.input_shape)),

@@ -38,11 +38,14 @@ class Consumer(Protocol):
 
 
 _consumers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> weak reference to its Consumer
+_handed_over = 0  # how often anything was put there
 
 
 def hand_over(weight: Tensor, consumer: Consumer) -> None:
     """Leaves the gradient of ``weight`` unmasked from now on, as long as ``consumer`` lives and applies the layer's own mask to it."""
+    global _handed_over
     _consumers[weight] = weakref.ref(consumer)
+    _handed_over += 1
 
 
 def consumer_of(weight: Tensor) -> Consumer | None:
@@ -96,17 +99,28 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._of = WeakTensorKeyDictionary()  # weight -> mask, handle
+        # Weight, its mask, who masks instead if somebody does, and _handed_over then: most calls are like the one before.
+        self._latest: tuple[weakref.ref | None, Tensor | None, weakref.ref | None, int] = None, None, None, 0
 
-    def mask(self, weight: Tensor, mask: Tensor) -> None:
-        known, _ = self._of.get(weight, (None, None))
-        if known is not mask:
-            self.remove(weight)
-            self._of[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
-
-    def remove(self, weight: Tensor) -> None:
-        _, handle = self._of.pop(weight, (None, None))
-        if handle is not None:
+    def see_to(self, weight: Tensor, mask: Tensor) -> None:
+        """From now on the gradient of ``weight`` is masked by ``mask``, here or by the weight's consumer."""
+        known, known_mask, consumer, handed_over = self._latest
+        if (
+            known_mask is mask and handed_over == _handed_over and known is not None and known() is weight
+            and (consumer is None or consumer() is not None)
+        ):  # fmt: skip
+            return
+        later = consumer_of(weight)
+        if later is not None and later.get(weight) is not mask:
+            later = None
+        of, handle = self._of.get(weight, (None, None))
+        if handle is not None and (later is not None or of is not mask):
             handle.remove()
+            del self._of[weight]
+            of = None
+        if later is None and of is not mask:
+            self._of[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
+        self._latest = weakref.ref(weight), mask, None if later is None else weakref.ref(later), _handed_over
 
     def __deepcopy__(self, memo: dict) -> _Hooks:
         return _Hooks()
@@ -137,7 +151,7 @@ class _Masked:
     def _hook_weight(self) -> None:
         """From now on, so that code that takes the weight and leaves the layer alone moves no pruned entry either."""
         if self.weight.requires_grad and self.weight.is_leaf:
-            self._hooks.mask(self.weight, self.mask)
+            self._hooks.see_to(self.weight, self.mask)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -174,11 +188,7 @@ class _Masked:
             return weight
         if not weight.is_leaf or torch.compiler.is_compiling():
             return _MaskGradient.apply(weight, self.mask)
-        consumer = consumer_of(weight)
-        if consumer is not None and consumer.get(weight) is self.mask:
-            self._hooks.remove(weight)
-        else:
-            self._hooks.mask(weight, self.mask)
+        self._hooks.see_to(weight, self.mask)
         return weight
 
     def _apply(self, fn, recurse: bool = True):
