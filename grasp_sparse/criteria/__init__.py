@@ -115,18 +115,22 @@ def score(
             )
         if reduce is not None and chosen.sums:
             options["reduce"] = reduce
-        scores = chosen.function(scratch, weights, stored, loss_fn, **options)
-        if missing := sorted(weights.keys() - scores.keys()):
-            raise ValueError(f"Expected the criterion to score every weight, got none for {', '.join(missing)}")
-        for name, weight in weights.items():
-            check_scores(name, scores[name], weight.shape)
-        if not any(bool(scores[name].any()) for name in weights):
-            raise ValueError(
-                "Expected scores that tell weights apart, got 0 for every weight, so that masks would follow the order of the "
-                "layers: look for weights or gradients that are all zero (an output layer that starts at zero, a network pruned "
-                "until nothing passes) and, with criterion='grasp', for a loss without curvature"
-            )
-        return {name: scores[name].detach() for name in weights}
+        return _checked(chosen.function(scratch, weights, stored, loss_fn, **options), weights)
+
+
+def _checked(scores: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The scores of these weights, detached. ValueError where one has none or impossible ones, or all are zero."""
+    if missing := sorted(weights.keys() - scores.keys()):
+        raise ValueError(f"Expected the criterion to score every weight, got none for {', '.join(missing)}")
+    for name, weight in weights.items():
+        check_scores(name, scores[name], weight.shape)
+    if not any(bool(scores[name].any()) for name in weights):
+        raise ValueError(
+            "Expected scores that tell weights apart, got 0 for every weight, so that masks would follow the order of the "
+            "layers: look for weights or gradients that are all zero (an output layer that starts at zero, a network pruned "
+            "until nothing passes) and, with criterion='grasp', for a loss without curvature"
+        )
+    return {name: scores[name].detach() for name in weights}
 
 
 def store_batches(
