@@ -98,7 +98,7 @@ class _Hooks:
     """
 
     def __init__(self) -> None:
-        self._of = WeakTensorKeyDictionary()  # weight -> mask, handle
+        self._handles = WeakTensorKeyDictionary()  # weight -> its mask, handle of the hook
         # Weight, its mask, who masks instead if somebody does, and _handed_over then: most calls are like the one before.
         self._latest: tuple[weakref.ref | None, Tensor | None, weakref.ref | None, int] = None, None, None, 0
 
@@ -113,13 +113,13 @@ class _Hooks:
         later = consumer_of(weight)
         if later is not None and later.get(weight) is not mask:
             later = None
-        of, handle = self._of.get(weight, (None, None))
-        if handle is not None and (later is not None or of is not mask):
-            handle.remove()
-            del self._of[weight]
-            of = None
-        if later is None and of is not mask:
-            self._of[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
+        masked_by, handle = self._handles.get(weight, (None, None))
+        if masked_by is not (mask if later is None else None):
+            if handle is not None:
+                handle.remove()
+                del self._handles[weight]
+            if later is None:
+                self._handles[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
         self._latest = weakref.ref(weight), mask, None if later is None else weakref.ref(later), _handed_over
 
     def __deepcopy__(self, memo: dict) -> _Hooks:
@@ -154,8 +154,7 @@ class _Masked:
             self._hooks.see_to(self.weight, self.mask)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._hooks = _Hooks()
+        super().__setstate__(state)  # with hooks of its own, none yet
         self._hook_weight()
 
     def reset_parameters(self) -> None:
