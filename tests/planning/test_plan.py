@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from small_net import Net, X
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,23 +17,9 @@ import grasp_sparse as gs
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from grasp_sparse.ops import triton as ops_triton
 from grasp_sparse.patterns import get_pattern
-from grasp_sparse.planning import Times, cache, density_plan, layer_inputs, measure, measured_plan
-from grasp_sparse.planning.inputs import LayerInput, describe_input
+from grasp_sparse.planning import Times, cache, density_plan, measure, measured_plan
+from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.targets import Target
-
-
-class Net(nn.Module):
-    """Two convolutions, the second called twice, and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x):
-        x = self.second(self.second(self.first(x).relu()).relu())
-        return self.head(x.mean((2, 3)))
 
 
 @pytest.fixture
@@ -79,7 +66,6 @@ def stopwatch(monkeypatch):
 
 
 pytestmark = pytest.mark.skipif(not gs._extension.status().loaded, reason="without compiled kernels nothing is measured")
-X = torch.randn(4, 3, 6, 6)
 
 
 class TestDecision:
@@ -203,49 +189,6 @@ def test_tables_show_what_was_measured(net, stopwatch):
     text = str(gs.sparsify_(net, masks, X))
     assert "masked ms" in text and "4.000" in text
     assert "masked ms" not in str(gs.sparsify_(Net(), masks))
-
-
-class TestInputs:
-    def test_what_layers_are_given(self, net):
-        seen = layer_inputs(net, X)
-        assert seen["first"] == {LayerInput((4, 3, 6, 6), "nchw", torch.float32, False): 1}
-        assert seen["second"] == {LayerInput((4, 8, 6, 6), "nchw", torch.float32, True): 2}
-        assert next(iter(layer_inputs(net, X.to(memory_format=torch.channels_last))["first"])).layout == "channels_last"
-
-    def test_inputs_by_name_are_seen(self):
-        class ByName(Net):
-            def forward(self, x):
-                x = self.first(input=x).relu()
-                return self.head(input=self.second(self.second(x).relu()).mean((2, 3)))
-
-        assert layer_inputs(ByName(), X).keys() == {"", "first", "second", "head"}
-        for name, given in layer_inputs(Net(), X).items():
-            assert layer_inputs(ByName(), X)[name] == given
-
-    def test_behind_frozen_layers_no_gradient_is_needed(self, net):
-        net.first.requires_grad_(False)
-        assert [given.needs_grad for given in layer_inputs(net, X)["second"]] == [False, True]  # called twice
-        assert not net.first.weight.requires_grad and net.second.weight.requires_grad
-
-    @pytest.mark.parametrize(
-        "x, layout",
-        [
-            (torch.empty(4, 3, 5, 6), "nchw"),
-            (torch.empty(4, 3, 5, 6).to(memory_format=torch.channels_last), "channels_last"),
-            (torch.empty(4, 1, 5, 6), "nchw"),
-            (torch.empty(4, 1, 5, 6).to(memory_format=torch.channels_last), "channels_last"),
-            (torch.empty(3, 5, 6, 4).permute(3, 0, 1, 2), "batch-innermost"),
-            (torch.empty(4, 6), "row-major"),
-            (torch.empty(6, 4).t(), "feature-major"),
-            (torch.empty(2, 4, 6), "row-major"),
-        ],
-    )
-    @pytest.mark.parametrize("needs_grad", [False, True])
-    def test_random_data_have_shape_layout_and_gradient_of_the_input(self, x, layout, needs_grad):
-        given = describe_input(x.requires_grad_(needs_grad))
-        made = given.random(torch.Generator())
-        assert given.layout == layout and describe_input(made) == given
-        assert made.stride() == x.stride() and made.is_leaf and made.detach().count_nonzero() == made.numel()
 
 
 class TestMeasuring:

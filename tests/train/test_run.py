@@ -179,14 +179,6 @@ def test_a_run_learns_and_tells_what_it_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
-def test_memory_is_told_without_timing_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = start_run(_config(epochs=1, timing_rounds=2), tmp_path / "timed")
-    result = start_run(_config(epochs=1), tmp_path / "run")
-    assert result["timing"] is None and result["memory"] == timed["memory"] and set(result["memory"]) == {"dense", "sparse"}
-    monkeypatch.setattr(run, "beside_dense", lambda *_: pytest.fail("counted again"))
-    assert resume_run(tmp_path / "run", _TRUSTED)["memory"] == result["memory"]
-
-
 @pytest.mark.skipif(not _extension.status().loaded, reason="without compiled kernels nothing is measured")
 def test_layers_are_measured_at_the_batch_of_the_run_and_a_resumed_run_keeps_what_was_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

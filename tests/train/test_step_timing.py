@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import pytest
 import torch
+from small_runs import NET, config_of
 from torch import nn
 
+from grasp_sparse.train import run
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
+from grasp_sparse.train.run import resume_run, start_run
 from grasp_sparse.train.timing import best_dense, measure_steps
 
 
@@ -47,3 +52,11 @@ def test_index_buffers_are_counted_and_scalars_are_not() -> None:
     model.register_buffer("col_indices", torch.zeros(100, dtype=torch.int32), persistent=False)
     model.register_buffer("mask", torch.zeros(50, dtype=torch.bool))
     assert measure_footprint(TrainConfig(), model, _batch()).indices == 450
+
+
+def test_memory_is_told_without_timing_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = start_run(config_of(epochs=1, timing_rounds=2), tmp_path / "timed")
+    result = start_run(config_of(epochs=1), tmp_path / "run")
+    assert result["timing"] is None and result["memory"] == timed["memory"] and set(result["memory"]) == {"dense", "sparse"}
+    monkeypatch.setattr(run, "beside_dense", lambda *_: pytest.fail("counted again"))
+    assert resume_run(tmp_path / "run", NET)["memory"] == result["memory"]

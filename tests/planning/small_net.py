@@ -1,0 +1,22 @@
+"""The network that is planned, and a batch of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+X = torch.randn(4, 3, 6, 6)
+
+
+class Net(nn.Module):
+    """Two convolutions, the second called twice, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.second(self.second(self.first(x).relu()).relu())
+        return self.head(x.mean((2, 3)))
