@@ -102,14 +102,16 @@ class _Hooks:
         # Weight, its mask, who masks instead if somebody does, and _handed_over then: most calls are like the one before.
         self._latest: tuple[weakref.ref | None, Tensor | None, weakref.ref | None, int] = None, None, None, 0
 
-    def see_to(self, weight: Tensor, mask: Tensor) -> None:
-        """From now on the gradient of ``weight`` is masked by ``mask``, here or by the weight's consumer."""
+    def have_seen_to(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether nothing has changed since :meth:`see_to` was called last, and with these two."""
         known, known_mask, consumer, handed_over = self._latest
-        if (
+        return (
             known_mask is mask and handed_over == _handed_over and known is not None and known() is weight
             and (consumer is None or consumer() is not None)
-        ):  # fmt: skip
-            return
+        )  # fmt: skip
+
+    def see_to(self, weight: Tensor, mask: Tensor) -> None:
+        """From now on the gradient of ``weight`` is masked by ``mask``, here or by the weight's consumer."""
         later = consumer_of(weight)
         if later is not None and later.get(weight) is not mask:
             later = None
@@ -178,16 +180,29 @@ class _Masked:
         """The weight with exact zeros where pruned; differentiable."""
         return torch.where(self.mask, self.weight, 0)
 
-    def _trained_weight(self) -> Tensor:
-        """The stored weight, which is zero where pruned; its gradient will be, too, unless it has a consumer who sees to that."""
-        weight = self.weight
+    def _trained(self) -> tuple[Tensor, Tensor | None]:
+        """The stored weight, which is zero where pruned, and the bias; the weight's gradient will be zero there, too, unless it has
+        a consumer who sees to that.
+
+        Parameters are taken from where torch keeps them: as attributes they cost a microsecond of a layer's hundred.
+        """
+        parameters = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or bias is None:  # computed from others (nn.utils.parametrize, nn.utils.prune), or no bias
+            weight, bias = self.weight, self.bias
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
-            return self.to_dense_weight()
+            return self.to_dense_weight(), bias
+        mask = self._buffers["mask"]
+        if torch.compiler.is_compiling() or not self._hooks.have_seen_to(weight, mask):
+            weight = self._seen_to(weight, mask)
+        return weight, bias
+
+    def _seen_to(self, weight: Tensor, mask: Tensor) -> Tensor:
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return weight
         if not weight.is_leaf or torch.compiler.is_compiling():
-            return _MaskGradient.apply(weight, self.mask)
-        self._hooks.see_to(weight, self.mask)
+            return _MaskGradient.apply(weight, mask)
+        self._hooks.see_to(weight, mask)
         return weight
 
     def _apply(self, fn, recurse: bool = True):
@@ -227,7 +242,8 @@ class MaskedLinear(_Masked, nn.Linear):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self._trained_weight(), self.bias)
+        weight, bias = self._trained()
+        return F.linear(input, weight, bias)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -248,7 +264,8 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(channels_last(input), self._trained_weight(), self.bias)
+        weight, bias = self._trained()
+        return self._conv_forward(channels_last(input), weight, bias)
 
 
 def _conv_arguments(module: nn.Conv2d) -> dict:
