@@ -154,6 +154,17 @@ def test_breakdown_adds_up_what_ran() -> None:
     assert spent["conv and linear"] > 0 and spent["activation"] > 0 and spent["norm"] == spent["pooling"] == spent["optimizer"] == 0
 
 
+def test_breakdown_is_of_a_step_that_nothing_disturbed() -> None:
+    linear, x, calls = nn.Linear(64, 64), torch.randn(256, 64), iter(range(6))
+
+    def step() -> None:
+        linear(x)
+        if next(calls) == 3:  # the second that is profiled
+            torch.nn.functional.max_pool2d(torch.randn(16, 16, 64, 64), 2)
+
+    assert breakdown(step, steps=3)["pooling"] == 0
+
+
 class _FeatureMajor(nn.Module):
     """What follows lies with the batch innermost, as behind sparse layers on a GPU."""
 
