@@ -18,6 +18,12 @@ constexpr int kSliceBytes = 64;
 template <class T>
 constexpr int kLanes = kSliceBytes / static_cast<int>(sizeof(T));
 
+// An output larger than this has left L2 before anyone reads it; writing past the cache then saves reading every line first: a quarter
+// of the time of linear 1024 -> 1024, batch 512, 98 %. Steps of networks lose where the line is drawn higher, so that L3 holds what
+// the next layer reads: for products at 8 and 32 MiB ResNet-32 6 and 8 %, VGG-19 7 and 4 %, ResNet-50 4 and 10 %; for norms at
+// 16 MiB 4, 1 and 1 % (a Zen 4, 95 to 98 % of the multiply-adds removed).
+constexpr int64_t kStreamBytes = 1 << 20;
+
 // Copies source rows [row_begin, row_end) of one slice into its packed image, which is zeroed first.
 template <class S>
 struct PackArgs {
