@@ -188,7 +188,7 @@ class _Masked:
         """
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None or bias is None:  # computed from others (nn.utils.parametrize, nn.utils.prune), or no bias
+        if weight is None or "bias" not in parameters:  # computed from others: nn.utils.parametrize, nn.utils.prune
             weight, bias = self.weight, self.bias
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
             return self.to_dense_weight(), bias

@@ -130,6 +130,23 @@ def test_a_weight_that_is_computed_is_masked_on_its_way(kind):
     assert torch.equal(source.grad != 0, layer.mask)
 
 
+class _Doubled(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return 2 * parameter
+
+
+@every
+def test_parametrized_weights_and_biases_are_used_and_masked_on_their_way(kind):
+    layer, x = masked(kind), torch.rand(INPUT[kind]) + 0.5
+    expected = 2 * layer(x)
+    for name in ("weight", "bias"):
+        nn.utils.parametrize.register_parametrization(layer, name, _Doubled())
+        y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(layer.parametrizations.weight.original.grad != 0, layer.mask)
+
+
 @every
 def test_other_uses_of_the_weight_move_no_pruned_entry(kind):
     """A penalty on the weight, which the layer knows nothing of."""
