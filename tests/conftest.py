@@ -3,6 +3,8 @@ what of GPU kernels was not checked."""
 
 from __future__ import annotations
 
+import signal
+
 import hypothesis
 import pytest
 import shares
@@ -11,6 +13,10 @@ import unchecked
 
 from grasp_sparse import poison
 from grasp_sparse.planning import cache
+
+# Who is started in the background of a script (nohup make test &) ignores Ctrl-C, and so do its children, which tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same cases at every run, so that a red test is red for everyone; --hypothesis-profile=long looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=100)
