@@ -65,7 +65,7 @@ def run_jobs(jobs: Sequence[Job], seconds: float, helpers: Sequence[Job] = ()) -
             with job.log.open("ab") as log:
                 running.append((job, subprocess.Popen(
                     job.command, cwd=HERE, env={**os.environ, "PYTHONUNBUFFERED": "1", **job.environment}, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
                 )))  # fmt: skip
         for job, process in running[: len(jobs)]:
             try:
@@ -78,6 +78,11 @@ def run_jobs(jobs: Sequence[Job], seconds: float, helpers: Sequence[Job] = ()) -
     finally:
         _end([process for _, process in running])
     return problems
+
+
+def _heed_interrupts() -> None:
+    """In a new process, which ignores SIGINT where this one does (nohup make gpu &)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:

@@ -108,6 +108,17 @@ def test_a_phase_without_end_leaves_time_to_the_others(project, capfd, monkeypat
     assert called(folder)[-2].startswith("gpu_steps") and out.rstrip().endswith("the table")
 
 
+def test_a_phase_ends_in_order_where_interrupts_are_ignored_from_outside(tmp_path):
+    """As under nohup make gpu &."""
+    job = gpu.Job([sys.executable, "-c", "import time; time.sleep(1000)"], tmp_path / "log")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert len(gpu.run_jobs([job], 1.0)) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in job.log.read_text()
+
+
 def test_what_an_earlier_run_left_is_said(project, capfd):
     folder = project()
     (folder / "out").mkdir()
