@@ -180,7 +180,7 @@ class _Masked:
         """The weight with exact zeros where pruned; differentiable."""
         return torch.where(self.mask, self.weight, 0)
 
-    def _trained(self) -> tuple[Tensor, Tensor | None]:
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The stored weight, which is zero where pruned, and the bias; the weight's gradient will be zero there, too, unless it has
         a consumer who sees to that.
 
@@ -242,7 +242,7 @@ class MaskedLinear(_Masked, nn.Linear):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._trained()
+        weight, bias = self._weight_and_bias()
         return F.linear(input, weight, bias)
 
 
@@ -264,7 +264,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._trained()
+        weight, bias = self._weight_and_bias()
         return self._conv_forward(channels_last(input), weight, bias)
 
 

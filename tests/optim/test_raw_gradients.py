@@ -81,7 +81,7 @@ def test_infinite_gradients_of_pruned_weights_do_nothing(make):
     optimizer = make(layer.parameters(), masks=optim.layer_masks(layer), raw_gradients=True)
     for poison in (torch.nan, torch.inf):
         optimizer.zero_grad()
-        (layer._trained()[0] * torch.where(layer.mask, 1.0, poison)).sum().backward()
+        (layer._weight_and_bias()[0] * torch.where(layer.mask, 1.0, poison)).sum().backward()
         assert not layer.weight.grad[~layer.mask].isfinite().any()
         optimizer.step()
         assert (layer.weight[~layer.mask] == 0).all() and layer.weight.isfinite().all()
