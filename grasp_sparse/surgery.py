@@ -18,7 +18,7 @@ from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLaye
 from grasp_sparse.nn.sparse import STORED, stored_structure
 from grasp_sparse.planning import MAX_DENSITY, density_plan, given_plan, layer_inputs, measured_plan
 from grasp_sparse.surgery_report import SurgeryReport, report_layers
-from grasp_sparse.targets import CHANGED, DENSE, find_targets, parameter_holders
+from grasp_sparse.targets import CHANGED, DENSE, BlockSize, find_targets, parameter_holders
 
 _KINDS = {
     "sparse": {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d},
@@ -38,7 +38,7 @@ class _Step(NamedTuple):
     layers: list[nn.Module]
     mask: Tensor
     runs: str
-    block_size: tuple[int, int] | None  # of the blocks that a sparse layer stores whole
+    block_size: BlockSize
 
 
 def sparsify_(
@@ -55,7 +55,8 @@ def sparsify_(
     may still be replaced, sliced, hooked and called alone (:func:`grasp_sparse.fusion.fuse_`). A layer then runs ``sparse``
     (sparse kernels), ``masked`` (a dense kernel on a weight whose pruned entries stay exactly zero: where that is faster, for
     grouped convolutions, and for layers whose weight another module reads) or ``dense`` (nothing pruned). Masks made with a block
-    pattern, as their recipe says, give layers that store whole blocks; all others store single weights.
+    pattern, as their recipe says, give layers that store whole blocks, or single weights where these were measured to be faster; all
+    others store single weights.
 
     Args:
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.
@@ -88,7 +89,7 @@ def sparsify_(
     else:
         chosen = density_plan(targets, inputs, MAX_DENSITY if max_density is None else max_density)
     steps = [
-        _Step(list(target.layers.values()), target.mask, row.runs, target.block_size)
+        _Step(list(target.layers.values()), target.mask, row.runs, row.block_size)
         for target, row in zip(targets, chosen.rows, strict=True)
     ]
     replacements = _build(steps)

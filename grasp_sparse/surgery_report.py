@@ -10,6 +10,7 @@ from torch import nn
 
 from grasp_sparse.planning import LayerInput, PlanRow, Times
 from grasp_sparse.planning.plan import describe_way
+from grasp_sparse.targets import BlockSize
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LayerReport:
     reason: str  # why it does not run sparse; or whose weight it shares
     input_shape: tuple[int, ...] | None  # of the first call; None without example_input, or if the layer did not run
     times: Times | None = None  # seconds of forward + backward, of all layers that share the weight; None if not measured
-    block_size: tuple[int, int] | None = None  # of the blocks that a sparse layer stores whole
+    block_size: BlockSize = None  # of the blocks that a sparse layer stores whole
 
     @property
     def density(self) -> float:

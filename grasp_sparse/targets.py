@@ -14,6 +14,7 @@ from grasp_sparse.patterns import Pattern, Unstructured, get_pattern
 
 DENSE = (nn.Linear, nn.Conv2d)
 CHANGED = (SparseLinear, SparseConv2d, MaskedLinear, MaskedConv2d)
+BlockSize = tuple[int, int] | None  # of the blocks that a sparse layer stores whole; None: it stores single weights
 _READ_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -34,9 +35,14 @@ class Target(NamedTuple):
         return self.kept / max(1, self.mask.numel())
 
     @property
-    def block_size(self) -> tuple[int, int] | None:
-        """Of the blocks that a sparse layer stores whole; None where it stores single weights."""
+    def block_size(self) -> BlockSize:
+        """Of the pattern's blocks."""
         return self.pattern.block_size
+
+    @property
+    def storages(self) -> tuple[BlockSize, ...]:
+        """What a sparse layer may store: the pattern's blocks, if it has any, and in any case single weights."""
+        return (None,) if self.block_size is None else (self.block_size, None)
 
 
 def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:

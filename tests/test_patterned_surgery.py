@@ -179,11 +179,41 @@ class TestMeasuring:
         return seen
 
     @pytest.mark.parametrize("written", PATTERNS)
-    def test_a_plan_measures_the_storage_of_the_pattern(self, written, measured):
+    def test_a_plan_measures_all_that_the_pattern_can_be_stored_as(self, written, measured):
         model = net()
         plan = gs.plan(model, masks_for(model, written), X)
-        assert [block for _, _, block in measured] == [get_pattern(written).block_size] * 4
+        storages = [get_pattern(written).block_size, None] if written in BLOCKS else [None]
+        assert [block for _, _, block in measured] == storages * 4
         assert ("blocks" in str(plan)) == (written in BLOCKS)
+
+    def test_the_fastest_storage_is_taken_each_judged_beside_the_masked_layer(self, monkeypatch):
+        def measure_layer(layer, mask, given, block_size=None):
+            """The machine is half as fast while single weights are measured."""
+            if block_size is None:
+                return Times(4e-3, 4e-3, 1.8e-3)
+            return Times(2e-3, 2e-3, 1.2e-3 if isinstance(layer, nn.Linear) else 0.8e-3)
+
+        monkeypatch.setattr(measure, "measure_layer", measure_layer)
+        model = net()
+        masks = masks_for(model, "block(4, 3)")
+        plan = gs.plan(model, masks, X)
+        assert [row.block_size for row in plan.rows] == [(4, 3), (4, 3), None, None]
+        assert plan.rows[2].reason == "as 4x3 blocks it takes 1.33 times as long" and not plan.rows[0].reason
+        expected = pruned_copy(model, masks).eval()
+        for given in ({"example_input": X}, {"plan": plan}):  # decided again from the times, or carried out
+            sparse = copy.deepcopy(model)
+            report = gs.sparsify_(sparse, masks, **given)
+            assert [row.block_size for row in report.rows] == [layer.block_size for layer in sparse_layers(sparse)]
+            assert [layer.block_size for layer in sparse_layers(sparse)] == [(4, 3), (4, 3), None, None]
+            torch.testing.assert_close(sparse.eval()(X), expected(X))
+            loaded = gs.load_sparse(net(), sparse.state_dict())
+            assert [layer.block_size for layer in sparse_layers(loaded)] == [(4, 3), (4, 3), None, None]
+
+    def test_masked_is_taken_where_no_storage_is_faster(self, monkeypatch):
+        monkeypatch.setattr(measure, "measure_layer", lambda layer, mask, given, block_size: Times(1e-3, 1e-3, 2e-3 if block_size else 1.5e-3))
+        model = net()
+        rows = gs.plan(model, masks_for(model, "block(4, 3)"), X).rows
+        assert {(row.runs, row.reason) for row in rows} == {("masked", "sparse takes 1.50 of the masked time")}
 
     def test_times_of_one_storage_are_not_those_of_another(self, measured):
         model = net()
@@ -191,7 +221,7 @@ class TestMeasuring:
         kept["8.weight"][:4, :3] = False  # whole blocks of either size
         for recipe in ({"pattern": "block(4, 3)"}, {"pattern": "block(2, 3)"}, {}):
             gs.plan(model, gs.MaskSet(kept, recipe), X)
-        assert [block for _, _, block in measured] == [(4, 3), (2, 3), None]
+        assert [block for _, _, block in measured] == [(4, 3), None, (2, 3), None, None]
 
     def test_keys_tell_patterns_apart(self):
         layer, given = nn.Linear(8, 8), LayerInput((2, 8), "row-major", torch.float32, True)
@@ -203,7 +233,7 @@ class TestMeasuring:
         pattern, model = get_pattern(written), net()
         names = [f"{index}.weight" for index in (0, 3, 6, 8)]
         costs = layer_costs(model, names, X, pattern)
-        assert set(costs) == set(names) and {block for _, _, block in measured} == {pattern.block_size}
+        assert set(costs) == set(names) and {block for _, _, block in measured} == {pattern.block_size, None}
         for shape, mask, _ in measured:
             kept, sizes = pattern.pool(mask.double()), pattern.pool(torch.ones(shape, dtype=torch.float64))
             assert bool(((kept == 0) | (kept == sizes)).all())

@@ -12,7 +12,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning import cache
 from grasp_sparse.planning.inputs import layer_inputs
-from grasp_sparse.planning.plan import calls_of, target_times
+from grasp_sparse.planning.plan import calls_of, fastest_times
 from grasp_sparse.targets import find_targets
 
 # Where the time of the sparse kernels is measured to draw a line through it.
@@ -44,7 +44,7 @@ def layer_costs(
 ) -> dict[str, LayerCost]:
     """The costs of the weights called ``names``, measured at random masks of three densities on inputs like their own.
 
-    The masks are of ``pattern``, and layers store what they would store under it.
+    The masks are of ``pattern``, and layers store what is fastest under it.
     ``example_input`` as for ``plan``. A weight whose layers the example does not call, or that can only run masked, costs
     nothing by the weight.
     """
@@ -60,7 +60,7 @@ def layer_costs(
             if not called:
                 costs[name] = LayerCost(weights, 0.0, 0.0, 0.0, 0.0)
                 continue
-            times = target_times(target, called)
+            times, _, _ = fastest_times(target, called)
             line = measured.setdefault(name, [])
             line.append((target.kept, times.sparse))
             fixed, slope = (times.masked, 0.0) if target.runs == "masked" else _line(line)

@@ -1,4 +1,4 @@
-"""How each masked layer runs: the faster of sparse kernels and the dense kernel on a masked weight, by measuring both."""
+"""How each masked layer runs: the fastest of sparse kernels and the dense kernel on a masked weight, by measuring all of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from grasp_sparse.ops import triton
 from grasp_sparse.planning import cache, measure
 from grasp_sparse.planning.inputs import LayerInput, layer_inputs
 from grasp_sparse.planning.measure import Times
-from grasp_sparse.targets import Target, find_targets
+from grasp_sparse.targets import BlockSize, Target, find_targets
 
 # Without measuring: above this share of kept weights a layer runs masked. At 0.3 the sparse kernels were 1.05 to 1.8 times as
 # fast as the dense layer that would run in their place, at 0.4 between 0.75 and 1.3 times
 # (benchmarks/results/layers-crossover.csv). That dense linear is nn.Linear; where MKL is as fast as oneDNN, 0.2 is better.
 MAX_DENSITY = 0.3
 
-# Sparse has to win by more than two measurements of the same thing differ.
+# What has to win by more than two measurements of the same thing differ: sparse over masked, single weights over blocks.
 _MARGIN = 1.03
 
 
@@ -40,7 +40,7 @@ class PlanRow:
     times: Times | None  # summed over layers and calls; None where nothing was measured
     runs: str  # "sparse", "masked" or "dense"
     reason: str
-    block_size: tuple[int, int] | None = None  # of the blocks that a sparse layer stores whole
+    block_size: BlockSize = None  # of the blocks that a sparse layer stores whole
 
     @property
     def way(self) -> str:
@@ -86,6 +86,8 @@ class Plan(Mapping[str, str]):
 def plan(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> Plan:
     """Measures every masked layer of ``model`` sparse and masked, on inputs like its own, and says how each should run.
 
+    Under a block pattern it is measured sparse both with whole blocks and with single weights stored.
+
     The model is not changed; ``sparsify_(model, masks, plan=...)`` carries the plan out. Times are of forward and backward
     in float32 or whatever the weights are, at the present number of threads, under autocast where it is on. On a machine that is
     busy with other things times are what they are. Masked layers are measured as an optimizer with ``raw_gradients`` trains them,
@@ -107,21 +109,23 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
     """The plan by measuring; by density, which the reason says, where nothing can be measured."""
     rows = []
     for target in targets:
-        times, runs, reason = None, target.runs, target.reason
+        times, runs, reason, stored = None, target.runs, target.reason, target.block_size
         called = calls_of(target, inputs)
-        if runs is None and (lack := _no_block_kernels(target)):
-            runs, reason = "masked", lack
+        if runs is None and not _runnable(target):
+            runs, reason = "masked", _obstacle(target, stored)
         elif runs is None and not called:
             # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
             runs, reason = "masked", "not called on the example"
-        elif runs is None and (obstacle := _no_kernels(target)):
+        elif runs is None and not _measurable(target):
             runs, reason = by_density(target, MAX_DENSITY)
-            reason = "; ".join(filter(None, (reason, f"not measured: {obstacle}")))
+            reason = "; ".join(filter(None, (reason, f"not measured: {_obstacle(target, stored)}")))
         elif runs is None:
-            times = target_times(target, called)
-            runs = "sparse" if times.sparse * _MARGIN < times.masked else "masked"
-            reason = "" if runs == "sparse" else f"sparse takes {times.sparse / times.masked:.2f} of the masked time"
-        rows.append(_row(target, inputs, times, runs, reason))
+            times, stored, reason = fastest_times(target, called)
+            if times.sparse * _MARGIN < times.masked:
+                runs = "sparse"
+            else:
+                runs, reason = "masked", f"sparse takes {times.sparse / times.masked:.2f} of the masked time"
+        rows.append(_row(target, inputs, times, runs, reason, stored))
     cache.save()
     return _as_plan(targets, rows)
 
@@ -130,13 +134,16 @@ def density_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerIn
     """The plan by a limit on density, nothing measured."""
     rows = []
     for target in targets:
+        stored = next(iter(_runnable(target)), target.block_size)
         if target.runs:
             runs, reason = target.runs, target.reason
-        elif lack := _no_block_kernels(target):
-            runs, reason = "masked", lack
+        elif not _runnable(target):
+            runs, reason = "masked", _obstacle(target, stored)
         else:
             runs, reason = by_density(target, max_density)
-        rows.append(_row(target, inputs, None, runs, reason))
+            if stored != target.block_size:
+                reason = "; ".join(filter(None, (reason, _obstacle(target, target.block_size))))
+        rows.append(_row(target, inputs, None, runs, reason, stored))
     return _as_plan(targets, rows)
 
 
@@ -157,7 +164,8 @@ def given_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerInpu
             raise ValueError(f"{target.names[0]}: Expected a plan that says {' or '.join(map(repr, possible))}{why}, got {got}.")
         known = measured.get(target.names[0])
         reason = target.reason or (known.reason if known else "as the plan says")
-        rows.append(_row(target, inputs, known.times if known else None, answers.pop(), reason))
+        stored = known.block_size if known and known.block_size in target.storages else target.block_size
+        rows.append(_row(target, inputs, known.times if known else None, answers.pop(), reason, stored))
     return _as_plan(targets, rows)
 
 
@@ -166,24 +174,47 @@ def calls_of(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> list[
     return [(layer, given, calls) for name, layer in target.layers.items() for given, calls in inputs.get(name, {}).items()]
 
 
-def target_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]]) -> Times:
-    """Times of one weight under its mask, summed over its layers, inputs and calls; measured, or remembered if they were."""
+def fastest_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]]) -> tuple[Times, BlockSize, str]:
+    """Times of one weight under its mask, what its sparse layers store to be that fast, and why, if that is not the pattern's blocks.
+
+    Each storage is measured beside the masked layer and judged by that: machines are not equally fast at all times. Single weights,
+    which take more memory for indices, have to win by more than noise.
+    """
+    usual = target.block_size
+    found = {size: _storage_times(target, called, size) for size in _measurable(target) or [usual]}
+    if usual not in found:
+        return found[None], None, _obstacle(target, usual)
+    stored, reason = usual, ""
+    if usual is not None and None in found:
+        gain = found[usual].sparse / found[usual].masked / (found[None].sparse / found[None].masked)
+        if gain > _MARGIN:
+            stored, reason = None, f"as {describe_blocks(usual)} it takes {gain:.2f} times as long"
+    return found[stored], stored, reason
+
+
+def _storage_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]], stored: BlockSize) -> Times:
+    """Summed over the layers of the weight, their inputs and calls; measured, or remembered if they were."""
+    kind = target.pattern.name if stored == target.block_size else f"{target.pattern.name} as single weights"
     parts = []
     for layer, given, calls in called:
         if not torch.is_autocast_enabled(layer.weight.device.type):
             given = given._replace(dtype=layer.weight.dtype)  # the model has run as a float32 copy if it is half precision
-        key = cache.layer_key(layer, given, target.pattern.name)
+        key = cache.layer_key(layer, given, kind)
         times = cache.recall(key, target.kept)
         if times is None:
-            times = measure.measure_layer(layer, target.mask, given, target.block_size)
+            times = measure.measure_layer(layer, target.mask, given, stored)
             cache.remember(key, target.kept, times)
         parts.append(times * calls)
     return functools.reduce(operator.add, parts)
 
 
-def describe_way(runs: str, block_size: tuple[int, int] | None) -> str:
+def describe_blocks(block_size: tuple[int, int]) -> str:
+    return f"{block_size[0]}x{block_size[1]} blocks"
+
+
+def describe_way(runs: str, block_size: BlockSize) -> str:
     """ "sparse", "masked", "dense", or "sparse, 32x32 blocks"."""
-    return f"{runs}, {block_size[0]}x{block_size[1]} blocks" if runs == "sparse" and block_size else runs
+    return f"{runs}, {describe_blocks(block_size)}" if runs == "sparse" and block_size else runs
 
 
 def by_density(target: Target, max_density: float) -> tuple[str, str]:
@@ -193,26 +224,31 @@ def by_density(target: Target, max_density: float) -> tuple[str, str]:
     return "sparse", ""
 
 
-def _no_kernels(target: Target) -> str | None:
-    """Why measuring would say nothing: the sparse operations run on their pure-torch reference."""
-    device = target.mask.device.type
-    status = _extension.status()
+def _obstacle(target: Target, stored: BlockSize) -> str | None:
+    """Why sparse layers that store this run on the pure-torch reference, so that measuring them would say nothing."""
+    device, status = target.mask.device.type, _extension.status()
     if device == "cuda":
-        return status.cuda_reason if target.block_size is None else None
+        return status.cuda_reason if stored is None else triton.why_not(stored)
     return None if device == "cpu" and status.loaded else f"no compiled kernels for {device}"
 
 
-def _no_block_kernels(target: Target) -> str | None:
-    """Why these blocks must not run sparse on CUDA, dense or not: the reference would make a dense weight of them in every call."""
-    if target.block_size is None or target.mask.device.type != "cuda":
-        return None
-    return triton.why_not(target.block_size)
+def _measurable(target: Target) -> list[BlockSize]:
+    """What may be stored and has kernels."""
+    return [size for size in target.storages if _obstacle(target, size) is None]
 
 
-def _row(target: Target, inputs: Mapping[str, Counter[LayerInput]], times: Times | None, runs: str, reason: str) -> PlanRow:
+def _runnable(target: Target) -> list[BlockSize]:
+    """What may be stored. Of blocks on CUDA the reference would make a dense weight in every call, so there only what has kernels."""
+    on_reference = target.block_size is None or target.mask.device.type != "cuda"
+    return list(target.storages) if on_reference else _measurable(target)
+
+
+def _row(
+    target: Target, inputs: Mapping[str, Counter[LayerInput]], times: Times | None, runs: str, reason: str, stored: BlockSize
+) -> PlanRow:
     seen = tuple(given for name in target.layers for given in inputs.get(name, ()))
     shape = tuple(target.mask.shape)
-    return PlanRow(target.names[0], tuple(target.layers), shape, seen, target.kept, times, runs, reason, target.block_size)
+    return PlanRow(target.names[0], tuple(target.layers), shape, seen, target.kept, times, runs, reason, stored)
 
 
 def _as_plan(targets: Sequence[Target], rows: Sequence[PlanRow]) -> Plan:

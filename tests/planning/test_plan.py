@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections import Counter
 
@@ -135,6 +136,21 @@ class TestBlocksOnCuda:
         target = self.target("block(8, 8)")
         inputs = {"": Counter([LayerInput((3, 128), "row-major", torch.float32, True)])}
         assert measured_plan([target], inputs).rows[0].runs == "masked" and not stopwatch.measured
+
+    def test_as_single_weights_they_run_where_these_have_kernels(self, monkeypatch):
+        pytest.importorskip("triton")
+        measured = []
+        monkeypatch.setattr(gs._extension, "_status", dataclasses.replace(gs._extension.status(), cuda_reason=None))
+        monkeypatch.setattr(cache, "layer_key", lambda layer, given, kind: kind)
+        monkeypatch.setattr(
+            measure, "measure_layer", lambda layer, mask, given, stored: measured.append(stored) or Times(2e-3, 2e-3, 1e-3)
+        )
+        inputs = {"": Counter([LayerInput((3, 128), "row-major", torch.float32, True)])}
+        lack = "blocks 8x8 have no kernel on cuda; sides of 16, 32, 64, 128 do"
+        for plan in (density_plan([self.target("block(8, 8)")], {}, 0.3), measured_plan([self.target("block(8, 8)")], inputs)):
+            assert (plan.rows[0].runs, plan.rows[0].block_size, plan.rows[0].reason) == ("sparse", None, lack)
+        assert measured_plan([self.target("block(16, 16)")], inputs).rows[0].block_size == (16, 16)
+        assert measured == [None, (16, 16), None]
 
     def test_nor_is_any_block_without_triton(self, monkeypatch):
         monkeypatch.setattr(ops_triton, "_INSTALLED", False)
