@@ -9,6 +9,7 @@ from grasp_sparse.formats import CsrIndices, storage_of
 from grasp_sparse.nn.kernels import batch_innermost
 from grasp_sparse.nn.linear import check_mask
 from grasp_sparse.nn.sparse import SparseLayer
+from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops import bsr_conv2d, csr_conv2d
 
 _NO_PADDING = (0, 0, 0, 0)
@@ -106,6 +107,8 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Conv2d``; if ``relu``, which takes whole blocks, max(…, 0) of it."""
+        if is_symbolic(input):
+            return called(self, input, **({"relu": True} if relu else {}))
         if relu and self.block_size is None:
             raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
         x, border = input, self.border

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.formats import CsrIndices, storage_of
 from grasp_sparse.nn.sparse import SparseLayer
+from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops import bsr_linear, csr_linear
 
 
@@ -53,6 +54,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Linear``; if ``relu``, max(…, 0) of it."""
+        if is_symbolic(input):
+            return called(self, input, **({"relu": True} if relu else {}))
         if self.block_size is None:
             return csr_linear(input, self.values, self._walked(), self.bias, relu)
         return bsr_linear(input, self.values, self._walked(), self.weight_shape, self.bias, relu)

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grasp_sparse.nn.kernels import channels_last
 from grasp_sparse.nn.linear import check_mask
+from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import is_transformed
 
 # Integers of the size of a floating-point number, to take its bits as they are.
@@ -242,6 +243,8 @@ class MaskedLinear(_Masked, nn.Linear):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return called(self, input)
         weight, bias = self._weight_and_bias()
         return F.linear(input, weight, bias)
 
@@ -264,6 +267,8 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return called(self, input)
         weight, bias = self._weight_and_bias()
         return self._conv_forward(channels_last(input), weight, bias)
 

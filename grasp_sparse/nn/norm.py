@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.nn.kernels import looked_through, runs_here
 from grasp_sparse.nn.relu import may_fuse
+from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.dtypes import compute_dtype
 
@@ -22,6 +23,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if is_symbolic(input):
+            return called(self, input, **({} if residual is None else {"residual": residual}), **({"relu": True} if relu else {}))
         if looked_through():
             y = super().forward(input)
             y = y if residual is None else y + residual
@@ -83,7 +86,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: 
     Args:
         relu: the module that is called, or passed over; None applies ``F.relu``.
     """
-    if isinstance(norm, BatchNorm2d) and type(norm).forward is BatchNorm2d.forward and may_fuse(norm, relu):
+    if isinstance(norm, BatchNorm2d) and type(norm).forward is BatchNorm2d.forward and may_fuse(norm, relu) and not is_symbolic(x):
         return norm(x, residual, relu=True)
     y = norm(x) if residual is None else norm(x) + residual
     return F.relu(y) if relu is None else relu(y)

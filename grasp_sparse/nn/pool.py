@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from grasp_sparse.nn.kernels import looked_through, runs_here
+from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.layout import is_batch_innermost, is_channels_last
 
@@ -23,6 +24,8 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return called(self, input)
         if looked_through():
             return super().forward(input)
         kernel_size, stride, padding, dilation = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
@@ -50,6 +53,8 @@ class _KeepsLayout:
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return called(self, input)
         if not looked_through() and input.dim() == 4 and is_batch_innermost(input):
             return super().forward(input.transpose(0, 1)).transpose(0, 1)
         return super().forward(input)

@@ -10,6 +10,7 @@ from grasp_sparse.nn.conv import SparseConv2d
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.norm import BatchNorm2d
 from grasp_sparse.nn.relu import may_fuse
+from grasp_sparse.nn.symbolic import is_symbolic
 
 
 class FusedSequential(nn.Sequential):
@@ -24,6 +25,8 @@ class FusedSequential(nn.Sequential):
     stock: type[nn.Sequential] = nn.Sequential  # the class of which this one is the fused kind
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return super().forward(input)
         layers = [*self]
         applied = False
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
