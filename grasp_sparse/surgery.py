@@ -109,7 +109,9 @@ def densify_(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, CHANGED):
             dense = layer.to_dense()
-            dense.weight = weights.setdefault(layer.values if isinstance(layer, SparseLayer) else layer.weight, dense.weight)
+            trained = _trained(layer)
+            vars(dense.weight).update(vars(trained))
+            dense.weight = weights.setdefault(trained, dense.weight)
             replacements[layer] = dense
     _swap(replacements)
     return unfuse_(model)
@@ -207,6 +209,7 @@ def _build(steps: Iterable[_Step]) -> dict[nn.Module, nn.Module]:
         first, stored = None, {"block_size": step.block_size} if step.runs == "sparse" else {}
         for layer in step.layers:
             new = _KINDS[step.runs][type(layer)].from_dense(layer, step.mask, **stored)
+            vars(_trained(new)).update(vars(layer.weight))
             if first is None:
                 first = new
             else:
@@ -214,6 +217,11 @@ def _build(steps: Iterable[_Step]) -> dict[nn.Module, nn.Module]:
                 new._parameters = {**first._parameters, "bias": layer.bias}
             replacements[layer] = new
     return replacements
+
+
+def _trained(layer: nn.Module) -> nn.Parameter:
+    """What stands for the weight. Marks that users set on it, for an optimizer's groups say, go on from one to the next."""
+    return layer.values if isinstance(layer, SparseLayer) else layer.weight
 
 
 def _swap(replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -150,6 +150,19 @@ class TestWhatIsKept:
         net(torch.randn(2, 3, 6, 6)).sum().backward()
         assert seen == ["forward", "backward", "backward"]
 
+    def test_marks_on_weights(self, net, masks):
+        """By which people sort parameters into an optimizer's groups."""
+        for name in masks:
+            net.get_parameter(name).decay = name
+        gs.sparsify_(net, masks)
+        layers = {"stem": MaskedConv2d, "body.2": SparseConv2d, "grouped": MaskedConv2d, "head": SparseLinear}
+        for name, kind in layers.items():
+            layer = net.get_submodule(name)
+            assert type(layer) is kind and (layer.values if kind in (SparseConv2d, SparseLinear) else layer.weight).decay == f"{name}.weight"
+        assert not hasattr(net.head.bias, "decay")
+        gs.densify_(net)
+        assert all(net.get_parameter(name).decay == name for name in masks)
+
     def test_frozen_weights_and_dtype(self, net, masks):
         net.double()
         net.head.weight.requires_grad_(False)
