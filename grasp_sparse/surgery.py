@@ -62,7 +62,7 @@ def sparsify_(
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.
         example_input: one input of ``model``, or a tuple or dict of them. Give it as many samples as a training step has:
             the layers are measured on what it gives them, and a batch of one is measured as a batch of one.
-        plan: who runs sparse and who masked. "auto" measures each layer both ways where there is an ``example_input`` (and no
+        plan: who runs sparse and who masked. "auto" measures each layer in every way where there is an ``example_input`` (and no
             ``max_density``), and goes by density otherwise; "density" goes by density; or a mapping from parameter name
             to "sparse" or "masked", as from ``gs.plan``.
         max_density: largest density that runs sparse, in [0, 1], by density; 0.3 unless given.

@@ -9,9 +9,10 @@ namespace {
 Matrix matrix_of(const Tensor& t) { return {t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
 
 // From how many rows on both gradients are made in one walk. What they save grows with the rows, what they cost more, lists and sums
-// in the order of columns, with the weights; and many outputs in one panel do not stay in L2, for this walk takes all of them at once
-// (an Intel Xeon, 2 MiB of L2, 95 and 99 %: 1024 -> 1024, batch 128, .90 and .94 of the speed of two walks, batch 2048 1.17 and 1.08).
-constexpr int64_t kFewOutputs = 2048, kRowsOfFew = 512, kRowsOfMany = 2048;
+// in the order of columns, with the weights (2048 rows, 1024 -> 1024, 90 to 99 %: 1.15 to 1.25 times the speed of two walks; 512 rows,
+// 1024 -> 4096 and 768 -> 3072: 1.0 to 1.4 times, 1024 -> 1024: .95 to 1.0; 256 rows: .77 to 1.3 times; a Zen 4. 128 rows, 1024 -> 1024,
+// an Intel Xeon: .90 to .94 times.)
+constexpr int64_t kLeastRows = 512;
 
 // Columns of their panels, of which there is nothing to gain from more than a tile has (gradients.h).
 int64_t gradient_columns(int64_t outputs) { return panel_columns(outputs, 4, 8, 1 << 20); }
@@ -157,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_spmm_backward(const Tensor& values, const
       if (y) image.gate = const_data<S>(gate) + p.first * mg.row_stride;
       return image;
     };
-    if (input_grad && kernels<S>().gradients && mx.rows >= (mg.features <= kFewOutputs ? kRowsOfFew : kRowsOfMany)) {
+    if (input_grad && kernels<S>().gradients && mx.rows >= kLeastRows) {
       for (const Piece& p : pieces(mx.rows, gradient_columns(mg.features), kLanes<T>))
         image_backward<S>(csr, const_data<T>(v), gradient(p), image_of(const_data<S>(x), mx, p), point(p),
                           image_of(mutable_data<S>(dx), matrix_of(dx), p), mutable_data<T>(sums), mutable_data<T>(bias_sums), p.first > 0);
