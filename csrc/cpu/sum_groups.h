@@ -11,7 +11,7 @@ namespace grasp_sparse {
 // A second group costs another pass over all sums; a second thread in one group reads and packs all of x again (that two threads pack it
 // together was slower still, for each then reads from the other's cache: 1024 -> 1024, batch 512, 95 %, a Zen 4, 1.30 times as fast as
 // one thread, 1.64 with each for itself). So a group has at least twice as many elements of x as sums. With eight times as many these
-// two threads were 1.72 times as fast as one, with this 1.85, and one thread at most 2 % slower. A power of two, to go evenly among
+// two threads were 1.72 times as fast as one, with this 1.85, and one thread up to 3 % slower. A power of two, to go evenly among
 // threads.
 inline int64_t sum_groups(int64_t tasks, int64_t sums, int64_t x_elements) {
   const int64_t most = std::min<int64_t>({tasks, 16, x_elements / (2 * std::max<int64_t>(1, sums))});
