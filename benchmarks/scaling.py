@@ -10,8 +10,9 @@ what a call costs without any; R2 and the largest distance of a median from the 
 Threads: the same layer at 95 % sparsity with one thread and with two, in turns in one process; the ratio of the medians, and that of
 the fastest calls, for what others do on a shared machine only ever adds.
 Beside it, in the same turns, that of torch's product of two dense matrices and that of a copy of memory larger than caches: what
-two threads of this machine were worth then where arithmetic bounds, and where memory does. On a shared machine they may be one core for a while: with several threads only those rounds count, here and above, in which they
-made the dense product nearly as many times as fast as one; the others are rounds_left_out.
+two threads of this machine were worth then where arithmetic bounds, and where memory does. On a shared machine they may be one core
+for a while: with several threads only those rounds count, here and above, in which they made the dense product nearly as many times
+as fast as one; the others are rounds_left_out.
 
 Prints both and writes scaling.csv, one row a median with where and with what it was measured, and scaling.png, into
 benchmarks/results. Nothing is measured unless sparse and dense agree on the results.

@@ -108,7 +108,7 @@ class SparseConv2d(SparseLayer):
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Conv2d``; if ``relu``, which takes whole blocks, max(…, 0) of it."""
         if is_symbolic(input):
-            return called(self, input, **({"relu": True} if relu else {}))
+            return called(self, input, relu=relu)
         if relu and self.block_size is None:
             raise ValueError("Expected relu with values of whole blocks only, got single weights; put nn.ReLU behind the layer.")
         x, border = input, self.border

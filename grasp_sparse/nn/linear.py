@@ -55,7 +55,7 @@ class SparseLinear(SparseLayer):
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """As that of ``nn.Linear``; if ``relu``, max(…, 0) of it."""
         if is_symbolic(input):
-            return called(self, input, **({"relu": True} if relu else {}))
+            return called(self, input, relu=relu)
         if self.block_size is None:
             return csr_linear(input, self.values, self._walked(), self.bias, relu)
         return bsr_linear(input, self.values, self._walked(), self.weight_shape, self.bias, relu)

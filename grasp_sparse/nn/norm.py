@@ -24,7 +24,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if is_symbolic(input):
-            return called(self, input, **({} if residual is None else {"residual": residual}), **({"relu": True} if relu else {}))
+            return called(self, input, residual=residual, relu=relu)
         if looked_through():
             y = super().forward(input)
             y = y if residual is None else y + residual

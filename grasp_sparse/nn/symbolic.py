@@ -15,5 +15,6 @@ def is_symbolic(x: object) -> bool:
 
 
 def called(layer: nn.Module, x: Proxy, **given: object) -> Proxy:
-    """``layer(x, **given)`` as a node of the graph that x is traced into, without a look inside."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)
+    """``layer(x, **given)`` as a node of the graph that x is traced into, without a look inside. What is None or False is not asked for."""
+    asked = {name: value for name, value in given.items() if value is not None and value is not False}
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), asked)

@@ -49,6 +49,8 @@ def test_threads_are_what_the_row_says_and_are_put_back(monkeypatch):
     assert set(seen) == {("1", 1), ("2", 2), ("1 dense", 1), ("2 dense", 2), ("1 copy", 1), ("2 copy", 2)}
     assert (one["threads_used"], two["threads_used"]) == (1, 2)
     assert float(two["times_as_fast_as_one_thread"]) == pytest.approx(float(one["median_s"]) / float(two["median_s"]), rel=0.1)
+    assert float(two["fastest_times_as_fast"]) == pytest.approx(float(one["best_s"]) / float(two["best_s"]), rel=0.1)
+    assert float(two["best_s"]) <= float(two["q1_s"]) and float(one["fastest_times_as_fast"]) == 1
     assert float(one["dense_product_times_as_fast"]) == 1 and float(two["dense_product_times_as_fast"]) > 0
     assert torch.get_num_threads() == 1
 
