@@ -34,18 +34,27 @@ def prose_of(document: str) -> str:
 
 
 def print_or_write(
-    module: str, description: str | None, path: Path, blocks: Blocks, plot: Callable[[Path], None], arguments: list[str] | None = None
-) -> None:
-    """The command line of a page: print its blocks or, with --write, put them into it and draw its plot beside it."""
+    module: str, description: str | None, path: Path, blocks: Blocks, plot: Callable[[Path], None], arguments: list[str] | None = None,
+    others: Mapping[Path, Blocks] | None = None,
+) -> None:  # fmt: skip
+    """The command line of a page: print its blocks or, with --write, put them into it and draw its plot beside it.
+
+    `others` are documents that quote blocks of their own from the same figures.
+    """
+    documents = {path: blocks, **(others or {})}
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     image = path.with_suffix(".png")
-    parser.add_argument("--write", action="store_true", help=f"into docs/{path.name} and docs/{image.name}")
+    names = " and ".join(document.name for document in (*documents, image))
+    parser.add_argument("--write", action="store_true", help=f"into {names}")
     if not parser.parse_args(arguments).write:
-        for name, write in blocks.items():
-            print(f"{name}\n\n{write()}\n")
+        for own in documents.values():
+            for name, write in own.items():
+                print(f"{name}\n\n{write()}\n")
         return
-    path.write_text(filled(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    texts = {document: filled(document.read_text(encoding="utf-8"), own) for document, own in documents.items()}
+    for document, text in texts.items():
+        document.write_text(text, encoding="utf-8")
     plot(image)
-    print(f"wrote {path} and {image.name}")
+    print(f"wrote {names}")

@@ -1,0 +1,95 @@
+"""The figures that README and docs/speed.md quote, from the CSV files of the three machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from benchmarks.runner import RESULTS
+from grasp_sparse.bench.layer_plots import crossover, layer_lines
+from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of, read_rows
+
+MACHINES = {"Zen 5": "", "Zen 4": "-zen4", "Xeon": "-xeon"}  # and how the names of their files end
+STEP_CASES = (("flops", "0.9"), ("flops", "0.95"), ("flops", "0.98"), ("weights", "0.95"), ("weights", "0.98"), ("weights", "0.99"))
+MODELS = {
+    "vgg19": "VGG-19-BN, 32², batch 128", "resnet32": "ResNet-32 of the paper, 32², batch 128", "resnet50": "ResNet-50, 224², batch 32",
+    "mlp": "MLP 3072-4096-4096-10, batch 256",
+}  # fmt: skip
+LAYER_CASES = (0.9, 0.95, 0.98, 0.99)
+GROUPS = {
+    "conv3x3": "3×3 convolutions 64 @ 32², 128 @ 16², 256 @ 8², 512 @ 4², batch 128",
+    "resnet50": "every convolution of ResNet-50 at 224², batch 16 and 32",
+    "linear": "linear 1024→1024, 4096→1024, 1024→4096, 768→3072, batch 128, 512, 2048",
+}  # fmt: skip
+Rows = Sequence[Mapping[str, str]]
+
+
+@cache
+def rows_of(name: str) -> list[dict[str, str]]:
+    return read_rows(RESULTS / f"{name}.csv")
+
+
+def machine_of(name: str) -> str:
+    """"Zen 4" for "bench-resnet50-zen4"; what no ending names is of the first machine."""
+    return next((machine for machine, ending in MACHINES.items() if ending and ending in name), next(iter(MACHINES)))
+
+
+def step_speeds(machine: str) -> dict[tuple[str, str, str], float]:
+    """(model, budget, sparsity) -> how many times as fast the faster sparse step is as the fastest dense one."""
+    rows = rows_of(f"models{MACHINES[machine]}")
+    return {
+        (row["model"], row["budget"], row["sparsity"]): float(row["vs best dense"])
+        for row in rows
+        if row["best"] and kind_of(row["arm"]) == SPARSE
+    }
+
+
+def layer_speeds(name: str, group: str) -> dict[float, float]:
+    """Sparsity -> geometric mean over the shapes of a group: the faster sparse arm against the fastest dense one."""
+    lines = [line for line in layer_lines(rows_of(name)) if line.group.partition(",")[0] == group]
+    if not lines:
+        return {}
+    shares = [share for share in lines[0].sparsity if all(share in line.sparsity for line in lines)]
+    return {share: geometric_mean([line.speed[line.sparsity.index(share)] for line in lines]) for share in shares}
+
+
+def speeds_against_linear(name: str) -> dict[float, float]:
+    """The same of the linear layers against `nn.Linear` as people have it, which is not always torch's fastest path."""
+    found: dict[float, list[float]] = {}
+    for row in rows_of(name):
+        if row["group"] == "linear" and row["best"] and kind_of(row["arm"]) == SPARSE:
+            found.setdefault(float(row["sparsity"]), []).append(float(row["vs dense nn.Linear"]))
+    return {share: geometric_mean(speeds) for share, speeds in found.items()}
+
+
+def shape_label(row: Mapping[str, str]) -> str:
+    """ "linear 768->3072 batch 512" as people write it."""
+    return row["shape"].replace("->", "→").replace(" batch ", ", batch ")
+
+
+def crossings(name: str) -> dict[str, float | None]:
+    """Shape -> the density at which the sparse layer is no faster than dense; None if it is faster at all that were measured."""
+    found = {}
+    for line in layer_lines(rows_of(name)):
+        points = sorted((1 - share, speed) for share, speed in zip(line.sparsity, line.speed, strict=True))
+        found[shape_label({"shape": line.label})] = crossover(*map(list, zip(*points, strict=True)))
+    return found
+
+
+def slower_layers(name: str) -> tuple[int, list[tuple[str, str, float, bool]]]:
+    """How many layers a network has, and (layer, how it runs, speed, whether the quartiles overlap) of those slower than dense.
+
+    By medians: the faster layout of the layer as the plan has it against the fastest dense one.
+    """
+    layers: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows_of(name):
+        if row["pass"] == "forward+backward":
+            layers.setdefault(row["layer"], []).append(row)
+    slower = []
+    for layer, own in layers.items():
+        fastest = {kind: next(row for row in own if row["best"] and kind_of(row["arm"]) == kind) for kind in (DENSE, SPARSE)}
+        dense, sparse = fastest[DENSE], fastest[SPARSE]
+        speed = float(sparse["vs best dense"])
+        if speed < 1:
+            slower.append((layer, sparse["runs"], speed, float(sparse["q1_s"]) <= float(dense["q3_s"])))
+    return len(layers), slower

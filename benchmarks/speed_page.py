@@ -1,0 +1,199 @@
+"""How fast it is, from the CSV files in benchmarks/results.
+
+    python -m benchmarks.speed_page            print the tables of README and docs/speed.md
+    python -m benchmarks.speed_page --write    put them there and draw docs/speed.png
+
+A test holds both against what this prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from benchmarks.pages import Blocks, print_or_write, table
+from benchmarks.speed_figures import (
+    GROUPS, LAYER_CASES, MACHINES, MODELS, STEP_CASES, crossings, layer_speeds, machine_of, rows_of, shape_label, slower_layers,
+    speeds_against_linear, step_speeds,
+)  # fmt: skip
+from benchmarks.speed_plot import plot
+from grasp_sparse.bench.results import SPARSE, kind_of
+
+README = Path(__file__).parents[1] / "README.md"
+DOCUMENT = README.parent / "docs" / "speed.md"
+# What is measured beside the usual: (in words, file, groups).
+SETTINGS = (
+    ("in bfloat16", "layers-bfloat16", ("conv3x3", "linear")),
+    ("in blocks of 16×16 weights", "layers-block16", ("conv3x3", "linear")),
+    ("nothing in caches", "layers-cold", ("conv3x3", "linear")),
+    ("glibc's own settings", "layers-default-allocator", ("conv3x3", "linear")),
+    ("glibc's own settings", "layers-xeon-default-allocator", ("conv3x3", "resnet50", "linear")),
+)
+_SHORT = {"conv3x3": "the 3×3 convolutions", "resnet50": "ResNet-50's convolutions", "linear": "the linear layers"}
+_NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50"}
+
+
+def _times(speed: float) -> str:
+    return f"{speed:.1f}×"
+
+
+def _range(speeds: Iterable[float]) -> str:
+    """The lowest and the highest of the machines."""
+    ordered = sorted(speeds)
+    low, high = f"{ordered[0]:.1f}", f"{ordered[-1]:.1f}"
+    return f"{low}×" if low == high else f"{low}–{high}×"
+
+
+def _header(first: str, *others: str, cases: Iterable[tuple[str, float]]) -> list[str]:
+    """Sparsities as column titles; what is removed is said once, where it changes."""
+    titles, before = [], None
+    for what, share in cases:
+        titles.append(f"{what if what != before else ''} {share:.0%}".strip().replace("%", " %"))
+        before = what
+    return [first, *others, *titles]
+
+
+def _step_header(first: str, *others: str) -> list[str]:
+    return _header(first, *others, cases=[(budget, float(share)) for budget, share in STEP_CASES])
+
+
+def _layer_header(first: str, *others: str) -> list[str]:
+    return _header(first, *others, cases=[("", share) for share in LAYER_CASES])
+
+
+def step_ranges() -> str:
+    """For README: a line a model, the slowest and the fastest machine."""
+    speeds = [step_speeds(machine) for machine in MACHINES]
+    return table(_step_header("speed-up of a training step"), [
+        (label, *(_range(found[model, *case] for found in speeds) for case in STEP_CASES)) for model, label in MODELS.items()
+    ])  # fmt: skip
+
+
+def layer_ranges() -> str:
+    rows = []
+    for group, label in GROUPS.items():
+        found = [layer_speeds(f"layers{ending}", group) for ending in MACHINES.values()]
+        rows.append((label, *(_range(speeds[share] for speeds in found) for share in LAYER_CASES)))
+    return table(_layer_header("speed-up of a layer"), rows)
+
+
+def machine_list() -> str:
+    lines = []
+    for machine, ending in MACHINES.items():
+        row = rows_of(f"layers{ending}")[-1]
+        lines.append(f"- {machine}: {row['cpu']}, {row['threads']} threads, torch {row['torch'].partition('+')[0]}, {row['kernels']} kernels.")
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    rows = []
+    for model, label in MODELS.items():
+        for machine in MACHINES:
+            found = step_speeds(machine)
+            rows.append((label, machine, *(_times(found[model, *case]) for case in STEP_CASES)))
+            label = ""
+    return table(_step_header("", ""), rows)
+
+
+def layer_table() -> str:
+    rows = []
+
+    def add(label: str, speeds_of: Callable[[str], Mapping[float, float]]) -> None:
+        for machine, ending in MACHINES.items():
+            speeds = speeds_of(f"layers{ending}")
+            rows.append((label, machine, *(_times(speeds[share]) for share in LAYER_CASES)))
+            label = ""
+
+    for group, label in GROUPS.items():
+        add(label, partial(layer_speeds, group=group))
+    add("these linear layers against `nn.Linear` as it is", speeds_against_linear)
+    return table(_layer_header("", ""), rows)
+
+
+def setting_table() -> str:
+    rows = []
+    for words, name, groups in SETTINGS:
+        for group in groups:
+            speeds = layer_speeds(name, group)
+            rows.append((f"{words}: {_SHORT[group]}", machine_of(name), *(_times(speeds[share]) for share in LAYER_CASES)))
+    return table(_layer_header("", ""), rows)
+
+
+def crossing_list() -> str:
+    """The crossover of every shape, in one sentence."""
+    name = "layers-crossover"
+    said = [f"{shape} {'beyond all that were measured' if at is None else f'{at:.0%}'}" for shape, at in crossings(name).items()]
+    return f"{machine_of(name)}: {'; '.join(said)}."
+
+
+def network_list() -> str:
+    lines = []
+    for name in ("bench-resnet50-zen4", "bench-resnet50-xeon", "bench-vgg19-zen4", "bench-resnet32-zen4"):
+        count, slower = slower_layers(name)
+        (sparsity,) = {row["sparsity"] for row in rows_of(name)}
+        line = f"- {_NETWORKS[name.split('-')[1]]}, {float(sparsity):.0%} of the weights removed, {machine_of(name)}: "
+        line += f"{count - len(slower)} of {count} layers at least as fast as dense"
+        for layer, runs, speed, overlap in slower:
+            line += f"; `{layer}` ({runs}) {speed:.2f}×, its quartiles {'overlapping' if overlap else 'apart from'} dense's"
+        lines.append(f"{line}.")
+    return "\n".join(lines)
+
+
+def thread_table() -> str:
+    found: dict[str, dict[str, Mapping[str, str]]] = {}
+    for machine, ending in MACHINES.items():
+        for row in rows_of(f"scaling{ending}"):
+            if row["measured"] == "threads" and row["threads_used"] == "2":
+                found.setdefault(shape_label(row), {})[machine] = row
+    header = ("two threads, times as fast as one", *(f"{machine}, medians" for machine in MACHINES), "Zen 4, fastest calls")
+    return table(header, [
+        (shape, *(f"{float(rows[machine]['times_as_fast_as_one_thread']):.2f}×" for machine in MACHINES),
+         f"{float(rows['Zen 4']['fastest_times_as_fast']):.2f}×")
+        for shape, rows in found.items()
+    ])  # fmt: skip
+
+
+def fit_table() -> str:
+    fits: dict[tuple[str, str], Mapping[str, str]] = {}
+    for machine, ending in MACHINES.items():
+        for row in rows_of(f"scaling{ending}"):
+            if row["fit_r2"]:
+                fits[machine, shape_label(row)] = row
+    return table(("", "", "R²", "farthest from the line"), [
+        (shape, machine, f"{float(row['fit_r2']):.4f}", f"{float(row['fit_largest_deviation']):.1%}") for (machine, shape), row in fits.items()
+    ])  # fmt: skip
+
+
+def peer_table() -> str:
+    peers = ("SparseProp", "torch CSR")
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows_of("peers"):
+        if row["pass"] == "forward+backward" and (kind_of(row["arm"]) == SPARSE and row["best"] or row["arm"] in peers):
+            name = "ours" if kind_of(row["arm"]) == SPARSE else row["arm"]
+            cases.setdefault((shape_label(row), row["sparsity"]), {})[name] = _times(float(row["vs best dense"]))
+    return table(("", "removed", "ours", *peers), [
+        (shape, f"{float(share):.0%}", found["ours"], *(found.get(peer, "") for peer in peers)) for (shape, share), found in cases.items()
+    ])  # fmt: skip
+
+
+README_BLOCKS: Blocks = {"speed of steps": step_ranges, "speed of layers": layer_ranges}
+BLOCKS: Blocks = {
+    "machines": machine_list,
+    "steps": step_table,
+    "layers": layer_table,
+    "settings": setting_table,
+    "crossover": crossing_list,
+    "networks": network_list,
+    "threads": thread_table,
+    "fits": fit_table,
+    "peers": peer_table,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    print_or_write("speed_page", __doc__, DOCUMENT, BLOCKS, plot, arguments, {README: README_BLOCKS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""README and docs/speed.md hold what the CSV files say, and the sums on them are right."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import speed_figures, speed_page
+from benchmarks.pages import filled, prose_of
+
+
+@pytest.mark.parametrize(
+    ("document", "blocks"),
+    [(speed_page.DOCUMENT, speed_page.BLOCKS), (speed_page.README, speed_page.README_BLOCKS)],
+    ids=["page", "readme"],
+)
+def test_the_documents_hold_what_the_rows_say(document, blocks) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert text == filled(text, blocks), "run python -m benchmarks.speed_page --write"
+
+
+def test_no_speed_on_the_page_is_typed_by_hand() -> None:
+    assert not re.findall(r"\d×(?!\d)", prose_of(speed_page.DOCUMENT.read_text(encoding="utf-8")))
+
+
+def _layer(shape: str, arm: str, median: float, sparsity: str = "0", **others: str) -> dict[str, str]:
+    return {
+        "group": shape.split()[0], "shape": f"{shape} batch 128", "precision": "float32", "sparsity": sparsity, "arm": arm,
+        "median_s": f"{median}", "q1_s": f"{0.9 * median}", "q3_s": f"{1.1 * median}", "best": "", **others,
+    }  # fmt: skip
+
+
+def test_layers_are_compared_with_the_fastest_dense_path_and_averaged_over_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shapes, 2 and 8 times as fast at 90 %: 4 times; of one of them alone something is known at 99 %."""
+    rows = [
+        _layer("linear 4->4", "dense nn.Linear", 9.0), _layer("linear 4->4", "dense oneDNN", 4.0),
+        _layer("linear 4->4", "sparse", 2.0, "0.9", **{"best": "yes", "vs dense nn.Linear": "4.5"}),
+        _layer("linear 8->8", "dense nn.Linear", 8.0), _layer("linear 8->8", "dense oneDNN", 12.0),
+        _layer("linear 8->8", "sparse", 1.0, "0.9", **{"best": "yes", "vs dense nn.Linear": "8"}),
+        _layer("linear 8->8", "sparse", 0.5, "0.99", **{"best": "yes", "vs dense nn.Linear": "16"}),
+        _layer("conv3x3 4->4", "dense nchw", 5.0), _layer("conv3x3 4->4", "sparse nchw", 1.0, "0.9", best="yes"),
+    ]  # fmt: skip
+    monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
+    assert speed_figures.layer_speeds("layers", "linear") == {0.9: pytest.approx(4.0)}
+    assert speed_figures.layer_speeds("layers", "conv3x3") == {0.9: pytest.approx(5.0)}
+    assert speed_figures.layer_speeds("layers", "resnet50") == {}
+    assert speed_figures.speeds_against_linear("layers")[0.9] == pytest.approx(6.0)
+
+
+def test_layers_that_are_slower_than_dense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the faster layout of each, and not the whole step."""
+
+    def row(layer: str, arm: str, median: float, speed: float, **others: str) -> dict[str, str]:
+        usual = {"layer": layer, "runs": "masked", "pass": "forward+backward", "vs best dense": f"{speed}"}
+        return _layer("layer", arm, median) | usual | others
+
+    rows = [
+        row("first", "dense nchw", 1.0, 1.0), row("first", "dense channels_last", 0.9, 1.0, best="yes"),
+        row("first", "sparse nchw", 1.0, 0.9, best="yes"), row("first", "sparse channels_last", 2.0, 0.45),
+        row("middle", "dense nchw", 1.0, 1.0, best="yes"), row("middle", "sparse nchw", 0.5, 2.0, best="yes"),
+        row("last", "dense nchw", 1.0, 1.0, best="yes"), row("last", "sparse nchw", 2.0, 0.5, best="yes", runs="sparse"),
+        row("whole step", "dense nchw", 1.0, 1.0, **{"best": "yes", "pass": "training step"}),
+        row("whole step", "sparse nchw", 2.0, 0.5, **{"best": "yes", "pass": "training step"}),
+    ]  # fmt: skip
+    monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
+    assert speed_figures.slower_layers("bench-x") == (3, [("first", "masked", 0.9, True), ("last", "sparse", 0.5, False)])
+
+
+def test_ranges_and_machines() -> None:
+    assert speed_page._range([3.04, 2.0, 2.5]) == "2.0–3.0×"
+    assert speed_page._range([2.04, 2.0]) == "2.0×"
+    assert speed_figures.machine_of("bench-vgg19-zen4") == "Zen 4"
+    assert speed_figures.machine_of("layers-xeon-default-allocator") == "Xeon"
+    assert speed_figures.machine_of("layers-cold") == "Zen 5"
