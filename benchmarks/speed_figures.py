@@ -67,12 +67,12 @@ def shape_label(row: Mapping[str, str]) -> str:
     return row["shape"].replace("->", "→").replace(" batch ", ", batch ")
 
 
-def crossings(name: str) -> dict[str, float | None]:
-    """Shape -> the density at which the sparse layer is no faster than dense; None if it is faster at all that were measured."""
-    found = {}
+def crossings(name: str) -> dict[str, list[float | None]]:
+    """Group -> of each shape the density at which sparse is no faster than dense; None where it is faster at all that were measured."""
+    found: dict[str, list[float | None]] = {}
     for line in layer_lines(rows_of(name)):
         points = sorted((1 - share, speed) for share, speed in zip(line.sparsity, line.speed, strict=True))
-        found[shape_label({"shape": line.label})] = crossover(*map(list, zip(*points, strict=True)))
+        found.setdefault(line.group.partition(",")[0], []).append(crossover(*map(list, zip(*points, strict=True))))
     return found
 
 

@@ -8,7 +8,7 @@ A test holds both against what this prints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +25,16 @@ DOCUMENT = README.parent / "docs" / "speed.md"
 # What is measured beside the usual: (in words, file, groups).
 SETTINGS = (
     ("in bfloat16", "layers-bfloat16", ("conv3x3", "linear")),
+    ("in bfloat16", "layers-zen4-bfloat16", ("conv3x3", "linear")),
     ("in blocks of 16×16 weights", "layers-block16", ("conv3x3", "linear")),
+    ("in blocks of 16×16 weights", "layers-zen4-block16", ("conv3x3", "linear")),
     ("nothing in caches", "layers-cold", ("conv3x3", "linear")),
+    ("nothing in caches", "layers-zen4-cold", ("conv3x3", "linear")),
     ("glibc's own settings", "layers-default-allocator", ("conv3x3", "linear")),
+    ("glibc's own settings", "layers-zen4-default-allocator", ("conv3x3", "resnet50", "linear")),
     ("glibc's own settings", "layers-xeon-default-allocator", ("conv3x3", "resnet50", "linear")),
 )
+CROSSOVERS = ("layers-crossover", "layers-zen4-crossover")
 _SHORT = {"conv3x3": "the 3×3 convolutions", "resnet50": "ResNet-50's convolutions", "linear": "the linear layers"}
 _NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50"}
 
@@ -121,10 +126,21 @@ def setting_table() -> str:
 
 
 def crossing_list() -> str:
-    """The crossover of every shape, in one sentence."""
-    name = "layers-crossover"
-    said = [f"{shape} {'beyond all that were measured' if at is None else f'{at:.0%}'}" for shape, at in crossings(name).items()]
-    return f"{machine_of(name)}: {'; '.join(said)}."
+    """The least and the largest crossover of each group of shapes."""
+    lines = []
+    for name in CROSSOVERS:
+        groups = crossings(name)
+        said = [f"{_SHORT[group]} {_share_range(found)}" for group, found in groups.items()]
+        lines.append(f"- {machine_of(name)}: {', '.join(said)}.")
+    return "\n".join(lines)
+
+
+def _share_range(shares: Sequence[float | None]) -> str:
+    """None is beyond the densest that was measured."""
+    ends = [f"{share:.0%}".replace("%", " %") for share in sorted(share for share in shares if share is not None)]
+    if None in shares:
+        ends.append("more than was measured")
+    return " to ".join(dict.fromkeys((ends[0], ends[-1])))
 
 
 def network_list() -> str:

@@ -10,6 +10,7 @@
 
 from grasp_sparse import _extension  # isort: skip  (the compiled kernels, before anything that runs them)
 from grasp_sparse import optim, patterns
+from grasp_sparse.allocator import keep_memory
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Plan, plan
@@ -21,6 +22,7 @@ __all__ = [
     "MaskSet",
     "Plan",
     "densify_",
+    "keep_memory",
     "load_sparse",
     "make_masks",
     "optim",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_sparse.allocator import keep_memory
 from grasp_sparse.flags import BAD_INPUT, make_parser
 from grasp_sparse.train.config import TrainConfig, read_recipe
 from grasp_sparse.train.errors import UserError, one_line
@@ -86,6 +87,7 @@ def _out(arguments: argparse.Namespace, config: TrainConfig) -> Path:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    keep_memory()  # every step needs what the one before it needed
     try:
         return _train_to_the_end(arguments)
     except KeyboardInterrupt as stop:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
+from grasp_sparse.allocator import allocator
 
 
 def cpu_model() -> str:
@@ -38,12 +38,6 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def allocator() -> str:
-    """The allocator settings of this process in words: they change dense and sparse steps alike."""
-    tuned = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
-    return " ".join(tuned) if tuned else "system default"
 
 
 def extension_status() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import grasp_sparse
 
 ORDER = [
     "_extension",
+    "allocator",
     "environment",
     "files",
     "bits",

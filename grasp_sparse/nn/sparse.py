@@ -112,7 +112,7 @@ class SparseLayer(nn.Module):
         if name == "weight":
             raise AttributeError(
                 f"'{type(self).__name__}' stores only its kept weights: use .values (trainable), .to_dense_weight() (a copy), "
-                "or leave this layer dense."
+                "or leave this layer dense, as sparsify_ does where an example_input shows that the layer is not called."
             )
         return super().__getattr__(name)
 

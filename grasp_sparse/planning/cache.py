@@ -19,7 +19,8 @@ import torch
 from torch import backends, nn
 
 from grasp_sparse import _extension
-from grasp_sparse.environment import allocator, cpu_model, version_of
+from grasp_sparse.allocator import allocator
+from grasp_sparse.environment import cpu_model, version_of
 from grasp_sparse.files import write_atomically
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.planning.measure import Times

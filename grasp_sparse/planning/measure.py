@@ -18,7 +18,10 @@ from grasp_sparse.timing import interleaved
 
 ROUNDS = 60
 _USUAL_ROUNDS = 15
-_LONG_ENOUGH = 1.0  # seconds of calls after which, from _USUAL_ROUNDS on, measuring ends
+_BRIEF_ROUNDS = 1200  # of calls shorter than _BRIEF; they end after _SHORT_ENOUGH unless it is _CLEAR who is faster
+_SHORTEST = 0.03  # seconds of calls before anything is clear: what others do for a moment outlasts a few short calls
+_SHORT_ENOUGH = 0.15  # … after which, from ROUNDS on, measuring ends
+_LONG_ENOUGH = 1.0  # … from _USUAL_ROUNDS on
 _TOO_LONG = 5.0  # … at any rate
 _CLEAR = 1.5  # one way this much faster: no more rounds are needed
 _SETTLED = 1.1  # … if the two fastest calls of each are this near
@@ -41,13 +44,13 @@ class Times(NamedTuple):
 
 
 def measure_layer(
-    layer: nn.Module, mask: Tensor, given: LayerInput, block_size: tuple[int, int] | None = None, rounds: int = ROUNDS
+    layer: nn.Module, mask: Tensor, given: LayerInput, block_size: tuple[int, int] | None = None, rounds: int | None = None
 ) -> Times:
     """Times of ``layer``, a dense ``nn.Linear`` or ``nn.Conv2d`` with one group, under ``mask`` on inputs like ``given``.
 
     The layer is copied; its gradients and hooks stay out of it. Data are random: zeros would be cheaper. With ``block_size``
     the sparse one stores whole blocks. The masked one leaves its gradient unmasked, as under an optimizer with ``raw_gradients``.
-    What it costs to turn images at the ends of a chain of sparse layers is not counted.
+    What it costs to turn images at the ends of a chain of sparse layers is not counted. ``rounds``: at most so many.
     """
     inputs = {"dense": given, "masked": given, "sparse": _input_of_sparse(layer, given, block_size)}
     masked_kind, sparse_kind = (
@@ -67,11 +70,12 @@ def measure_layer(
             for name, arm in (("dense", dense), ("masked", masked), ("sparse", sparse))
         }
         if device.type == "cuda":
-            timings = device_times(arms, min(rounds, _DEVICE_ROUNDS))
+            timings = device_times(arms, min(rounds or _DEVICE_ROUNDS, _DEVICE_ROUNDS))
         else:
             first = interleaved(arms, 2, warmup=1)
-            lead_in = int(max(timing.best for timing in first.values()) < _BRIEF)
-            timings = interleaved(arms, rounds, warmup=0, lead_in=lead_in, enough=_decided)
+            brief = max(timing.best for timing in first.values()) < _BRIEF
+            most = rounds or (_BRIEF_ROUNDS if brief else ROUNDS)
+            timings = interleaved(arms, most, warmup=0, lead_in=int(brief), enough=_decided)
         torch.clear_autocast_cache()  # or casts of these layers would live as long as the caller's autocast
     return Times(*(timings[name].best for name in Times._fields))
 
@@ -106,7 +110,10 @@ def _arm(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Callable[[]
 def _decided(seconds: dict[str, list[float]]) -> bool:
     """Whether it is clear who is faster, or has taken too long to become so."""
     spent = sum(map(sum, seconds.values()))
-    if spent > (_LONG_ENOUGH if len(seconds["sparse"]) >= _USUAL_ROUNDS else _TOO_LONG):
+    rounds = len(seconds["sparse"])
+    if spent < _SHORTEST:
+        return False
+    if spent > (_SHORT_ENOUGH if rounds >= ROUNDS else _LONG_ENOUGH if rounds >= _USUAL_ROUNDS else _TOO_LONG):
         return True
     fastest = {name: heapq.nsmallest(2, taken) for name, taken in seconds.items()}
     settled = all(second <= _SETTLED * first for first, second in fastest.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from grasp_sparse import allocator
 from grasp_sparse.bench.layer_plots import crossover, layer_lines
 from grasp_sparse.bench.plots import write_plots
 from grasp_sparse.bench.results import geometric_mean, machine, write_rows
@@ -68,7 +69,8 @@ def test_geometric_mean() -> None:
 
 
 def test_the_allocator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD"):
+    monkeypatch.setattr(allocator, "_kept", False)
+    for name in allocator.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert machine()["allocator"] == "default"
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")

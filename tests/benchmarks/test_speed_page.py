@@ -70,6 +70,9 @@ def test_layers_that_are_slower_than_dense_are_named(monkeypatch: pytest.MonkeyP
 def test_ranges_and_machines() -> None:
     assert speed_page._range([3.04, 2.0, 2.5]) == "2.0–3.0×"
     assert speed_page._range([2.04, 2.0]) == "2.0×"
+    assert speed_page._share_range([0.4, 0.35, 0.48]) == "35 % to 48 %"
+    assert speed_page._share_range([0.4, None]) == "40 % to more than was measured"
+    assert speed_page._share_range([None, None]) == "more than was measured"
     assert speed_figures.machine_of("bench-vgg19-zen4") == "Zen 4"
     assert speed_figures.machine_of("layers-xeon-default-allocator") == "Xeon"
     assert speed_figures.machine_of("layers-cold") == "Zen 5"

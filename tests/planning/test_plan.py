@@ -249,10 +249,14 @@ class TestMeasuring:
         "milliseconds, ends",
         [
             ({"dense": [3, 3, 3], "masked": [3, 3.1, 9], "sparse": [1, 1.05, 5]}, True),
-            ({"dense": [1, 1, 1], "masked": [1, 1, 1], "sparse": [2, 2, 2]}, True),
-            ({"dense": [1.4] * 3, "masked": [1.4] * 3, "sparse": [1, 1, 1]}, False),  # near
-            ({"dense": [3, 3, 3], "masked": [3, 9, 9], "sparse": [1, 1, 1]}, False),  # unsettled
-            ({"dense": [1, 1, 1], "masked": [3, 3, 3], "sparse": [1.2, 1.2, 1.2]}, False),  # masked three times dense: is it?
+            ({"dense": [4, 4, 4], "masked": [4, 4, 4], "sparse": [8, 8, 8]}, True),
+            ({"dense": [14] * 3, "masked": [14] * 3, "sparse": [10] * 3}, False),  # near
+            ({"dense": [9, 9, 9], "masked": [9, 20, 20], "sparse": [3, 3, 3]}, False),  # unsettled
+            ({"dense": [5, 5, 5], "masked": [15, 15, 15], "sparse": [6, 6, 6]}, False),  # masked three times dense: is it?
+            ({"dense": [0.1] * 3, "masked": [0.1] * 3, "sparse": [0.02] * 3}, False),  # a moment in which others took a core
+            ({"dense": [0.1] * 140, "masked": [0.1] * 140, "sparse": [0.02] * 140}, True),
+            ({"dense": [0.1] * 490, "masked": [0.1] * 490, "sparse": [0.1] * 490}, False),
+            ({"dense": [0.1] * 510, "masked": [0.1] * 510, "sparse": [0.1] * 510}, True),
             ({"dense": [30] * 15, "masked": [30] * 15, "sparse": [30] * 15}, True),  # enough is enough
             ({"dense": [30] * 14, "masked": [30] * 14, "sparse": [30] * 14}, False),
             ({"dense": [2000] * 3, "masked": [2000] * 3, "sparse": [2000] * 3}, True),
