@@ -13,7 +13,9 @@ from grasp_sparse import allocator
 
 # A tensor of 64 MB again and again; how many pages the kernel has handed out for 15 of them.
 PROGRAM = """
-import resource, torch
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make few of many
+import torch
 import grasp_sparse as gs
 from grasp_sparse.allocator import allocator
 kept = gs.keep_memory() if {keep} else None
@@ -34,8 +36,6 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="setti
 
 def _run(keep: bool, **variables: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name not in allocator.VARIABLES} | variables
-    # Huge pages would make few page faults of many.
-    environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(keep=keep)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split("|")
