@@ -1,6 +1,6 @@
 """What becomes of memory that tensors no longer need: by default glibc gives large blocks back to the kernel.
 
-The next step then gets each of them anew, page by page, all zeroed; a sparse step, which computes less, can spend most of its time so.
+The next step then gets each of them anew, page by page, all zeroed; a sparse layer, which computes less, can spend most of its time so.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from grasp_sparse.timing import interleaved
 
 ROUNDS = 60
 _USUAL_ROUNDS = 15
-_BRIEF_ROUNDS = 1200  # of calls shorter than _BRIEF; they end after _SHORT_ENOUGH unless it is _CLEAR who is faster
+_BRIEF_ROUNDS = 1200  # at most, of calls shorter than _BRIEF
 _SHORTEST = 0.03  # seconds of calls before anything is clear: what others do for a moment outlasts a few short calls
 _SHORT_ENOUGH = 0.15  # … after which, from ROUNDS on, measuring ends
 _LONG_ENOUGH = 1.0  # … from _USUAL_ROUNDS on
