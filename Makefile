@@ -32,11 +32,6 @@ TORCH := $(VENV)/.torch-installed
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 DEBIAN_DATA := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-# glibc returns every tensor above 32 MB to the kernel and each step pays for it in page faults; this keeps them, for the dense and the
-# sparse step alike: the report says that it was on. From before the process starts, for that is worth more than what `train` sets
-# for itself.
-ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
-
 # A second build beside the first, which it leaves alone. Only our kernels are instrumented: python and torch are not, so the
 # sanitizers must be in the process before them, and what is allocated and never freed is not looked for. A finding aborts,
 # so that Python says which test it was in.
@@ -51,7 +46,7 @@ DEVICE_PYTHON = $(or $(GPU_PYTHON),$(VENV)/bin/python)
 .PHONY: demo test sanitize gpu clean data
 
 demo: $(PACKAGE) data
-	@$(ALLOCATOR) $(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
+	@$(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
 		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(DEMO_ARGS)
 
 # Test processes share the cores: a thread that spins while it waits for another takes a core from the next process.
