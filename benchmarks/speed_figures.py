@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
+from typing import NamedTuple
 
 from benchmarks.runner import RESULTS
 from grasp_sparse.bench.layer_plots import crossover, layer_lines
@@ -21,7 +22,16 @@ GROUPS = {
     "resnet50": "every convolution of ResNet-50 at 224², batch 16 and 32",
     "linear": "linear 1024→1024, 4096→1024, 1024→4096, 768→3072, batch 128, 512, 2048",
 }  # fmt: skip
-Rows = Sequence[Mapping[str, str]]
+SHORT = {"conv3x3": "3×3 convolutions", "resnet50": "ResNet-50's convolutions", "linear": "linear layers"}
+
+
+class SlowerLayer(NamedTuple):
+    """A layer that by medians is slower than dense, as the plan has it and in its faster layout."""
+
+    name: str
+    runs: str  # "sparse" or "masked"
+    speed: float  # times as fast as the fastest dense path
+    overlaps: bool  # whether its lower quartile reaches dense's upper one
 
 
 @cache
@@ -76,11 +86,8 @@ def crossings(name: str) -> dict[str, list[float | None]]:
     return found
 
 
-def slower_layers(name: str) -> tuple[int, list[tuple[str, str, float, bool]]]:
-    """How many layers a network has, and (layer, how it runs, speed, whether the quartiles overlap) of those slower than dense.
-
-    By medians: the faster layout of the layer as the plan has it against the fastest dense one.
-    """
+def slower_layers(name: str) -> tuple[int, list[SlowerLayer]]:
+    """How many layers a network has, and which are slower than dense."""
     layers: dict[str, list[Mapping[str, str]]] = {}
     for row in rows_of(name):
         if row["pass"] == "forward+backward":
@@ -91,5 +98,5 @@ def slower_layers(name: str) -> tuple[int, list[tuple[str, str, float, bool]]]:
         dense, sparse = fastest[DENSE], fastest[SPARSE]
         speed = float(sparse["vs best dense"])
         if speed < 1:
-            slower.append((layer, sparse["runs"], speed, float(sparse["q1_s"]) <= float(dense["q3_s"])))
+            slower.append(SlowerLayer(layer, sparse["runs"], speed, float(sparse["q1_s"]) <= float(dense["q3_s"])))
     return len(layers), slower

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.pages import Blocks, print_or_write, table
 from benchmarks.speed_figures import (
-    GROUPS, LAYER_CASES, MACHINES, MODELS, STEP_CASES, crossings, layer_speeds, machine_of, rows_of, shape_label, slower_layers,
-    speeds_against_linear, step_speeds,
+    GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, crossings, layer_speeds, machine_of, rows_of, shape_label,
+    slower_layers, speeds_against_linear, step_speeds,
 )  # fmt: skip
 from benchmarks.speed_plot import plot
 from grasp_sparse.bench.results import SPARSE, kind_of
@@ -35,7 +35,6 @@ SETTINGS = (
     ("glibc's own settings", "layers-xeon-default-allocator", ("conv3x3", "resnet50", "linear")),
 )
 CROSSOVERS = ("layers-crossover", "layers-zen4-crossover")
-_SHORT = {"conv3x3": "the 3×3 convolutions", "resnet50": "ResNet-50's convolutions", "linear": "the linear layers"}
 _NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50"}
 
 
@@ -121,7 +120,7 @@ def setting_table() -> str:
     for words, name, groups in SETTINGS:
         for group in groups:
             speeds = layer_speeds(name, group)
-            rows.append((f"{words}: {_SHORT[group]}", machine_of(name), *(_times(speeds[share]) for share in LAYER_CASES)))
+            rows.append((f"{words}: {SHORT[group]}", machine_of(name), *(_times(speeds[share]) for share in LAYER_CASES)))
     return table(_layer_header("", ""), rows)
 
 
@@ -130,7 +129,7 @@ def crossing_list() -> str:
     lines = []
     for name in CROSSOVERS:
         groups = crossings(name)
-        said = [f"{_SHORT[group]} {_share_range(found)}" for group, found in groups.items()]
+        said = [f"{SHORT[group]} {_share_range(found)}" for group, found in groups.items()]
         lines.append(f"- {machine_of(name)}: {', '.join(said)}.")
     return "\n".join(lines)
 
@@ -150,8 +149,8 @@ def network_list() -> str:
         (sparsity,) = {row["sparsity"] for row in rows_of(name)}
         line = f"- {_NETWORKS[name.split('-')[1]]}, {float(sparsity):.0%} of the weights removed, {machine_of(name)}: "
         line += f"{count - len(slower)} of {count} layers at least as fast as dense"
-        for layer, runs, speed, overlap in slower:
-            line += f"; `{layer}` ({runs}) {speed:.2f}×, its quartiles {'overlapping' if overlap else 'apart from'} dense's"
+        for layer in slower:
+            line += f"; `{layer.name}` ({layer.runs}) {layer.speed:.2f}×, its quartiles {'overlapping' if layer.overlaps else 'apart from'} dense's"
         lines.append(f"{line}.")
     return "\n".join(lines)
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from benchmarks.speed_figures import GROUPS, LAYER_CASES, MACHINES, MODELS, STEP_CASES, layer_speeds, step_speeds
+from benchmarks.speed_figures import GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, layer_speeds, step_speeds
 from grasp_sparse.bench.layer_plots import speed_axis
 from grasp_sparse.report.style import SERIES, STYLE, save_plot
-
-_LAYERS = {"conv3x3": "3×3 convolutions", "resnet50": "ResNet-50's convolutions", "linear": "linear layers"}
 
 
 def plot(path: Path) -> None:
@@ -19,8 +17,7 @@ def plot(path: Path) -> None:
         above, below = figure.subfigures(2, 1)
         _layers(above)
         _steps(below)
-        handles, labels = above.axes[0].get_legend_handles_labels()
-        above.axes[0].legend(handles, labels, loc="upper left")
+        above.axes[0].legend(loc="upper left")
         save_plot(figure, path)
 
 
@@ -34,7 +31,7 @@ def _layers(figure: plt.SubFigure) -> None:
         for (machine, found), colour in zip(machines.items(), SERIES):
             axes.plot(range(len(LAYER_CASES)), [found[share] for share in LAYER_CASES], "o-", ms=4, color=colour, label=machine)
         axes.set_xticks(range(len(LAYER_CASES)), [f"{share:.0%}" for share in LAYER_CASES])
-        axes.set(title=_LAYERS[group], xlabel="of the weights removed")
+        axes.set(title=SHORT[group], xlabel="of the weights removed")
         speed_axis(axes, 1, highest)
     grid[0].set_ylabel("times as fast as dense")
     figure.suptitle("Layers, forward and backward (geometric means)", x=0.01, ha="left", fontweight="bold", fontsize=12)
@@ -42,6 +39,7 @@ def _layers(figure: plt.SubFigure) -> None:
 
 def _steps(figure: plt.SubFigure) -> None:
     speeds = {machine: step_speeds(machine) for machine in MACHINES}
+    highest = max(max(found.values()) for found in speeds.values())
     grid = figure.subplots(1, len(MODELS), sharey=True)
     for axes, (model, label) in zip(grid, MODELS.items(), strict=True):
         for (machine, found), colour in zip(speeds.items(), SERIES):
@@ -51,6 +49,6 @@ def _steps(figure: plt.SubFigure) -> None:
         axes.axvline(2.5, color="#cbd5e1", lw=1)
         axes.set_xticks(range(len(STEP_CASES)), [f"{float(share):.0%}" for _, share in STEP_CASES], fontsize=8.5)
         axes.set(title=label.partition(",")[0], xlabel="multiply-adds  |  weights removed")
-        speed_axis(axes, 1, max(max(found.values()) for found in speeds.values()))
+        speed_axis(axes, 1, highest)
     grid[0].set_ylabel("times as fast as dense")
     figure.suptitle("Training steps (masks by GraSP)", x=0.01, ha="left", fontweight="bold", fontsize=12)
