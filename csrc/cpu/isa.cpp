@@ -9,10 +9,20 @@
 
 namespace grasp_sparse {
 
-namespace scalar { extern const IsaBody body; }
+// Of kernels.cpp. Whatever is compiled for an instruction set runs only where the machine has it.
+#define GRASP_SPARSE_BODY(isa)                                                         \
+  namespace isa {                                                                      \
+  template <class S>                                                                   \
+  const Kernels<S>& table();                                                           \
+  const IsaBody* body() {                                                              \
+    static const IsaBody all = {#isa, table<float>(), table<double>(), table<Bf16>()}; \
+    return &all;                                                                       \
+  }                                                                                    \
+  }
+GRASP_SPARSE_BODY(scalar)
 #ifdef GRASP_SPARSE_X86
-namespace avx2 { extern const IsaBody body; }
-namespace avx512 { extern const IsaBody body; }
+GRASP_SPARSE_BODY(avx2)
+GRASP_SPARSE_BODY(avx512)
 #endif
 
 namespace {
@@ -22,10 +32,10 @@ const IsaBody* find(const std::string& name) {
   __builtin_cpu_init();
   if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return &avx512::body;
-  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::body;
+    return avx512::body();
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::body();
 #endif
-  if (name == "scalar") return &scalar::body;
+  if (name == "scalar") return scalar::body();
   return nullptr;
 }
 

@@ -1,5 +1,5 @@
 // The border between the operations (linear.cpp, conv2d.cpp, batch_norm.cpp, update.cpp: torch tensors, threads, validation) and
-// the loops that are compiled once per instruction set (kernels.cpp): plain structs and a few function pointers per element type.
+// the loops that are compiled once per instruction set and type (kernels.cpp): plain structs and a few function pointers per element type.
 //
 // Activations are worked on in slices of L batch lanes, L * sizeof(T) = 64 bytes, packed as [channel][row][column][L].
 // Every kept weight then multiplies one contiguous vector, whatever its place: the weight is a (value, offset) pair and a

@@ -1,5 +1,8 @@
-// Compiled once for each instruction set, with GRASP_SPARSE_ISA naming the namespace (setup.py has the flags).
+// Compiled once for each instruction set and element type, so that many cores compile it at once, with GRASP_SPARSE_ISA naming the
+// namespace and GRASP_SPARSE_TYPE the type (setup.py has the flags).
 // Cuts an image into tiles of R x C pixels, R*C <= kMaxTile, and calls the loop compiled for exactly that tile.
+#include <type_traits>
+
 #include "block_product.h"
 #include "block_sampled.h"
 #include "gradients.h"
@@ -111,17 +114,19 @@ void sampled(const SampledArgs<T>& p) {
   run_tiles<T, SampledStrip>(p);
 }
 
-#define GRASP_SPARSE_TEXT_(x) #x
-#define GRASP_SPARSE_TEXT(x) GRASP_SPARSE_TEXT_(x)
-extern const IsaBody body;
-const IsaBody body = {
-    GRASP_SPARSE_TEXT(GRASP_SPARSE_ISA),
-    {&pack<float>, &unpack<float>, &product<float>, kGradients<float>, &sampled<float>, &max_pool<float>, &max_pool_grad<float>,
-     &sgd<float>, &adamw<float>, kNormKernels<float>},
-    {&pack<double>, &unpack<double>, &product<double>, kGradients<double>, &sampled<double>, &max_pool<double>, &max_pool_grad<double>,
-     &sgd<double>, &adamw<double>, kNormKernels<double>},
-    {&pack<Bf16>, &unpack<Bf16>, &product<Bf16>, kGradients<Bf16>, &max_pool<Bf16>, &max_pool_grad<Bf16>, kNormKernels<Bf16>},
-};
+template <class S>
+const Kernels<S>& table() {
+  if constexpr (std::is_same_v<S, Bf16>) {
+    static constexpr Kernels<S> all = {&pack<S>,     &unpack<S>,        &product<S>,     kGradients<S>,
+                                       &max_pool<S>, &max_pool_grad<S>, kNormKernels<S>};
+    return all;
+  } else {
+    static constexpr Kernels<S> all = {&pack<S>,     &unpack<S>,        &product<S>, kGradients<S>, &sampled<S>,
+                                       &max_pool<S>, &max_pool_grad<S>, &sgd<S>,     &adamw<S>,     kNormKernels<S>};
+    return all;
+  }
+}
+template const Kernels<GRASP_SPARSE_TYPE>& table<GRASP_SPARSE_TYPE>();
 
 }  // namespace GRASP_SPARSE_ISA
 }  // namespace grasp_sparse
