@@ -96,11 +96,11 @@ struct Sums {
 
 template <class T, class Prepare, class Pass, class Finish, class Write>
 void channels_apart(const Cut& cut, const Prepare& prepare, const Pass& pass, const Finish& finish, const Write& write) {
-  parallel_for(0, ceil_div(cut.channels, cut.group), 1, [&](int64_t begin, int64_t end) {
+  share_tasks(ceil_div(cut.channels, cut.group), [&](auto&& next) {
     const Columns<T> columns(TaskScratch::mine().packed, cut.cols);
     double* totals = TaskScratch::mine().packed_g.reserve<double>(2 * cut.cols);
     const auto spread = [&](int64_t at) { columns.each([&](T* of) { std::fill_n(of + at, cut.width, of[at]); }); };
-    for (int64_t group = begin; group < end; ++group) {
+    for (int64_t group; (group = next()) >= 0;) {
       const int64_t first = group * cut.group, count = std::min(cut.group, cut.channels - first);
       std::fill_n(totals, 2 * cut.cols, 0.0);
       for (int64_t c = 0; c < count; ++c) {
@@ -134,8 +134,8 @@ void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass,
     const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kPartBytes, 1, kParts);
     const int64_t part_rows = std::max<int64_t>(1, ceil_div(rows, wanted)), parts = std::max<int64_t>(1, ceil_div(rows, part_rows));
     double* totals = CallScratch::mine().sums.reserve<double>(parts * 2 * cut.cols);
-    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
+    share_tasks(parts, [&](auto&& next) {
+      for (int64_t part; (part = next()) >= 0;) {
         double* mine = totals + part * 2 * cut.cols;
         std::fill_n(mine, 2 * cut.cols, 0.0);
         cut.rows_together(part * part_rows, std::min(rows, (part + 1) * part_rows),
@@ -148,8 +148,9 @@ void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass,
     spread();
   }
   const int64_t step = std::max<int64_t>(1, kStepBytes / row_bytes), steps = std::max<int64_t>(1, ceil_div(rows, step));
-  parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i)
+  constexpr bool kBackwards = true;  // what the first pass read last may still be in cache
+  share_tasks<kBackwards>(steps, [&](auto&& next) {
+    for (int64_t i; (i = next()) >= 0;)
       cut.rows_together(i * step, std::min(rows, (i + 1) * step), [&](const Sheet& sheet) { write(columns, sheet); });
   });
 }

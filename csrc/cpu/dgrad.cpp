@@ -16,12 +16,12 @@ void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const
 
   const int64_t bands = product.bands(), parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, dx.c);
   const std::vector<int> cut = product.cut(parts);
-  parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(slices * bands * parts, [&](auto&& next) {
     T* buffer = TaskScratch::mine().packed_g.template reserve<T>(product.size());
     const T* packed = nullptr;
     int64_t band_held = -1;
     MovingBand::Held held;
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = next()) >= 0;) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands;
       const int64_t place = product.h().first + band % bands * product.rows();
       if (band != band_held) packed = product.band(g, slice, place, buffer, held);

@@ -28,7 +28,8 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   const int64_t parts = std::clamp<int64_t>(ceil_div(num_threads(), slices * bands), 1, walk.rows);
   const std::vector<int> cut = balanced_rows(walk.ptr, walk.rows, parts);
   std::atomic<bool> complete{true};
-  parallel_for(0, slices * bands * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = slices * bands * parts;
+  share_tasks(tasks, [&](auto&& next) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
     int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * walk.rows : 0);
@@ -36,11 +37,11 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
     int64_t band_held = -1;
     MovingBand::Held held;
     bool all = true;
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = next()) >= 0;) {
       const int64_t part = task % parts, band = task / parts, slice = band / bands, row = band % bands * rows;
       ProductArgs<S> args{};
       args.row_step = input.row_step(), args.ring = input.ring(row);
-      if (input.in_place() && band != band_held && task + parts < end) args.ahead = ahead_in_place(x, band + 1, bands, rows);
+      if (input.in_place() && band != band_held && task + parts < tasks) args.ahead = ahead_in_place(x, band + 1, bands, rows);
       args.rows = static_cast<int>(std::min(rows, y.h - row)), args.cols = static_cast<int>(y.w);
       args.values = values, args.bias = bias, args.blocks = input.blocks(walk, y.c);
       args.channel_begin = cut[part], args.channel_end = cut[part + 1];

@@ -31,11 +31,11 @@ void gradient_passes(const CsrView& csr, const Image<const S>& g, const Image<co
   T* const partial = call.sums.template reserve<T>(groups * width);
   int32_t* const no_entries = call.offsets.template reserve<int32_t>(csr.rows + 1);
   std::fill_n(no_entries, csr.rows + 1, 0);
-  parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(groups * parts, [&](auto&& next) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(plain.size);
     T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(product.size());
     MovingBand::Held held;
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item; (item = next()) >= 0;) {
       const int64_t group = item / parts, part = item % parts;
       T *const mine = partial + group * width, *const channels = mine + csr.nnz;
       const int first = static_cast<int>(csr.rows * part / parts), last = static_cast<int>(csr.rows * (part + 1) / parts);

@@ -34,13 +34,13 @@ void sampled_passes(const CsrView& csr, const Image<const S>& g, const Image<con
   const std::vector<int> dx_cut = product ? product->cut(parts) : std::vector<int>();
   T* partial = call.sums.template reserve<T>((groups - 1) * width);
   std::atomic<bool> complete{true};
-  parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(groups * parts, [&](auto&& next) {
     bool all = true;
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* packed_g = TaskScratch::mine().packed_g.template reserve<T>(g_size);
     int32_t* stops = TaskScratch::mine().stops.template reserve<int32_t>(blocks.count > 1 ? 2 * csr.rows : 0);
     MovingBand::Held held, held_g;
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item; (item = next()) >= 0;) {
       const int64_t group = item / parts, part = item % parts;
       T* mine = group ? partial + (group - 1) * width : sums;
       T* mine_channels = !bias_sums ? nullptr : group ? mine + weights : bias_sums;

@@ -9,7 +9,7 @@ import torch
 from op_cases import block_matrix, sparse_matrix
 from torch.utils.data import DataLoader, Dataset
 
-from grasp_sparse.nn import SparseConv2d, SparseLinear
+from grasp_sparse.nn import BatchNorm2d, SparseConv2d, SparseLinear
 
 THREADS = 4
 WINDOW = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
@@ -59,6 +59,37 @@ def test_calls_from_several_python_threads(pool):
 
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(work, range(THREADS)))
+
+
+def _layers_of_many_tasks() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
+    """Eight slices of samples, images in bands, and norms of some megabytes."""
+    conv, linear = torch.nn.Conv2d(40, 24, 3, padding=1), torch.nn.Linear(90, 70)
+    strided = torch.nn.Conv2d(40, 24, 3, padding=1, stride=2)
+    cases = {
+        "conv": (SparseConv2d.from_dense(conv, torch.rand_like(conv.weight) < 0.1), torch.randn(128, 40, 20, 12)),
+        "strided": (SparseConv2d.from_dense(strided, torch.rand_like(strided.weight) < 0.1), torch.randn(128, 40, 20, 12)),
+        "linear": (SparseLinear.from_dense(linear, torch.rand_like(linear.weight) < 0.1), torch.randn(2048, 90)),
+        "blocks": (_BlockConv(20), torch.randn(128, 20, 9, 8)),
+        "norm": (BatchNorm2d(40), torch.randn(128, 40, 20, 12)),
+    }
+    for name in ("conv", "norm"):
+        layer, x = cases[name]
+        cases[f"{name} in channels_last"] = layer, x.to(memory_format=torch.channels_last)
+        cases[f"{name}, batch innermost"] = layer, x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    return cases
+
+
+def test_threads_that_take_tasks_of_others_leave_the_result_as_it_is():
+    """More threads than cores: some come late and find their tasks done. A task done twice adds twice to sums of weights, one that
+    nobody did leaves memory poisoned."""
+    cases = _layers_of_many_tasks()
+    expected = {name: _step(*case) for name, case in cases.items()}
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            for name, case in cases.items():
+                for got, want in zip(_step(*case), expected[name], strict=True):
+                    assert torch.equal(got, want), f"{name}, {threads} threads"
 
 
 class _Outputs(Dataset):
