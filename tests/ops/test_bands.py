@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from op_cases import IMAGE_LAYOUTS, close, dense_conv, dense_matrix, sparse_matrix
@@ -26,27 +28,35 @@ WINDOWS = {  # kernel, stride, padding (top, bottom, left, right), dilation, ima
 BANDS = {"narrow": (0, FILTERS), "in a ring": (11, FILTERS), "wide, many weights": (4, 240)}
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "CHWN"])
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
-def test_every_band_reads_what_it_should(bands, window, layout):
+@lru_cache(maxsize=1)  # of all layouts, which follow one another
+def _case(bands, window):
+    """Weights and bias, x and g, and what the dense convolution of torch makes of them in float64."""
+    torch.manual_seed(0)
     kernel, stride, padding, dilation, image = window
     more, filters = bands
     image = (image[0], image[1] + more * stride[1])
     dtype = torch.bfloat16 if stride == (2, 1) else torch.float32
-    lay, _ = IMAGE_LAYOUTS[layout]
     values, indices, mask = sparse_matrix(filters, CHANNELS * kernel[0] * kernel[1], 0.05, compute_dtype(dtype))
     weight = dense_matrix(values.double(), mask).view(filters, CHANNELS, *kernel).requires_grad_()
     bias = torch.randn(filters, dtype=compute_dtype(dtype))
-    x = torch.randn(BATCH, CHANNELS, *image).to(dtype).double().requires_grad_()
-    expected = dense_conv(x, weight, bias.double(), stride, padding, dilation)
-    g = torch.randn(expected.shape).to(dtype)
-    expected_dx, expected_dw = torch.autograd.grad(expected, (x, weight), g.double())
-    expected_dv = expected_dw.flatten(1)[mask].unsqueeze(0)
-    x, g = lay(x.detach().to(dtype)), lay(g)
-    close(ops.csr_conv2d_fprop(values, *indices, bias, x, kernel, stride, padding, dilation), expected, "fprop")
-    close(ops.csr_conv2d_dgrad(values, *indices, g, image, kernel, stride, padding, dilation), expected_dx, "dgrad")
-    close(ops.csr_conv2d_wgrad(*indices, g, x, kernel, stride, padding, dilation), expected_dv, "wgrad")
-    found = ops.csr_conv2d_backward(values, *indices, g, x, kernel, stride, padding, dilation)
-    for got, wanted in zip(found, (expected_dx, expected_dv, g.double().sum((0, 2, 3))), strict=True):
+    x = torch.randn(BATCH, CHANNELS, *image).to(dtype)
+    exact = x.double().requires_grad_()
+    y = dense_conv(exact, weight, bias.double(), stride, padding, dilation)
+    g = torch.randn(y.shape).to(dtype)
+    dx, dw = torch.autograd.grad(y, (exact, weight), g.double())
+    return values, indices, bias, x, g, y.detach(), dx, dw.flatten(1)[mask].unsqueeze(0), g.double().sum((0, 2, 3))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "CHWN"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
+def test_every_band_reads_what_it_should(bands, window, layout):
+    values, indices, bias, x, g, y, *gradients = _case(bands, window)
+    geometry, lay = window[:4], IMAGE_LAYOUTS[layout][0]
+    image, x, g = x.shape[2:], lay(x), lay(g)
+    dx, dv, _ = gradients
+    close(ops.csr_conv2d_fprop(values, *indices, bias, x, *geometry), y, "fprop")
+    close(ops.csr_conv2d_dgrad(values, *indices, g, image, *geometry), dx, "dgrad")
+    close(ops.csr_conv2d_wgrad(*indices, g, x, *geometry), dv, "wgrad")
+    for got, wanted in zip(ops.csr_conv2d_backward(values, *indices, g, x, *geometry), gradients, strict=True):
         close(got, wanted, "backward")
