@@ -160,7 +160,7 @@ def networks_table() -> str:
         dense = int(run["steps"]) * float(run["dense_step_s"])
         epochs = int(run["steps"]) / steps_per_epoch(run["data"])
         rows.append((
-            f"{model}, {method}, {float(run['target']):.0%}", f"{epochs:.1f}", f"{float(run['seconds']) / 60:.1f} min",
+            f"{model}, {method}" + (f", {float(run['target']):.0%}" if method != "dense" else ""), f"{epochs:.1f}", f"{float(run['seconds']) / 60:.1f} min",
             f"{100 * float(run['accuracy']):.1f}", f"{float(run['vs best dense']):.2f}×", f"{dense / 60:.1f} min",
         ))  # fmt: skip
     return table(header, rows)

@@ -73,10 +73,12 @@ def test_nothing_is_the_best_at_a_speed_where_another_is_better_and_faster(monke
 def test_an_epoch_that_was_begun_does_not_count_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch of 390 steps, as the run says that no limit ended; this one was ended in its seventh."""
     limited = {"study": "cifar10", "max_seconds": "540.0", "epochs_done": "7", "steps": "2503", "seconds": "545.8"}
-    rows = [_row("grasp weights", "0.95", 2.8, 0.61), _row("grasp", "0.98", 2.8, 0.69, **limited)]
+    dense = _row("dense", "0", 1.0, 0.5, **limited | {"steps": "780"})
+    rows = [_row("grasp weights", "0.95", 2.8, 0.61), dense, _row("grasp", "0.98", 2.8, 0.69, **limited)]
     monkeypatch.setattr(accuracy_page, "read_rows", lambda _: rows)
     assert accuracy_page.steps_per_epoch("fashion-mnist") == 390
     assert "| vgg_small, grasp, 98% | 6.4 | 9.1 min |" in accuracy_page.networks_table()
+    assert "| vgg_small, dense | 2.0 | 9.1 min | 50.0 | 1.00× | 1.3 min |" in accuracy_page.networks_table()
 
 
 def test_an_epoch_has_as_many_steps_in_every_study() -> None:
