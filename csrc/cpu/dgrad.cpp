@@ -28,7 +28,7 @@ void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const
       band_held = band;
       product.run(packed, slice, place, cut[part], cut[part + 1], Ahead{});
     }
-  });
+  }, parts);
 }
 
 template void image_dgrad<float>(const CsrView&, const float*, const Image<const float>&, const Window&, const Image<float>&);

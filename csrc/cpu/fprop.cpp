@@ -59,7 +59,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
       band_held = band;
     }
     if (!all) complete = false;
-  });
+  }, parts);
   if (!complete) corrupt("col_indices or row_indices");
 }
 

@@ -18,9 +18,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls run(next) on every thread, where next() gives a task of [0, count) that nobody else has, until it gives -1.
 template <bool Backwards = false, class Run>
-void share_tasks(int64_t count, const Run& run) {
+void share_tasks(int64_t count, const Run& run, int64_t together = 1) {
   const int64_t threads = std::clamp<int64_t>(num_threads(), 1, std::max<int64_t>(1, count));
-  SharedTasks tasks(count, threads);
+  SharedTasks tasks(count, threads, together);
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) run([&tasks, thread] { return tasks.take<Backwards>(thread); });
   });

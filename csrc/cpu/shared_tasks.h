@@ -9,11 +9,14 @@
 
 namespace grasp_sparse {
 
-// Of fewer than 2^32 tasks.
+// Of fewer than 2^32 tasks, a multiple of those that are together.
 class SharedTasks {
  public:
-  SharedTasks(int64_t count, int64_t threads) : left_(threads) {
-    for (int64_t t = 0; t < threads; ++t) left_[t].range = pack(count * t / threads, count * (t + 1) / threads);
+  // Every `together` tasks share what is packed, and so begin in one stretch. There may be fewer of these than threads; some then
+  // have nothing of their own.
+  SharedTasks(int64_t count, int64_t threads, int64_t together = 1) : left_(threads) {
+    const auto begin_of = [&](int64_t thread) { return count / together * thread / threads * together; };
+    for (int64_t t = 0; t < threads; ++t) left_[t].range = pack(begin_of(t), begin_of(t + 1));
   }
 
   // The next task of the thread, or -1: none is left. Backwards, it begins at the end of its own and the others help from the front.

@@ -21,8 +21,8 @@ PROGRAM = """
 using grasp_sparse::SharedTasks;
 
 template <bool Backwards>
-bool each_once(int64_t count, int64_t threads) {
-  SharedTasks tasks(count, threads);
+bool each_once(int64_t count, int64_t threads, int64_t together) {
+  SharedTasks tasks(count, threads, together);
   std::vector<std::atomic<int>> taken(count);
   std::vector<std::thread> workers;
   for (int64_t t = 0; t < threads; ++t)
@@ -46,14 +46,26 @@ bool in_order(int64_t count) {
   return tasks.take<Backwards>(0) == -1;
 }
 
+// A thread begins with the first of tasks that are together, and goes on with the next of them.
+bool begin_together(int64_t count, int64_t threads, int64_t together) {
+  SharedTasks tasks(count, threads, together);
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t first = tasks.take<false>(t);
+    if (first % together != 0 || tasks.take<false>(t) != first + 1) return false;
+  }
+  return true;
+}
+
 int main() {
-  for (int64_t count : {0, 1, 5, 1000000})
-    for (int64_t threads : {1, 2, 8})
-      if (!each_once<false>(count, threads) || !each_once<true>(count, threads)) {
-        std::printf("%d tasks, %d threads\\n", static_cast<int>(count), static_cast<int>(threads));
-        return 1;
-      }
+  for (int64_t together : {1, 3})
+    for (int64_t sets : {0, 1, 5, 300000})
+      for (int64_t threads : {1, 2, 8})
+        if (!each_once<false>(sets * together, threads, together) || !each_once<true>(sets * together, threads, together)) {
+          std::printf("%d x %d tasks, %d threads\\n", static_cast<int>(sets), static_cast<int>(together), static_cast<int>(threads));
+          return 1;
+        }
   if (!in_order<false>(9) || !in_order<true>(9)) return 2;
+  if (!begin_together(6, 2, 2) || !begin_together(10, 3, 2)) return 3;
 }
 """
 
