@@ -122,7 +122,11 @@ class _Hooks:
                 handle.remove()
                 del self._handles[weight]
             if later is None:
+                frozen = not weight.requires_grad
+                weight.requires_grad_()  # a hook stays where it is when a weight is frozen, and thawed by somebody else
                 self._handles[weight] = mask, weight.register_hook(functools.partial(_mask_gradient, mask=mask))
+                if frozen:
+                    weight.requires_grad_(False)
         self._latest = weakref.ref(weight), mask, None if later is None else weakref.ref(later), _handed_over
 
     def __deepcopy__(self, memo: dict) -> _Hooks:
@@ -133,7 +137,11 @@ class _Hooks:
 
 
 class _Masked:
-    """The mask of a dense layer: a bool buffer of the weight's shape that a state_dict carries; all True until set."""
+    """The mask of a dense layer: a bool buffer of the weight's shape that a state_dict carries; all True until set.
+
+    Who changes it other than by ``load_state_dict`` zeroes the weight where it prunes, too; optimizers of this package that have the
+    mask do so in their next step.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -152,9 +160,11 @@ class _Masked:
         self._hook_weight()
 
     def _hook_weight(self) -> None:
-        """From now on, so that code that takes the weight and leaves the layer alone moves no pruned entry either."""
-        if self.weight.requires_grad and self.weight.is_leaf:
-            self._hooks.see_to(self.weight, self.mask)
+        """From now on, so that code that takes the weight and leaves the layer alone moves no pruned entry either: after everything that
+        may have put another weight or mask in place."""
+        weight = self._parameters.get("weight")
+        if weight is not None and not weight.is_inference():
+            self._hooks.see_to(weight, self.mask)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # with hooks of its own, none yet
@@ -211,6 +221,7 @@ class _Masked:
         super()._apply(fn, recurse)
         if self.mask.dtype != torch.bool:  # .type(dtype), unlike .to(dtype), converts bool as well
             self.mask = mask.to(self.mask.device)
+        self._hook_weight()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -218,6 +229,7 @@ class _Masked:
         if prefix + "weight" in state_dict or prefix + "mask" in state_dict:
             with torch.no_grad():
                 self.weight.copy_(self.to_dense_weight())
+            self._hook_weight()
 
     def extra_repr(self) -> str:
         if self.mask.is_meta:

@@ -80,8 +80,49 @@ def test_a_call_with_another_weight_leaves_the_mask_on_the_first(kind):
 def test_code_that_takes_the_weight_alone_moves_no_pruned_entry(kind):
     """As attention does that splits the weight of one layer in three: the layer itself is never called."""
     for layer in (masked(kind), copy.deepcopy(masked(kind)), pickle.loads(pickle.dumps(masked(kind)))):
-        (layer.weight - 1).square().sum().backward()
-        assert torch.equal(layer.weight.grad != 0, layer.mask)
+        assert torch.equal(moved(layer), layer.mask)
+
+
+def moved(layer: nn.Module) -> torch.Tensor:
+    """Where code that takes the weight and never calls the layer gives it a gradient."""
+    layer.weight.grad = None
+    (layer.weight - 1).square().sum().backward()
+    return layer.weight.grad != 0
+
+
+def by_assignment(layer: nn.Module, kind: str) -> None:
+    other = masked(kind)
+    other._take(DENSE[kind], mask_of(kind, 1))
+    layer.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=True)
+
+
+CHANGED = {
+    "frozen and thawed": lambda layer, kind: (layer.requires_grad_(False), layer.requires_grad_(True)),
+    "another state, assigned": by_assignment,
+    "another dtype": lambda layer, kind: layer.double(),
+    "on meta and back": lambda layer, kind: layer.to_empty(device="meta").to_empty(device="cpu").load_state_dict(masked(kind).state_dict()),
+}
+
+
+@every
+@pytest.mark.parametrize("change", CHANGED)
+def test_code_that_takes_the_weight_alone_of_a_changed_layer_moves_no_pruned_entry(change, kind):
+    layer = copy.deepcopy(masked(kind))  # with a bias of its own
+    CHANGED[change](layer, kind)
+    assert torch.equal(moved(layer), layer.mask)
+    assert torch.equal(layer.weight != 0, layer.mask)
+    # the hook is of the mask that the layer has now
+    layer.mask.copy_(mask_of(kind, 2))
+    assert torch.equal(moved(layer), mask_of(kind, 2))
+
+
+@every
+def test_a_weight_that_was_frozen_from_the_start_moves_no_pruned_entry_once_thawed(kind):
+    dense = copy.deepcopy(DENSE[kind]).requires_grad_(False)
+    layer = type(masked(kind)).from_dense(dense, mask_of(kind, 0))
+    assert not layer.weight.requires_grad
+    nn.ModuleList([layer]).requires_grad_()
+    assert torch.equal(moved(layer), layer.mask)
 
 
 @every
@@ -115,11 +156,11 @@ def test_copies_mask_their_own(kind, copied):
 
 
 @every
-def test_no_hook_where_nothing_is_trained(kind):
+def test_a_weight_that_is_not_trained_stays_so(kind):
     dense = copy.deepcopy(DENSE[kind]).requires_grad_(False)
     layer = type(masked(kind)).from_dense(dense, mask_of(kind, 0))
     layer(torch.rand(INPUT[kind], requires_grad=True)).sum().backward()
-    assert not layer.weight._backward_hooks and layer.weight.grad is None
+    assert not layer.weight.requires_grad and layer.weight.grad is None
 
 
 @every
