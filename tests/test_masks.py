@@ -38,6 +38,16 @@ def test_counts_and_densities():
         masks.flop_sparsity({"a": 1.0})
 
 
+def test_counts_are_of_what_the_masks_hold_now(tmp_path):
+    """A mask is a tensor that others have, too."""
+    mask = torch.ones(4, dtype=torch.bool)
+    masks = MaskSet({"a": mask})
+    mask[0] = False
+    assert (masks.kept, masks.layer_densities()) == (3, {"a": 0.75})
+    masks.save(tmp_path / "masks.safetensors")
+    assert MaskSet.load(tmp_path / "masks.safetensors") == masks
+
+
 def test_a_weight_without_elements_is_dense():
     masks = MaskSet({"empty": torch.ones(5, 0, dtype=torch.bool)})
     assert masks.layer_densities() == {"empty": 1.0} and masks.density == 1.0
