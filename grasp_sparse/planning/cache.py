@@ -90,13 +90,16 @@ def save() -> None:
 
 
 def cache_file() -> Path | None:
-    """Where times are kept between processes; None when GRASP_SPARSE_CACHE says nowhere."""
+    """Where times are kept between processes; None when GRASP_SPARSE_CACHE says nowhere, or a home that does not exist."""
     folder = os.environ.get("GRASP_SPARSE_CACHE")
     if folder in ("", "0"):
         return None
     if folder is None:
         folder = _platform_folder() / "grasp_sparse"
-    return Path(folder).expanduser() / "layer-times.json"
+    try:
+        return Path(folder).expanduser() / "layer-times.json"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 def _platform_folder() -> Path:
@@ -129,10 +132,13 @@ def _machine() -> tuple[str, ...]:
 
 
 def _device(kind: str) -> tuple:
-    """A GPU by name, with what decides the precision of its float32 products."""
+    """A GPU by name; with what decides the precision of float32 products, and which algorithms torch's own kernels take."""
     if kind != "cuda":
-        return (kind,)
-    return torch.cuda.get_device_name(), _kernels("_cuda"), backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+        onednn = backends.mkldnn
+        return kind, onednn.enabled, onednn.matmul.fp32_precision, onednn.conv.fp32_precision, onednn.deterministic
+    cudnn = backends.cudnn
+    precisions = backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+    return torch.cuda.get_device_name(), _kernels("_cuda"), *precisions, cudnn.enabled, cudnn.benchmark, cudnn.deterministic
 
 
 def _kernels(library: str = "_C") -> str:

@@ -320,6 +320,21 @@ class TestCache:
             of.fp32_precision = before
         assert keys[0] != keys[1]
 
+    @pytest.mark.parametrize("kind, setting", [
+        ("cpu", (torch.backends.mkldnn.matmul, "fp32_precision", "bf16")), ("cpu", (torch.backends.mkldnn, "deterministic", True)),
+        ("cuda", (torch.backends.cudnn, "benchmark", True)), ("cuda", (torch.backends.cudnn, "deterministic", True)),
+    ], ids=lambda value: value if isinstance(value, str) else value[1])  # fmt: skip
+    def test_times_are_those_of_one_way_to_compute(self, monkeypatch, kind, setting):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+        where, name, value = setting
+        before, key = getattr(where, name), cache._device(kind)
+        try:
+            setattr(where, name, value)
+            assert cache._device(kind) != key
+        finally:
+            setattr(where, name, before)
+        assert cache._device(kind) == key
+
     @pytest.fixture
     def on_disk(self, tmp_path, monkeypatch):
         monkeypatch.setenv("GRASP_SPARSE_CACHE", str(tmp_path / "deep" / "cache"))
@@ -365,6 +380,8 @@ class TestCache:
         for value in ("", "0"):
             monkeypatch.setenv("GRASP_SPARSE_CACHE", value)
             assert cache.cache_file() is None
+        monkeypatch.setenv("GRASP_SPARSE_CACHE", "~nobody-of-this-name/cache")
+        assert cache.cache_file() is None
         monkeypatch.delenv("GRASP_SPARSE_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
         assert str(cache.cache_file()) == "/somewhere/grasp_sparse/layer-times.json"
