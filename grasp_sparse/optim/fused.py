@@ -144,6 +144,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return None if found_inf is None else found_inf.to(device, non_blocking=True)
 
+    def _was_left_out(self) -> bool:
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
+
     # Updating during the backward pass.
 
     def _reset_hooks(self) -> None:

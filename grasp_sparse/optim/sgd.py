@@ -58,6 +58,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
             group["nesterov"], group["maximize"], first_step,
         )
-        if first_step:
+        # Of a step that was left out zeros are the state that follows, but with dampening, which the first gradient is spared. Asking
+        # waits for the device.
+        if first_step and not (group["dampening"] and self._was_left_out()):
             for parameter, buffer in zip(parameters, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer

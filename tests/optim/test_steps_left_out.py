@@ -81,10 +81,11 @@ def test_a_scaler_leaves_it_all_to_the_optimizer_as_it_does_to_torch_s(name, uns
     assert_equal_parameters(*models, rtol=1e-4, atol=1e-5)
 
 
-def test_a_first_step_that_is_left_out_starts_no_momentum():
+@pytest.mark.parametrize("dampening", [0, 0.5])
+def test_a_first_step_that_is_left_out_starts_no_momentum(dampening):
     models = mixed_model(), mixed_model()
     for model, steps in zip(models, ((1.0, 0.0, 0.0), (0.0, 0.0)), strict=True):
-        optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9, dampening=dampening)
         for overflow in steps:
             optimizer.zero_grad()
             backward(model, torch.Generator().manual_seed(0))
