@@ -34,6 +34,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = self._count_batch()
         running = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        if not batch_statistics and self._differentiated(x, residual):
+            # autograd keeps them until the backward, before which a training step may have moved on
+            running = tuple(None if statistic is None else statistic.clone() for statistic in running)
         if self._fusible(x, residual, running):
             if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
                 y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, relu)

@@ -155,3 +155,14 @@ def test_compiles_to_one_graph(layout):
     for got, want in zip(ours.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(got, want)
     torch._dynamo.reset()
+
+
+def test_a_gradient_by_given_statistics_is_theirs_though_training_went_on():
+    """torch's own takes those of the backward's time."""
+    norm, x, other = BatchNorm2d(5, dtype=torch.float64), images(), images()
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    (expected,) = torch.autograd.grad(norm.eval()(x).square().sum(), x)
+    y = norm(x).square().sum()
+    norm.train()(other)
+    (found,) = torch.autograd.grad(y, x)
+    assert torch.equal(found, expected)
