@@ -29,7 +29,7 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         layers = [*self]
         applied = False
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        for layer, following in zip(layers, [*layers, None][1:], strict=True):
             if applied:
                 applied = False
                 continue
