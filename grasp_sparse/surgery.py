@@ -6,6 +6,7 @@ the place or places where it is registered stay as they are. Everything is check
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -157,8 +158,20 @@ def load_sparse(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     _swap(replacements)
     if replacements:
         fuse_(model)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(versioned(state_dict, model))
     return model
+
+
+def versioned(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """``state_dict`` with the versions of its modules, by which some decide how to read it: those of ``model`` if it has none.
+
+    A file of plain tensors holds none, and a module that raises without one (torchvision's MNASNet) could not be read back.
+    """
+    if hasattr(state_dict, "_metadata"):
+        return state_dict
+    given = OrderedDict(state_dict)
+    given._metadata = model.state_dict()._metadata
+    return given
 
 
 def _stored_step(layers: dict[str, nn.Module], state_dict: Mapping[str, Any]) -> list[_Step]:

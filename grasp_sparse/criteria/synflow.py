@@ -31,7 +31,7 @@ def synflow_scores(
     model.eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.abs_()
     ones = _one_sample_of_ones(next(iter(batches)).inputs)
     output = call_model(model, ones)

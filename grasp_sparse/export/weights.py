@@ -8,11 +8,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_sparse.export.source import Source
 from grasp_sparse.files import write_atomically
 from grasp_sparse.surgery import densify_, load_sparse
+from grasp_sparse.train.errors import UserError
 
 _METADATA_KEY = "grasp_sparse.model"  # one key: safetensors orders several at random, and equal models should be equal files
 _FORMAT = 1
@@ -21,8 +22,10 @@ _FORMAT = 1
 def write_dense(source: Source, path: Path) -> None:
     """The state_dict of the plain model, exact zeros where pruned: `torch.load(path, weights_only=True)`."""
     state = densify_(copy.deepcopy(source.model)).state_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda file: torch.save(tensors, file))
+    for name, tensor in list(state.items()):
+        if isinstance(tensor, Tensor):  # else what get_extra_state gave
+            state[name] = tensor.contiguous()
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_dense(source: Source, path: Path) -> nn.Module:
@@ -35,6 +38,8 @@ def write_sparse(source: Source, path: Path) -> None:
     """Kept values and their places as safetensors; format, recipe and what was kept as JSON in the metadata."""
     # Clones: safetensors refuses tensors that share memory, as layers that share a weight do.
     state = source.model.state_dict()
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"Expected tensors for a safetensors file, got other values in {', '.join(others)}; use --format dense")
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     data = safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps({"format": _FORMAT, **source.about})})
     write_atomically(path, lambda file: file.write(data))

@@ -71,7 +71,7 @@ def _state(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every floating-point tensor that a checkpoint holds, named for a person."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and name not in besides:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and name not in besides:
             yield name, tensor
     for name, parameter in model.named_parameters():
         for moment, tensor in optimizer.state.get(parameter, {}).items():

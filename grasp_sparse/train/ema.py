@@ -22,7 +22,8 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+        state = model.state_dict(keep_vars=True)
+        named = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_floating_point()}
         self._of = {tensor: tensor.detach().clone() for tensor in dict.fromkeys(named.values())}  # by identity
         self.averages = {name: self._of[tensor] for name, tensor in named.items()}
 

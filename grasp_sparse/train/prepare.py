@@ -194,6 +194,8 @@ def structure_digest(model: nn.Module) -> str:
     """SHA-256 of what must agree before gradients may be added: names, shapes and dtypes, and the contents of indices and masks."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what get_extra_state gave: it need not agree
+            continue
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         if tensor.dim() and not tensor.is_floating_point():
             hashed.update(_bytes_of(tensor))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grasp_sparse.masks import MaskSet
-from grasp_sparse.surgery import load_sparse
+from grasp_sparse.surgery import load_sparse, versioned
 from grasp_sparse.train.checkpoint import require
 from grasp_sparse.train.checkpoint_files import list_checkpoints
 from grasp_sparse.train.config import TrainConfig
@@ -124,11 +124,11 @@ def load_weights(model: nn.Module, state: dict[str, Any], where: Path | str) -> 
 
     Raises UserError unless the weights it then keeps are those that its run chose; what torch raises where nothing fits.
     """
-    found = None
+    found, weights = None, dict(state["model"])  # without what somebody may have hung on the mapping
     if state["pruning"] is None:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(versioned(weights, model))
     else:
-        load_sparse(model, state["model"])
+        load_sparse(model, weights)
         found = _kept(model, [layer["name"] for layer in state["pruning"]["layers"]]).digest()
     require(found == state["masks_digest"], f"masks_digest in {where}", f"that of its weights, {found}", state["masks_digest"])
 

@@ -17,7 +17,7 @@ from torchvision import models
 
 import grasp_sparse as gs
 from grasp_sparse import cli
-from grasp_sparse.export import command, source
+from grasp_sparse.export import command, source, weights
 from grasp_sparse.export.onnx import INPUT
 from grasp_sparse.export.source import read_source
 from grasp_sparse.train.checkpoint import load_checkpoint, read_checkpoint
@@ -39,6 +39,8 @@ _RUNS = {
     },
     "averaged": _SMALL | {"ema_decay": 0.9, "epochs": 3, "keep_checkpoints": 1},
     "factory": {"model": f"{__name__}:strange_net", "max_density": 1.0},
+    "versioned": {"model": f"{__name__}:versioned_net", "max_density": 1.0},
+    "versioned dense": {"model": f"{__name__}:versioned_net", "dense": True},
 }  # fmt: skip
 
 needs_onnx = pytest.mark.skipif(
@@ -48,6 +50,21 @@ needs_onnx = pytest.mark.skipif(
 
 def strange_net(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+class _Versioned(nn.Sequential):
+    """Refuses a state_dict that does not say its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"Expected version 2, got {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def versioned_net(num_classes: int, in_channels: int) -> nn.Module:
+    return _Versioned(*strange_net(num_classes, in_channels))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def _plain(name: str) -> nn.Module:
     if name == "torchvision":
         return models.resnet18(num_classes=10)
+    if name.startswith("versioned"):
+        return versioned_net(10, 3)
     return strange_net(10, 3) if name == "factory" else vgg_small(10, 3, **_SMALL["model_args"])
 
 
@@ -98,7 +117,7 @@ def test_dense_weights_fit_the_plain_model(runs, name: str, tmp_path: Path) -> N
     assert all(tensor.is_contiguous() for tensor in state.values())
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(map(Tensor.numel, weights))
-    assert zeros == (0 if name == "dense" else pytest.approx(0.8, abs=0.02))
+    assert zeros == (0 if _RUNS[name].get("dense") else pytest.approx(0.8, abs=0.02))
 
 
 @pytest.mark.parametrize("name", _RUNS)
@@ -108,7 +127,24 @@ def test_sparse_weights_make_the_plain_model_sparse_again(runs, name: str, tmp_p
     model = gs.load_sparse(_plain(name), safetensors.torch.load_file(path))
     _same(model, images, expected)
     kept = any(key.endswith(".values") for key in model.state_dict())
-    assert kept == (name not in ("masked", "dense"))
+    assert kept == (name != "masked" and not _RUNS[name].get("dense"))
+
+
+class _WithWords(nn.Linear):
+    def get_extra_state(self) -> str:
+        return "words"
+
+    def set_extra_state(self, state: str) -> None:
+        assert state == "words"
+
+
+def test_what_is_no_tensor_goes_into_dense_weights_alone(tmp_path: Path) -> None:
+    model, plain = _WithWords(3, 2), _WithWords(3, 2)
+    given = source.Source(model, plain, (3, 1, 1), {})
+    weights.write_dense(given, tmp_path / "model.pt")
+    assert torch.equal(weights.read_dense(given, tmp_path / "model.pt").weight, model.weight)
+    with pytest.raises(UserError, match="got other values in _extra_state; use --format dense"):
+        weights.write_sparse(given, tmp_path / "model.safetensors")
 
 
 def test_the_metadata_of_sparse_weights_tell_how_they_were_made(runs, tmp_path: Path) -> None:

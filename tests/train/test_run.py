@@ -47,6 +47,26 @@ def with_aux(num_classes: int, in_channels: int) -> nn.Module:
     return _WithAux(*dropout_net(num_classes, in_channels))
 
 
+class _Particular(nn.Sequential):
+    _version = 2
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"made": "with care"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        assert state == {"made": "with care"}
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError("Expected version 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def particular_net(num_classes: int, in_channels: int) -> nn.Module:
+    """Like torchvision's mnasnet: takes no state without its version. It also keeps what is no tensor there."""
+    return _Particular(*dropout_net(num_classes, in_channels))
+
+
 _TRUSTED = {"model": f"{__name__}:dropout_net"}  # a checkpoint alone does not choose whose code runs
 
 
@@ -104,6 +124,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: p
     assert _history(whole) == _history(parts)
     logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert logged == parts["position"]["history"] and len(logged) == 3
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_a_model_that_asks_for_the_version_of_a_state_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    config = _config(model=f"{__name__}:particular_net", dense=dense, epochs=1, ema_decay=0.9, criterion="synflow")
+    whole = start_run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _after_steps(2, _ctrl_c, patch)
+        with pytest.raises(Interrupted):
+            start_run(config, tmp_path / "parts")
+    parts = resume_run(tmp_path / "parts", {"model": config.model})
+    assert parts["training"]["last_accuracy"] == whole["training"]["last_accuracy"]
+    assert load_checkpoint(tmp_path / "parts")["model"]["_extra_state"] == {"made": "with care"}
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
