@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grasp_sparse.nn import SparseLayer
 from grasp_sparse.train.config import TrainConfig
-from grasp_sparse.train.distributed import current_ranks
+from grasp_sparse.train.distributed import MainFailed, current_ranks, gather
 from grasp_sparse.train.errors import UserError
 
 _SYNC_BUFFERS = next(  # the name of one setting, in newer versions of torch and in older ones
@@ -53,6 +53,39 @@ def data_parallel(model: nn.Module) -> tuple[nn.Module, Traffic]:
     # a lambda, for DDP reads annotations and does not know postponed ones
     wrapped.register_comm_hook(traffic, lambda state, bucket: _average(state, bucket))
     return wrapped, traffic
+
+
+def check_all_reached(model: nn.Module, loss: Tensor) -> None:
+    """UserError on every rank unless, on each, a backward pass from `loss` gives every trained parameter a gradient.
+
+    Call it before that pass: DistributedDataParallel waits for each of them. Ranks without one would go on with gradients that are
+    nobody's mean while others wait for theirs, and none would say which parameter it was.
+    """
+    unreached = [name for rank in gather(_unreached(model, loss)) for name in rank]
+    if not unreached:
+        return
+    named = ", ".join(dict.fromkeys(unreached))
+    if not current_ranks().is_main:
+        raise MainFailed(f"parameters without a gradient: {named}")
+    raise UserError(
+        f"Expected every trained parameter to have a part in the loss, got none for {named}, whose gradient the other ranks would wait "
+        "for; freeze or remove them, or train in one process"
+    )
+
+
+def _unreached(model: nn.Module, loss: Tensor) -> list[str]:
+    """Names of the trained parameters that the graph behind `loss` does not hold."""
+    pending, seen, reached = [loss.grad_fn], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":  # a reentrant checkpoint: what it computes is in no graph yet
+            return []
+        reached.add(getattr(node, "variable", None))
+        pending += [following for following, _ in node.next_functions]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in reached]
 
 
 def _average(traffic: Traffic, bucket: dist.GradBucket) -> Future[Tensor]:

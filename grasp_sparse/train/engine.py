@@ -18,7 +18,7 @@ from grasp_sparse.train.agreement import Agreed, Requests
 from grasp_sparse.train.checkpoint import require, save_checkpoint
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data.sets import Data
-from grasp_sparse.train.data_parallel import compiled, data_parallel, without_peers
+from grasp_sparse.train.data_parallel import check_all_reached, compiled, data_parallel, without_peers
 from grasp_sparse.train.distributed import MainFailed, broadcast_tensors, current_ranks, gather, on_main, sum_over_ranks
 from grasp_sparse.train.divergence import endless_buffers, first_non_finite, non_finite_state
 from grasp_sparse.train.ema import Ema
@@ -58,6 +58,7 @@ class Trainer:
         self.loss_fn = loss_function(config)
         wrapped, self.traffic = data_parallel(model)
         self.called = compiled(config, wrapped)
+        self._all_reached = self.ranks.size == 1  # else the first step tells
         self.ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
         self._endless = endless_buffers(model)
         self.position = Position()
@@ -184,10 +185,17 @@ class Trainer:
                 rate = learning_rate(config, progress)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                loss, logits = training_step(self.called, self.optimizer, self.loss_fn, x, y, self.options, self._prepare)
+                loss_fn = self.loss_fn if self._all_reached else self._first_loss
+                loss, logits = training_step(self.called, self.optimizer, loss_fn, x, y, self.options, self._prepare)
+                self._all_reached = True
                 agreed = self._count_step(loss, logits, x, y, start, waited, requests)
                 recorder.step(rate)
                 self._follow(requests, agreed)
+
+    def _first_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = self.loss_fn(logits, labels)
+        check_all_reached(self.model, loss)
+        return loss
 
     def _prepare(self, x: Tensor) -> Tensor:
         return self.data.prepare(x, self.device, self.config.memory_format)

@@ -60,6 +60,24 @@ def noisy_net(num_classes: int, in_channels: int, dropout: float = 0.5) -> nn.Mo
     )  # fmt: skip
 
 
+class _WithSpare(nn.Sequential):
+    """Has a layer that only the first `users` ranks use."""
+
+    users: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        *layers, spare = self
+        for layer in layers:
+            x = layer(x)
+        return spare(x) if current_ranks().rank < self.users else x
+
+
+def net_with_spare(num_classes: int, in_channels: int, users: int) -> nn.Module:
+    net = _WithSpare(*plain_net(num_classes, in_channels), nn.Linear(num_classes, num_classes, bias=False))
+    net.users = users
+    return net
+
+
 def small_config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         data="fake", image_size=8, train_limit=96, test_limit=20, batch_size=8, epochs=2, lr=0.05, sparsity=0.7, samples_per_class=2,
@@ -227,6 +245,9 @@ def work(folder: Path) -> dict[str, Any]:
     found["main fails"] = message_of(lambda: on_main(_fail))
     found["main takes long"] = long_work_on_main()
     found["index kept"] = index_changed_on_the_last_rank()
+    for users in (0, 1, RANKS):
+        spare = small_config(model="several_ranks:net_with_spare", model_args={"users": users}, dense=True, epochs=1)
+        found[f"spare layer of {users}"] = message_of(lambda: start_run(spare, folder / f"spare {users}"))
     found["batches of the criterion"] = message_of(lambda: masks_by(criterion_args={"num_batches": 1}))
 
     noisy = small_config(model="several_ranks:noisy_net", ema_decay=0.9)

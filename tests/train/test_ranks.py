@@ -17,10 +17,12 @@ import several_ranks
 import torch
 from several_ranks import CRITERIA, RANKS, small_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.run_states import same
-from grasp_sparse.train import prepare
+from grasp_sparse.train import data_parallel, prepare
 from grasp_sparse.train.checkpoint import load_checkpoint
+from grasp_sparse.train.checkpoint_files import list_checkpoints
 from grasp_sparse.train.data_parallel import synchronize_norms, without_peers
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
@@ -122,6 +124,28 @@ def test_images_that_cannot_be_read_are_counted_over_all_ranks(folder: Path, fou
     said = [rank["too many corrupt"] for rank in found]
     assert said[0].startswith("UserError: Expected at most 2 corrupt images, got 3, ") and "--max-corrupt" in said[0]
     assert said[1:] == ["MainFailed: too many corrupt images"] * 2
+
+
+@pytest.mark.parametrize("users", [0, 1])
+def test_a_parameter_without_a_gradient_on_some_rank_stops_all_before_the_first_update(
+    folder: Path, found: list[dict], users: int
+) -> None:
+    said = [rank[f"spare layer of {users}"] for rank in found]
+    assert said[0].startswith("UserError: Expected every trained parameter to have a part in the loss, got none for 8.weight, ")
+    assert said[1:] == ["MainFailed: parameters without a gradient: 8.weight"] * (RANKS - 1)
+    assert not list_checkpoints(folder / f"spare {users}")
+
+
+def test_parameters_that_all_ranks_use_are_no_reason_to_stop(found: list[dict]) -> None:
+    assert [rank[f"spare layer of {RANKS}"] for rank in found] == [""] * RANKS
+
+
+def test_what_a_reentrant_checkpoint_holds_is_not_looked_for() -> None:
+    net, x = several_ranks.plain_net(10, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
+    spare = nn.ModuleList([net, nn.Linear(2, 2)])
+    assert data_parallel._unreached(spare, net(x).sum()) == ["1.weight", "1.bias"]
+    assert data_parallel._unreached(spare, checkpoint(net, x, use_reentrant=False).sum()) == ["1.weight", "1.bias"]
+    assert data_parallel._unreached(spare, checkpoint(net, x, use_reentrant=True).sum()) == []
 
 
 def test_drawing_batches_from_batches_cannot_be_shared(found: list[dict]) -> None:
