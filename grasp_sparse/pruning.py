@@ -84,6 +84,8 @@ def prune(
     scope: str = "global",
     budget: str = "weights",
     speedup: float | None = None,
+    plan: str = "auto",
+    max_density: float | None = None,
     loss_fn: LossFn | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -105,6 +107,7 @@ def prune(
         are made, a step is measured, and the budget corrected until the step is that fast within 10 %; ValueError with
         the most that can be reached when it cannot. Steps run on `example_input`, or on the first batch: give it as
         many samples as training will use.
+    plan, max_density: with speedup, those of the `sparsify_` that will follow: the network that is measured is made with them.
     iterations: rounds of scoring the network with the masks so far and keeping density^(k / iterations) after round k;
         a pruned weight stays pruned. Default: as published, 100 for synflow, 1 for the others.
     example_input, costs: for budget="flops" and "time", what one forward sees; the first batch of `batches` unless given.
@@ -120,6 +123,8 @@ def prune(
     usual_rule = "paper" if options.get("preset") == "paper" else "exact"
     pattern = get_pattern(pattern)
     _check_goal(pattern, budget, sparsity, speedup, costs)
+    if speedup is None and (plan != "auto" or max_density is not None):
+        raise ValueError("Expected plan and max_density with speedup only, got one without; give it to sparsify_")
     if speedup is not None and reduce is not None:
         raise ValueError("Expected no reduce with speedup, got one: measure in one process and hand its masks to the others")
     sparsity = sparsity_under(pattern, sparsity)
@@ -147,7 +152,7 @@ def prune(
         else:
             shapes = {weight.name: weight.parameter.shape for weight in selection.weights}
             sparsest = functools.partial(choice.sparsest, shapes)
-            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn, pattern)
+            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn, pattern, plan, max_density)
     _warn_if_thin(masks)
     return masks
 

@@ -63,6 +63,8 @@ def fit_speedup(
     speedup: float,
     loss_fn: LossFn | None = None,
     pattern: GroupPattern = Unstructured(),
+    plan: str = "auto",
+    max_density: float | None = None,
 ) -> MaskSet:
     """Masks under which a training step of ``model`` is ``speedup`` times as fast as the dense one, within 10 %.
 
@@ -74,6 +76,7 @@ def fit_speedup(
         sparsest: seconds per weight -> the largest share that can be removed.
         names: of the weights that may be pruned.
         pattern: of the masks that ``masks_at`` makes.
+        plan, max_density: of the caller's ``sparsify_``, which makes the networks measured here too.
         batch: what a step runs on; without targets the loss is the mean square of the output.
 
     Raises:
@@ -106,7 +109,8 @@ def fit_speedup(
     def attempt(share: float) -> Try:
         masks = masks_at(share, prices)
         network = copy.deepcopy(model)
-        sparsify_(network, masks, batch.inputs)  # the plan is the one that the caller's sparsify_ will find in the cache of times
+        # a plan that is measured is the one that the caller's sparsify_ will find in the cache of times
+        sparsify_(network, masks, batch.inputs, plan, max_density)
         times = measure_steps(model, network, batch, loss_fn)
         sparse = times.pop(SPARSE)
         return Try(share, kept_seconds(masks), min(times.values()), sparse, masks)

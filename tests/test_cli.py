@@ -104,7 +104,7 @@ def test_a_pattern_is_one_flag(pattern: str, blocks: tuple | None, capsys: pytes
 def test_a_budget_of_time_is_measured_and_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern):
+    def search(model, masks_at, sparsest, names, batch, speedup, *rest):
         seen.update(shape=tuple(batch.inputs.shape), speedup=speedup)
         masks = masks_at(0.5, dict.fromkeys(names, 1e-6))
         masks.recipe.update(dense_step_s=0.5, sparse_step_s=0.125)

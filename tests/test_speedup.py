@@ -11,7 +11,7 @@ from torch import nn
 
 import grasp_sparse as gs
 from grasp_sparse import pruning, speedup
-from grasp_sparse.nn import MaskedConv2d, SparseLayer
+from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.planning.cost_model import DENSITIES
 from grasp_sparse.train.models import build_model
@@ -114,6 +114,24 @@ def test_what_was_timed_is_what_sparsify_makes(on, monkeypatch):
     assert isinstance(network[0], MaskedConv2d) and isinstance(network[2], SparseLayer)
 
 
+@pytest.mark.parametrize(
+    ("choice", "kinds"),
+    [({"max_density": 1e-6}, {MaskedConv2d, MaskedLinear}), ({"plan": "density", "max_density": 1.0}, {SparseConv2d, SparseLinear})],
+    ids=["masked", "sparse"],
+)
+def test_networks_are_timed_as_they_will_be_made(on, monkeypatch, choice, kinds):
+    machine, seen = on(Machine()), set()
+
+    def look(model, sparse, batch, loss_fn):
+        seen.update(type(module) for module in (sparse or nn.Sequential()).modules() if hasattr(module, "mask"))
+        times = machine.step(model, sparse, batch, loss_fn)
+        return times if sparse is None else times | {"sparse": times["nchw"] / 2}
+
+    monkeypatch.setattr(speedup, "measure_steps", look)
+    gs.prune(net(), batches(), criterion="magnitude", budget="time", speedup=2.0, **choice)
+    assert seen == kinds
+
+
 def test_without_surprises_the_first_network_is_fast_enough(on):
     machine = on(Machine())
     masks = gs.prune(net(), None, criterion="magnitude", budget="time", speedup=4.0, example_input=batches()[0][0])
@@ -183,6 +201,7 @@ def test_weights_are_charged_the_seconds_their_layer_takes(on, monkeypatch):
         ({"sparsity": 0.9}, "Expected costs, in seconds per weight"),
         ({"speedup": 2.0, "batches": None}, "Expected costs, example_input or batches with budget='time'"),
         ({"speedup": 2.0, "rule": "paper"}, "rule='exact'"),
+        ({"sparsity": 0.9, "budget": "weights", "max_density": 0.1}, "Expected plan and max_density with speedup only"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(on, arguments, message):

@@ -101,6 +101,11 @@ def _on_cpu(masks: MaskSet) -> MaskSet:
 
 def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> MaskSet:
     options = criterion_options(config)
+    if config.budget == "time" and config.precision != "fp32":
+        raise UserError(
+            f"Expected --precision fp32 with --budget time, which measures steps in it, got {config.precision}; choose another --budget, or "
+            "give masks that were made for a speedup in fp32 with --masks"
+        )
     shared = ranks.size > 1 and get_criterion(config.criterion).sums
     if shared and (drawing := sorted(options.keys() & {"num_batches", "samples_per_class", "num_classes"})):
         raise UserError(f"Expected no {drawing[0]} in criterion_args on several ranks; use --samples-per-class and --score-batch")
@@ -114,6 +119,7 @@ def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> M
     if config.budget == "time":
         say(f"measuring layers and steps at batch {config.batch_size} for a speedup of {config.speedup:g}")
         goal = {"speedup": config.speedup, "example_input": example_batch(config, data)}
+        goal |= {"plan": config.plan, "max_density": config.max_density}
     else:
         goal = {"sparsity": config.sparsity, "example_input": example_input(config, data)}
     masks = prune(

@@ -11,7 +11,8 @@ import torch
 from several_ranks import after_steps, small_config
 from torch import nn
 
-from grasp_sparse import _extension
+from grasp_sparse import _extension, pruning
+from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, cache, measure
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.data_parallel import compiled
@@ -82,6 +83,24 @@ def test_layers_are_planned_in_the_precision_of_the_run(
     several_ranks.sparsify_for_training(config, model, several_ranks.masks_for(config, model, data), data)
     assert given == [torch.float32, inside, inside]  # images come as they are
     assert {str(torch.bfloat16) in key for key in keys} == {precision == "bf16"} and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("choice", [{"plan": "density"}, {"plan": "auto", "max_density": 0.1}], ids=str)
+def test_a_speedup_is_searched_among_networks_that_the_run_makes(monkeypatch: pytest.MonkeyPatch, choice: dict) -> None:
+    seen = []
+
+    def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern, *made_with):
+        seen.append(made_with)
+        return MaskSet(masks_at(0.5, dict.fromkeys(names, 1.0)), {"dense_step_s": 2.0, "sparse_step_s": 1.0})
+
+    monkeypatch.setattr(pruning, "time_search", search)
+    config = small_config(budget="time", speedup=2.0, sparsity=None, **choice)
+    data, model = data_and_model(config)
+    several_ranks.masks_for(config, model, data)
+    assert seen == [(config.plan, config.max_density)]
+    config.precision = "bf16"
+    with pytest.raises(UserError, match="Expected --precision fp32 with --budget time, .* got bf16"):
+        several_ranks.masks_for(config, model, data)
 
 
 def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> None:
