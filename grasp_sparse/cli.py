@@ -49,14 +49,18 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _given_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The config fields that the recipe or the command line sets; a flag wins."""
+    """The config fields that the recipe or the command line sets; a flag wins, of the arguments of model and criterion one by one."""
     recipe = read_recipe(arguments.recipe) if arguments.recipe else {}
     TrainConfig.from_dict(recipe, f"recipe {arguments.recipe}")
     if recipe.get("budget") == "time" and "sparsity" in recipe:
         raise UserError(f"recipe {arguments.recipe}: Expected speedup with budget 'time', got sparsity too; leave sparsity out")
     given = _given_flags(arguments)
-    if given.get("criterion", recipe.get("criterion")) != recipe.get("criterion"):
-        recipe.pop("criterion_args", None)  # options of the criterion that the flag replaces
+    for chosen in ("model", "criterion"):
+        of_recipe, args = recipe.get(chosen, getattr(TrainConfig, chosen)), f"{chosen}_args"
+        if given.get(chosen, of_recipe) != of_recipe:
+            recipe.pop(args, None)  # they belong to what the flag replaces
+        elif args in recipe and args in given:
+            given[args] = {**recipe[args], **given[args]}
     return {**recipe, **given}
 
 

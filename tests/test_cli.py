@@ -16,6 +16,7 @@ import torch
 
 import grasp_sparse as gs
 from grasp_sparse import _extension, cli, pruning
+from grasp_sparse.flags import make_parser
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.train.checkpoint import load_checkpoint, save_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, has_run
@@ -71,6 +72,23 @@ def test_flags_win_over_the_recipe(capsys: pytest.CaptureFixture) -> None:
     assert (config["model_args"], config["name"]) == ({"widths": [16], "depth": 1}, "mine")
     assert _exit_code("train", "--recipe", "mine.toml", *_SMALL, "--timing-rounds", "0", "--lr", "0.25", "--out", "other") == 0
     assert "a step has" not in capsys.readouterr().err
+
+
+def _values(*flags: str) -> tuple[dict, dict]:
+    """(model_args, criterion_args) of training by mine.toml with these flags."""
+    config = cli._config(make_parser().parse_args(["train", "--recipe", "mine.toml", *flags]))
+    return config.model_args, config.criterion_args
+
+
+@pytest.mark.parametrize("named", ['model = "vgg_small"\ncriterion = "grasp"\n', ""], ids=["named", "by default"])
+def test_arguments_of_a_recipe_stay_with_its_model_and_criterion(named: str) -> None:
+    Path("mine.toml").write_text(named + "model_args = {stem = 8, depth = 1}\ncriterion_args = {temperature = 150, redraw = 'all'}\n")
+    of_recipe = {"stem": 8, "depth": 1}, {"temperature": 150, "redraw": "all"}
+    assert _values() == _values("--criterion", "grasp", "--model", "vgg_small") == of_recipe
+    changed = {"stem": 8, "depth": 2}, {"temperature": 200, "redraw": "all"}
+    assert _values("--model-arg", "depth=2", "--criterion-arg", "temperature=200") == changed
+    assert _values("--model", "resnet32", "--criterion", "snip") == ({}, {})
+    assert _values("--model", "resnet32", "--model-arg", "width=2") == ({"width": 2}, of_recipe[1])
 
 
 def test_dense_training_prunes_nothing(capsys: pytest.CaptureFixture) -> None:

@@ -69,7 +69,8 @@ class TrainConfig:
         "vgg_small", "model", "vgg_small, vgg19, resnet32, any torchvision model, timm:name, or package.module:factory"
     )
     model_args: dict = _option(
-        {}, "model", "argument of the model's factory as KEY=VALUE, the value as TOML, e.g. 'widths=[128, 256]'",
+        {}, "model", "argument of the model's factory as KEY=VALUE, the value as TOML, e.g. 'widths=[128, 256]'; a recipe's others stay "
+        "unless --model names another",
         type=dict, metavar="KEY=VALUE",
     )
 
@@ -77,8 +78,8 @@ class TrainConfig:
     masks: str | None = _option(None, "pruning", "use this mask file instead of scoring", metavar="FILE")
     criterion: str = _option("grasp", "pruning", "score per weight: grasp, snip, synflow, magnitude, random")
     criterion_args: dict = _option(
-        {}, "pruning", "option of the criterion as KEY=VALUE, e.g. 'preset=\"paper\"' or temperature=200", type=dict,
-        metavar="KEY=VALUE",
+        {}, "pruning", "option of the criterion as KEY=VALUE, e.g. 'preset=\"paper\"' or temperature=200; a recipe's others stay "
+        "unless --criterion names another", type=dict, metavar="KEY=VALUE",
     )
     sparsity: float | None = _option(
         None, "pruning", "share removed, 0 <= sparsity < 1 (default: 0.95; with pattern nm 1 - N / M)", type=float, metavar="SHARE"

@@ -37,7 +37,7 @@ def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) 
     """
     recipe = TrainConfig.from_dict(state["recipe"], str(path))
     wanted = TrainConfig.from_dict(dict(given), "the command line")
-    changed = [name for name in given if name not in RESUMABLE and getattr(wanted, name) != getattr(recipe, name)]
+    changed = [name for name in given if name not in RESUMABLE and _contradicts(getattr(wanted, name), getattr(recipe, name))]
     if changed:
         named = ", ".join(f"{_flag(name)} {getattr(wanted, name)} (the run: {getattr(recipe, name)})" for name in changed)
         raise UserError(
@@ -53,6 +53,11 @@ def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) 
             f"go on with: {resume_command(config, path.parent)}"
         )
     return config
+
+
+def _contradicts(wanted: object, had: object) -> bool:
+    """Of a table only the keys that are named count: flags name some, and the recipe of the run may hold more."""
+    return not wanted.items() <= had.items() if isinstance(wanted, dict) and isinstance(had, dict) else wanted != had
 
 
 def is_foreign(model: str) -> bool:

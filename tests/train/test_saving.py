@@ -167,6 +167,15 @@ def test_a_flag_that_contradicts_the_run_is_refused(whole: Path, given: dict, me
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_some_of_the_arguments_of_the_model_do_not_contradict_the_run(tmp_path: Path) -> None:
+    config = config_of(model_args={"dropout": 0.25}, epochs=1)
+    start_run(config, tmp_path)
+    resume_run(tmp_path, {**NET, "model_args": {}})
+    resume_run(tmp_path, {**NET, "model_args": {"dropout": 0.25}})
+    with pytest.raises(UserError, match="got another --model-args"):
+        resume_run(tmp_path, {**NET, "model_args": {"dropout": 0.5}})
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -> None:
     program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     holder = subprocess.Popen(
