@@ -17,7 +17,8 @@ class Ema:
     """Averages of the floating-point tensors of `model`: average = d·average + (1 - d)·tensor after each update.
 
     d is `decay`, or (1 + updates) / (10 + updates) while that is less: the first steps are soon forgotten. A tensor with several
-    names (tied weights) has one average, which `averages` holds under each of them, as a state dict holds the tensor.
+    names (tied weights) has one average, which `averages` holds under each of them, as a state dict holds the tensor. One that is not
+    finite everywhere from the beginning, as a mask of minus infinity is, is copied: the average of infinities is no number.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,13 +26,17 @@ class Ema:
         state = model.state_dict(keep_vars=True)
         named = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_floating_point()}
         self._of = {tensor: tensor.detach().clone() for tensor in dict.fromkeys(named.values())}  # by identity
+        self._copied = {tensor for tensor, start in self._of.items() if not bool(start.isfinite().all())}
         self.averages = {name: self._of[tensor] for name, tensor in named.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Follow the model after its update number `updates`, from 1 on."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        get_ema_multi_avg_fn(decay)(list(self._of.values()), [tensor.detach() for tensor in self._of], updates)
+        averaged = {tensor: average for tensor, average in self._of.items() if tensor not in self._copied}
+        get_ema_multi_avg_fn(decay)(list(averaged.values()), [tensor.detach() for tensor in averaged], updates)
+        for tensor in self._copied:
+            self._of[tensor].copy_(tensor)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

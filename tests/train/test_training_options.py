@@ -233,6 +233,24 @@ def test_tied_weights_have_one_average_and_stay_tied() -> None:
     torch.testing.assert_close(model.head.weight.detach(), live, rtol=0, atol=0)
 
 
+def test_a_mask_of_minus_infinity_is_no_average() -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    ema, first, mask = Ema(model, decay=0.5), model.weight.detach().clone(), model.mask.clone()
+    for updates in (10, 11):
+        with torch.no_grad():
+            model.weight.add_(1)
+        ema.update(updates)
+    assert torch.equal(ema.averages["mask"], mask)
+    torch.testing.assert_close(ema.averages["weight"], first + 1.25)
+    with ema.applied():
+        assert torch.equal(model.mask, mask)
+    other = Ema(model, decay=0.5)
+    other.restore(ema.averages)
+    other.update(12)
+    assert torch.equal(other.averages["mask"], mask)
+
+
 def test_the_moving_average_is_evaluated_beside_the_model_and_saved(tmp_path: Path) -> None:
     start_run(small_config(ema_decay=0.9, epochs=1), tmp_path)
     state = load_checkpoint(tmp_path)
