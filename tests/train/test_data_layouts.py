@@ -166,6 +166,12 @@ def test_sets_of_one_size_refuse_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"trivial_augment": True}, {"random_erasing": 0.1}], ids=lambda changes: next(iter(changes)))
+def test_images_as_they_are_refuse_what_would_change_them(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UserError, match="neither --trivial-augment nor --random-erasing with --no-augment, .*leave it out"):
+        load_data(TrainConfig(data="imagefolder", data_dir=str(tmp_path), augment=False, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"trivial_augment": True}, {"random_erasing": 0.1}], ids=lambda changes: next(iter(changes)))
 def test_sets_in_memory_refuse_what_only_workers_do(changes: dict) -> None:
     with pytest.raises(UserError, match="neither --trivial-augment nor --random-erasing with fake, which is held in memory"):
         load_data(TrainConfig(data="fake", **changes))

@@ -82,6 +82,11 @@ def load_data(config: TrainConfig) -> Data:
             f"Expected neither --trivial-augment nor --random-erasing with {config.data}, which is held in memory; "
             f"{', '.join(_DECODED_IN_TRAINING)} take them"
         )
+    if (config.trivial_augment or config.random_erasing) and not config.augment:
+        raise UserError(
+            "Expected neither --trivial-augment nor --random-erasing with --no-augment, which shows images as they are; leave it out, or "
+            "switch them off (--no-trivial-augment --random-erasing 0)"
+        )
     loaders: dict[str, Callable[[TrainConfig], Data]] = {
         "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet,
         "imagenet": _imagenet, "imagefolder": _imagefolder, "fake": _fake,
