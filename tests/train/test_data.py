@@ -15,6 +15,7 @@ from grasp_sparse.train.data import fashion_mnist
 from grasp_sparse.train.data.images import MemoryImages, class_balanced, generator_for, shift_and_flip, shift_draws
 from grasp_sparse.train.data.normalization import Normalization, in_layout
 from grasp_sparse.train.data.sets import load_data
+from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
 
 
@@ -124,6 +125,19 @@ def test_missing_fashion_mnist_names_the_three_ways(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="--data-dir DIR; apt-get install dataset-fashion-mnist .*download") as error:
         load_data(TrainConfig(data_dir=str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "downloads"), [(1, 1), (2, 0)])
+def test_fashion_mnist_is_downloaded_by_one_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, downloads: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(fashion_mnist, "_download", asked.append)
+    monkeypatch.setattr(fashion_mnist, "current_ranks", lambda: Ranks(size=size))
+    with pytest.raises(UserError, match="run once in one process"):
+        load_data(TrainConfig(data_dir=str(tmp_path)))
+    assert len(asked) == downloads
 
 
 def test_a_data_dir_that_is_not_there_is_an_error_even_if_data_are_elsewhere(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grasp_sparse.train.distributed import current_ranks
 from grasp_sparse.train.errors import UserError
 
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -63,7 +64,7 @@ def find_fashion_mnist(data_dir: str | None) -> tuple[dict[str, tuple[Path, Path
     """Files of both splits and the folder they were found in.
 
     Looks in `data_dir`, then where Debian's package puts them, then asks torchvision to download them (into `data_dir`
-    or ./data). A `data_dir` that is given and does not exist is an error.
+    or ./data), unless several ranks would do so at once. A `data_dir` that is given and does not exist is an error.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"Expected --data-dir to be a folder, got {data_dir!r}, which does not exist; create it or leave it out")
@@ -71,11 +72,13 @@ def find_fashion_mnist(data_dir: str | None) -> tuple[dict[str, tuple[Path, Path
     for folder in (target, SYSTEM_FOLDER):
         if files := _files(folder):
             return files, folder
-    if files := _download(target):
+    # one process at a time may write there
+    if current_ranks().size == 1 and (files := _download(target)):
         return files, target
     raise UserError(
         "Fashion-MNIST not found; do one of: put its four idx files in a folder and pass --data-dir DIR; "
-        "apt-get install dataset-fashion-mnist (Debian, Ubuntu); or run once with network so that torchvision can download it"
+        "apt-get install dataset-fashion-mnist (Debian, Ubuntu); or run once in one process with network so that torchvision can "
+        "download it"
     )
 
 
