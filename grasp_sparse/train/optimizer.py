@@ -25,9 +25,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     module, settings = (optim, _masking(config, masks)) if masks else (torch.optim, {"fused": True})
     settings |= {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return module.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
-    optimizer = module.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
-    _start_momentum(optimizer)
+        optimizer = module.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
+    else:
+        optimizer = module.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+    _start_moments(optimizer)
     return optimizer
 
 
@@ -35,16 +36,20 @@ def _masking(config: TrainConfig, masks: dict[Tensor, Tensor]) -> dict[str, Any]
     return {"masks": masks, "raw_gradients": config.clip_norm is None and config.precision != "fp16"}
 
 
-def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros for SGD's momentum, from which the first step has the bits that it has from none.
+def _start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros for all moments, from which the first step has the bits that it has from none.
 
-    Left to itself, torch makes memory that its kernel fills in the first step, and keeps it unfilled when that step is left out
-    because gradients overflowed.
+    Left to itself, torch's SGD makes memory that its kernel fills in the first step, and keeps it unfilled when that step is left out
+    because gradients overflowed. And a parameter that has its first gradient after a resume would look like one whose moments are lost.
     """
     for group in optimizer.param_groups:
+        adamw = "betas" in group
+        moments = _MOMENTS["adamw"] if adamw else _MOMENTS["sgd"] if group["momentum"] else ()
         for parameter in group["params"]:
-            if group.get("momentum") and parameter.requires_grad:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if moments and parameter.requires_grad:
+                optimizer.state[parameter].update((name, torch.zeros_like(parameter)) for name in sorted(moments))
+                if adamw:
+                    optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
 def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -58,7 +63,7 @@ def restore_optimizer(config: TrainConfig, optimizer: torch.optim.Optimizer, sav
     if optimizer.state:
         _expect_complete(optimizer)
     else:
-        _start_momentum(optimizer)
+        _start_moments(optimizer)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, moments: set[str], counts: bool) -> None:

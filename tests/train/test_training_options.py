@@ -11,6 +11,8 @@ import torch
 from several_ranks import after_steps, small_config
 from torch import nn
 
+import grasp_sparse
+from benchmarks.run_states import same
 from grasp_sparse import _extension, pruning
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Times, cache, measure
@@ -155,6 +157,43 @@ def test_momentum_from_zeros_is_momentum_from_none(nesterov: bool) -> None:
             training_step(model, optimizer, nn.functional.cross_entropy, x, y)
         assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
         assert all(map(torch.equal, _momenta(ours), _momenta(plain)))
+
+
+def test_moments_of_adamw_from_zeros_are_those_from_none() -> None:
+    config = small_config(optimizer="adamw", lr=1e-3)
+    models, x, y = [_net(), _net()], torch.randn(12, 3, 8, 8), torch.arange(12) % 10
+    ours = make_optimizer(config, models[0])
+    betas = config.momentum, config.beta2
+    plain = torch.optim.AdamW(models[1].parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    assert not plain.state and ours.state
+    for _ in range(2):
+        for model, optimizer in zip(models, (ours, plain)):
+            training_step(model, optimizer, nn.functional.cross_entropy, x, y)
+        assert same(models[0].state_dict(), models[1].state_dict()) and same(ours.state_dict()["state"], plain.state_dict()["state"])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"momentum": 0.0, "nesterov": False}, {"optimizer": "adamw", "lr": 1e-3}], ids=["sgd", "no momentum", "adamw"]
+)
+def test_a_first_gradient_after_a_resume_is_no_damage(changes: dict, masked: bool) -> None:
+    config, states = small_config(**changes), []
+    for resumed in (False, True):
+        model = _net()
+        if masked:
+            mask = torch.arange(model[0].weight.numel()).view_as(model[0].weight) % 2 == 0
+            grasp_sparse.sparsify_(model, {"0.weight": mask}, max_density=0)
+        optimizer = make_optimizer(config, model)
+        for late in (False, True):
+            if late and resumed:
+                saved = optimizer.state_dict()
+                optimizer = make_optimizer(config, model)
+                restore_optimizer(config, optimizer, saved)
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5) if late or parameter is not model[7].bias else None
+            optimizer.step()
+        states.append([model.state_dict(), optimizer.state_dict()["state"]])
+    assert same(*states)
 
 
 @pytest.mark.parametrize(
