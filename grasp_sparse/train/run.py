@@ -241,16 +241,18 @@ def _scale(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, Any
 
 def _measured_before(trainer: Trainer) -> dict[str, Any] | None:
     """What result.json says was measured of the steps of this complete run; None where as much as is asked for now was not."""
-    rounds = trainer.config.timing_rounds
+    rounds, threads = trainer.config.timing_rounds, trainer.config.threads
     try:
         result = json.loads((trainer.run_dir / RESULT_NAME).read_text(encoding="utf-8"))
         measured = {name: result[name] for name in ("timing", "memory")}
-        if result["training"] != _training_summary(trainer.position) or result["config"]["timing_rounds"] != rounds:
+        if result["training"] != _training_summary(trainer.position):
+            return None
+        if (result["config"]["timing_rounds"], result["config"]["threads"]) != (rounds, threads):
             return None
         if not measured["memory"] or bool(measured["timing"]) != bool(rounds):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if rounds:
-        say("its steps were measured before; another --timing-rounds measures them again")
+        say("its steps were measured before; another --timing-rounds or --threads measures them again")
     return measured

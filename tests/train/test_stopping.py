@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import several_ranks
+import torch
 from small_runs import COMMAND, NET, at_call, config_of, same_end
 
 from grasp_sparse import cli
@@ -186,11 +187,13 @@ def test_a_signal_while_steps_are_timed_ends_a_run_that_is_saved(
     assert load_checkpoint(tmp_path / "run")["position"]["finished"]
     monkeypatch.undo()
     results = []
-    for more in ((), (), ("--timing-rounds", "3")):
+    for more in ((), (), ("--timing-rounds", "3"), ("--timing-rounds", "3", "--threads", "2")):
         assert cli.main(["train", "--resume", "auto", *flags, *more]) == 0
         results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
-    first, again, anew = (result["timing"] for result in results)
+    torch.set_num_threads(1)
+    first, again, anew, with_threads = (result["timing"] for result in results)
     assert first and first == again != anew  # a loop that starts a finished run again and again measures it once
+    assert with_threads["environment"]["threads"] == results[3]["config"]["threads"] == 2 and results[2]["config"]["threads"] == 1
     assert first["environment"] == results[0]["environment"]
 
 
