@@ -15,7 +15,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.train.beside_dense import beside_dense
 from grasp_sparse.train.checkpoint import read_checkpoint, require
 from grasp_sparse.train.checkpoint_files import (
-    delete_checkpoints, delete_partial_files, has_run, list_checkpoints, newest_good_checkpoint, set_damaged_aside,
+    checkpoint_name, delete_checkpoints, delete_partial_files, has_run, list_checkpoints, newest_good_checkpoint, set_damaged_aside,
 )
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data_parallel import parameter_counts, synchronize_norms
@@ -191,7 +191,7 @@ def _finish(
         position = trainer.fit()
         comparison = measured or on_main(lambda: beside_dense(trainer))
     except KeyboardInterrupt as stop:
-        saved = trainer.position.finished or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
+        saved = _is_complete(trainer) or isinstance(stop, Interrupted) or (isinstance(stop, Preempted) and stop.saved)
         if not saved and not list_checkpoints(trainer.run_dir):
             raise
         # not saved: a second, impatient Ctrl-C
@@ -213,6 +213,13 @@ def _finish(
     text = json.dumps(result, indent=1)
     on_main(lambda: write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode())))
     return result
+
+
+def _is_complete(trainer: Trainer) -> bool:
+    """Whether the end of training is on the disk; only rank 0 can tell, the others take it for granted."""
+    position = trainer.position
+    last = trainer.run_dir / checkpoint_name(position.epoch, position.step)
+    return position.finished and (not trainer.ranks.is_main or last.is_file())
 
 
 def _training_summary(position: Position) -> dict[str, Any]:

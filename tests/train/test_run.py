@@ -360,6 +360,24 @@ def test_a_second_ctrl_c_says_what_stands(tmp_path: Path, monkeypatch: pytest.Mo
         start_run(_config(), tmp_path)
 
 
+@pytest.mark.parametrize(("before", "said"), [(True, "the last checkpoint stands"), (False, "saved")], ids=["before it", "after it"])
+def test_a_second_ctrl_c_around_the_last_save_says_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, said: str
+) -> None:
+    def save(run_dir: Path, state: dict, keep: int) -> None:
+        last = state["position"]["finished"]
+        if last and before:
+            _ctrl_c(), _ctrl_c()
+        save_checkpoint(run_dir, state, keep)
+        if last:
+            _ctrl_c(), _ctrl_c()
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted; {said}, go on with: .*--resume") as stop:
+        start_run(_config(epochs=2), tmp_path)
+    assert load_checkpoint(tmp_path)["position"]["finished"] == isinstance(stop.value, Interrupted) == (not before)
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [({"temperature": 150}, {"temperature": 150.0}), ({"dtype": "float64"}, {"dtype": "torch.float64"}),
