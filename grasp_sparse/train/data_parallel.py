@@ -83,7 +83,8 @@ def _unreached(model: nn.Module, loss: Tensor) -> list[str]:
         seen.add(node)
         if node.name() == "CheckpointFunctionBackward":  # a reentrant checkpoint: what it computes is in no graph yet
             return []
-        reached.add(getattr(node, "variable", None))
+        if node.name().endswith("AccumulateGrad"):
+            reached.add(node.variable)
         pending += [following for following, _ in node.next_functions]
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in reached]
 
