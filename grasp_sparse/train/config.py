@@ -113,8 +113,8 @@ class TrainConfig:
 
     epochs: int = _option(10, "training", "passes over the training images", type=int, metavar="N")
     max_seconds: float | None = _option(
-        None, "training", "end training after this wall time of steps and evaluation, not counting checkpoints; the schedule shrinks to fit "
-        "(then not reproducible)", type=float, metavar="S",
+        None, "training", "end training after this wall time of steps and evaluation, not counting checkpoints; the schedule shrinks to "
+        "fit (then not reproducible)", type=float, metavar="S",
     )
     batch_size: int = _option(128, "training", "images per rank and micro-batch", type=int, metavar="N")
     accumulate: int = _option(1, "scale", "micro-batches per step: their gradients are added up", type=int, metavar="N")

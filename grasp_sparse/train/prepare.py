@@ -103,8 +103,8 @@ def _score(config: TrainConfig, model: nn.Module, data: Data, ranks: Ranks) -> M
     options = criterion_options(config)
     if config.budget == "time" and config.precision != "fp32":
         raise UserError(
-            f"Expected --precision fp32 with --budget time, which measures steps in it, got {config.precision}; choose another --budget, or "
-            "give masks that were made for a speedup in fp32 with --masks"
+            f"Expected --precision fp32 with --budget time, which measures steps in it, got {config.precision}; choose another --budget, "
+            "or give masks that were made for a speedup in fp32 with --masks"
         )
     shared = ranks.size > 1 and get_criterion(config.criterion).sums
     if shared and (drawing := sorted(options.keys() & {"num_batches", "samples_per_class", "num_classes"})):
