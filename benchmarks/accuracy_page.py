@@ -1,9 +1,9 @@
 """What sparse networks learn, from benchmarks/results/accuracy.csv and interrupted.json.
 
     python -m benchmarks.accuracy_page            print the tables of docs/accuracy.md
-    python -m benchmarks.accuracy_page --write    put them into docs/accuracy.md and draw docs/accuracy.png
+    python -m benchmarks.accuracy_page --write    put them into docs/accuracy.md and README.md, and draw docs/accuracy.png
 
-A test holds the page against what this prints.
+A test holds both against what this prints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from grasp_sparse.bench.accuracy_plots import plot_accuracy
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.report.style import STYLE, human_bytes, human_seconds
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
+README = Path(__file__).parents[1] / "README.md"
+DOCUMENT = README.parent / "docs" / "accuracy.md"
 SPEEDS = (2.0, 2.5, 3.0, 3.5, 4.0)
 Runs = Sequence[Mapping[str, str]]
 
@@ -166,6 +167,20 @@ def networks_table() -> str:
     return table(header, rows)
 
 
+def equal_minutes_table() -> str:
+    """The paper's networks, all trained for the same time."""
+    runs = {(run["model"], run["method"]): run for run in rows_of("cifar10")}
+    (seconds,) = {run["max_seconds"] for run in runs.values()}
+    (kept,) = {run["target"] for run in runs.values() if run["method"] != "dense"}
+    models, methods = list(dict.fromkeys(model for model, _ in runs)), list(dict.fromkeys(method for _, method in runs))
+    header = [f"after {float(seconds) / 60:g} minutes of training", *(m if m == "dense" else f"{m}, {float(kept):.0%} removed" for m in methods)]
+    rows = []
+    for model in models:
+        each = [runs[model, method] for method in methods]
+        rows.append([model, *(f"{100 * float(run['accuracy']):.1f} % ({int(run['steps'])} steps)" for run in each)])
+    return table(header, rows)
+
+
 def networks_setting() -> str:
     runs = rows_of("cifar10")
     (asked,) = {(run["data"], run["epochs"], run["max_seconds"]) for run in runs}
@@ -201,6 +216,7 @@ def interrupted_account() -> str:
     return "\n".join(lines)
 
 
+README_BLOCKS: Blocks = {"equal minutes": equal_minutes_table}
 BLOCKS: Blocks = {
     "criteria setting": partial(setting, "criteria"),
     "criteria": criteria_table,
@@ -221,7 +237,7 @@ def plot(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    print_or_write("accuracy_page", __doc__, DOCUMENT, BLOCKS, plot, arguments)
+    print_or_write("accuracy_page", __doc__, DOCUMENT, BLOCKS, plot, arguments, {README: README_BLOCKS})
 
 
 if __name__ == "__main__":

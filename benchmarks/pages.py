@@ -16,9 +16,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def filled(document: str, blocks: Blocks) -> str:
-    """`document` with each of `blocks` between its two marks. Raises ValueError for a mark without a block, or the other way round."""
-    marks = [mark for mark in re.findall(r"<!-- ([a-z0-9 ]+) -->", document) if mark != "end"]
+def marks_of(document: str) -> list[str]:
+    return [mark for mark in re.findall(r"<!-- ([a-z0-9 ]+) -->", document) if mark != "end"]
+
+
+def filled(document: str, blocks: Blocks, shared: bool = False) -> str:
+    """`document` with each of `blocks` between its two marks. Raises ValueError for a block without its mark and, unless the document
+    is `shared` with other programs, the other way round."""
+    marks = [mark for mark in marks_of(document) if mark in blocks or not shared]
     if sorted(marks) != sorted(blocks):
         raise ValueError(f"Expected the marks {', '.join(blocks)}, each once, got {', '.join(marks)}")
     for name, write in blocks.items():
@@ -39,9 +44,10 @@ def print_or_write(
 ) -> None:  # fmt: skip
     """The command line of a page: print its blocks or, with --write, put them into it and draw its plot beside it.
 
-    `others` are documents that quote blocks of their own from the same figures.
+    `others` are documents that quote blocks of their own from the same figures, perhaps beside those of other pages.
     """
-    documents = {path: blocks, **(others or {})}
+    others = others or {}
+    documents = {path: blocks, **others}
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +59,7 @@ def print_or_write(
             for name, write in own.items():
                 print(f"{name}\n\n{write()}\n")
         return
-    texts = {document: filled(document.read_text(encoding="utf-8"), own) for document, own in documents.items()}
+    texts = {document: filled(document.read_text(encoding="utf-8"), own, document in others) for document, own in documents.items()}
     for document, text in texts.items():
         document.write_text(text, encoding="utf-8")
     plot(image)

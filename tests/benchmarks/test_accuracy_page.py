@@ -15,6 +15,8 @@ from benchmarks.pages import filled, prose_of
 def test_the_page_holds_what_the_rows_say() -> None:
     page = accuracy_page.DOCUMENT.read_text(encoding="utf-8")
     assert page == filled(page, accuracy_page.BLOCKS), "run python -m benchmarks.accuracy_page --write"
+    readme = accuracy_page.README.read_text(encoding="utf-8")
+    assert readme == filled(readme, accuracy_page.README_BLOCKS, shared=True), "run python -m benchmarks.accuracy_page --write"
 
 
 def test_no_number_on_the_page_is_typed_by_hand() -> None:

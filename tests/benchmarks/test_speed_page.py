@@ -11,13 +11,13 @@ from benchmarks.pages import filled, prose_of
 
 
 @pytest.mark.parametrize(
-    ("document", "blocks"),
-    [(speed_page.DOCUMENT, speed_page.BLOCKS), (speed_page.README, speed_page.README_BLOCKS)],
+    ("document", "blocks", "shared"),
+    [(speed_page.DOCUMENT, speed_page.BLOCKS, False), (speed_page.README, speed_page.README_BLOCKS, True)],
     ids=["page", "readme"],
 )
-def test_the_documents_hold_what_the_rows_say(document, blocks) -> None:
+def test_the_documents_hold_what_the_rows_say(document, blocks, shared) -> None:
     text = document.read_text(encoding="utf-8")
-    assert text == filled(text, blocks), "run python -m benchmarks.speed_page --write"
+    assert text == filled(text, blocks, shared), "run python -m benchmarks.speed_page --write"
 
 
 def test_no_speed_on_the_page_is_typed_by_hand() -> None:
