@@ -241,7 +241,7 @@ class TestMeasuring:
     def test_a_budget_of_time_hands_the_pattern_on(self, monkeypatch):
         seen = {}
 
-        def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern):
+        def search(model, masks_at, sparsest, names, batch, speedup, loss_fn, pattern, *made_with):
             seen.update(pattern=pattern, most=sparsest(dict.fromkeys(names, 1e-6)))
             return masks_at(seen["most"], dict.fromkeys(names, 1e-6))
 
