@@ -104,7 +104,9 @@ def extension_arguments():
         def build_extension(self, ext):
             if ext.name == "grasp_sparse._C":
                 with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                    ext.extra_objects = list(pool.map(self.compile_kernels, *zip(*product(ISA_FLAGS, TYPES), strict=True)))
+                    objects = list(pool.map(self.compile_kernels, *zip(*product(ISA_FLAGS, TYPES), strict=True)))
+                # The plainest first: of an inline function that several objects hold the linker takes the first.
+                ext.extra_objects = objects[::-1]
             super().build_extension(ext)
 
         def compile_kernels(self, isa, element_type):
