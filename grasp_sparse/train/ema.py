@@ -26,15 +26,17 @@ class Ema:
         state = model.state_dict(keep_vars=True)
         named = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_floating_point()}
         self._of = {tensor: tensor.detach().clone() for tensor in dict.fromkeys(named.values())}  # by identity
-        self._copied = {tensor for tensor, start in self._of.items() if not bool(start.isfinite().all())}
+        finite = {tensor: bool(average.isfinite().all()) for tensor, average in self._of.items()}
+        self._averaged = [tensor for tensor in self._of if finite[tensor]]
+        self._copied = [tensor for tensor in self._of if not finite[tensor]]
         self.averages = {name: self._of[tensor] for name, tensor in named.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Follow the model after its update number `updates`, from 1 on."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        averaged = {tensor: average for tensor, average in self._of.items() if tensor not in self._copied}
-        get_ema_multi_avg_fn(decay)(list(averaged.values()), [tensor.detach() for tensor in averaged], updates)
+        averages = [self._of[tensor] for tensor in self._averaged]
+        get_ema_multi_avg_fn(decay)(averages, [tensor.detach() for tensor in self._averaged], updates)
         for tensor in self._copied:
             self._of[tensor].copy_(tensor)
 
