@@ -18,13 +18,12 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from benchmarks.accuracy_studies import STUDIES
-from benchmarks.pages import Blocks, print_or_write, table
+from benchmarks.pages import README, Blocks, print_or_write, table
 from benchmarks.runner import RESULTS
 from grasp_sparse.bench.accuracy_plots import plot_accuracy
 from grasp_sparse.bench.results import read_rows
 from grasp_sparse.report.style import STYLE, human_bytes, human_seconds
 
-README = Path(__file__).parents[1] / "README.md"
 DOCUMENT = README.parent / "docs" / "accuracy.md"
 SPEEDS = (2.0, 2.5, 3.0, 3.5, 4.0)
 Runs = Sequence[Mapping[str, str]]
@@ -160,8 +159,9 @@ def networks_table() -> str:
         (run,) = runs
         dense = int(run["steps"]) * float(run["dense_step_s"])
         epochs = int(run["steps"]) / steps_per_epoch(run["data"])
+        name = f"{model}, {method}" + (f", {float(run['target']):.0%}" if method != "dense" else "")
         rows.append((
-            f"{model}, {method}" + (f", {float(run['target']):.0%}" if method != "dense" else ""), f"{epochs:.1f}", f"{float(run['seconds']) / 60:.1f} min",
+            name, f"{epochs:.1f}", f"{float(run['seconds']) / 60:.1f} min",
             f"{100 * float(run['accuracy']):.1f}", f"{float(run['vs best dense']):.2f}×", f"{dense / 60:.1f} min",
         ))  # fmt: skip
     return table(header, rows)
@@ -171,9 +171,10 @@ def equal_minutes_table() -> str:
     """The paper's networks, all trained for the same time."""
     runs = {(run["model"], run["method"]): run for run in rows_of("cifar10")}
     (seconds,) = {run["max_seconds"] for run in runs.values()}
-    (kept,) = {run["target"] for run in runs.values() if run["method"] != "dense"}
+    (removed,) = {float(run["target"]) for run in runs.values() if run["method"] != "dense"}
     models, methods = list(dict.fromkeys(model for model, _ in runs)), list(dict.fromkeys(method for _, method in runs))
-    header = [f"after {float(seconds) / 60:g} minutes of training", *(m if m == "dense" else f"{m}, {float(kept):.0%} removed" for m in methods)]
+    named = [method if method == "dense" else f"{method}, {removed:.0%} removed" for method in methods]
+    header = [f"after {float(seconds) / 60:g} minutes of training", *named]
     rows = []
     for model in models:
         each = [runs[model, method] for method in methods]

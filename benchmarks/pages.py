@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+README = Path(__file__).parents[1] / "README.md"
 Blocks = Mapping[str, Callable[[], str]]
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-from benchmarks.pages import Blocks, print_or_write, table
+from benchmarks.pages import README, Blocks, print_or_write, table
 from benchmarks.speed_figures import (
     GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, crossings, layer_speeds, machine_of, rows_of, shape_label,
     slower_layers, speeds_against_linear, step_speeds,
@@ -20,7 +19,6 @@ from benchmarks.speed_figures import (
 from benchmarks.speed_plot import plot
 from grasp_sparse.bench.results import SPARSE, kind_of
 
-README = Path(__file__).parents[1] / "README.md"
 DOCUMENT = README.parent / "docs" / "speed.md"
 # What is measured beside the usual: (in words, file, groups).
 SETTINGS = (
@@ -150,7 +148,8 @@ def network_list() -> str:
         line = f"- {_NETWORKS[name.split('-')[1]]}, {float(sparsity):.0%} of the weights removed, {machine_of(name)}: "
         line += f"{count - len(slower)} of {count} layers at least as fast as dense"
         for layer in slower:
-            line += f"; `{layer.name}` ({layer.runs}) {layer.speed:.2f}×, its quartiles {'overlapping' if layer.overlaps else 'apart from'} dense's"
+            apart = "overlapping" if layer.overlaps else "apart from"
+            line += f"; `{layer.name}` ({layer.runs}) {layer.speed:.2f}×, its quartiles {apart} dense's"
         lines.append(f"{line}.")
     return "\n".join(lines)
 
