@@ -66,6 +66,12 @@ def remember(key: str, kept: int, times: Times) -> None:
     _add(key, _Row(kept, times, measured=True))
 
 
+def replace(key: str, before: Times, times: Times) -> None:
+    """``times`` in place of ``before``, for the count that was measured and those nearby that took them over."""
+    _memory[key] = [row._replace(times=times) if row.times == before else row for row in _memory[key]]
+    _unsaved.add(key)
+
+
 def _add(key: str, row: _Row) -> None:
     rows = _memory.setdefault(key, [])
     rows.append(row)

@@ -12,7 +12,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning import cache
 from grasp_sparse.planning.inputs import layer_inputs
-from grasp_sparse.planning.plan import calls_of, fastest_times
+from grasp_sparse.planning.layer_times import calls_of, fastest_times, measure_all
 from grasp_sparse.targets import find_targets
 
 # Where the time of the sparse kernels is measured to draw a line through it.
@@ -53,22 +53,26 @@ def layer_costs(
     generator = torch.Generator().manual_seed(0)
     measured: dict[str, list[tuple[int, float]]] = {}
     costs = {}
+    called = []
     for density in DENSITIES:
         masks = {name: _random_mask(parameters[name], density, generator, pattern) for name in names}
-        for target in find_targets(model, MaskSet(masks, {"pattern": pattern.name})):
-            name, weights, called = target.names[0], target.mask.numel(), calls_of(target, inputs)
-            if not called:
-                costs[name] = LayerCost(weights, 0.0, 0.0, 0.0, 0.0)
-                continue
-            times, _, _ = fastest_times(target, called)
-            line = measured.setdefault(name, [])
-            line.append((target.kept, times.sparse))
-            fixed, slope = (times.masked, 0.0) if target.runs == "masked" else _line(line)
-            if target.runs != "masked":
-                slope = max(slope, _LEAST_SLOPE * times.dense / weights)
-            before = costs.get(name)
-            dense, masked = (min(getattr(times, part), getattr(before or times, part)) for part in ("dense", "masked"))
-            costs[name] = LayerCost(weights, dense, masked, max(0.0, fixed), slope)
+        targets = find_targets(model, MaskSet(masks, {"pattern": pattern.name}))
+        called += [(target, calls_of(target, inputs)) for target in targets]
+    measure_all(called)
+    for target, calls in called:
+        name, weights = target.names[0], target.mask.numel()
+        if not calls:
+            costs[name] = LayerCost(weights, 0.0, 0.0, 0.0, 0.0)
+            continue
+        times, _, _ = fastest_times(target, calls)
+        line = measured.setdefault(name, [])
+        line.append((target.kept, times.sparse))
+        fixed, slope = (times.masked, 0.0) if target.runs == "masked" else _line(line)
+        if target.runs != "masked":
+            slope = max(slope, _LEAST_SLOPE * times.dense / weights)
+        before = costs.get(name)
+        dense, masked = (min(getattr(times, part), getattr(before or times, part)) for part in ("dense", "masked"))
+        costs[name] = LayerCost(weights, dense, masked, max(0.0, fixed), slope)
     cache.save()
     return costs
 

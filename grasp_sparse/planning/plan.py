@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse import _extension
-from grasp_sparse.ops import triton
-from grasp_sparse.planning import cache, measure
+from grasp_sparse.planning import cache
 from grasp_sparse.planning.inputs import LayerInput, layer_inputs
+from grasp_sparse.planning.layer_times import MARGIN, calls_of, describe_blocks, fastest_times, measurable, measure_all, obstacle
 from grasp_sparse.planning.measure import Times
 from grasp_sparse.targets import BlockSize, Target, find_targets
 
@@ -23,10 +20,6 @@ from grasp_sparse.targets import BlockSize, Target, find_targets
 # fast as the dense layer that would run in their place, at 0.4 between 0.75 and 1.3 times
 # (benchmarks/results/layers-crossover.csv). That dense linear is nn.Linear; where MKL is as fast as oneDNN, 0.2 is better.
 MAX_DENSITY = 0.3
-
-# What has to win by more than two measurements of the same thing differ: sparse over masked, single weights over blocks.
-_MARGIN = 1.03
-
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -107,21 +100,22 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> P
 
 def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerInput]]) -> Plan:
     """The plan by measuring; by density, which the reason says, where nothing can be measured."""
+    measure_all((target, calls_of(target, inputs)) for target in targets if target.runs is None)
     rows = []
     for target in targets:
         times, runs, reason, stored = None, target.runs, target.reason, target.block_size
         called = calls_of(target, inputs)
         if runs is None and not _runnable(target):
-            runs, reason = "masked", _obstacle(target, stored)
+            runs, reason = "masked", obstacle(target, stored)
         elif runs is None and not called:
             # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
             runs, reason = "masked", "not called on the example"
-        elif runs is None and not _measurable(target):
+        elif runs is None and not measurable(target):
             runs, reason = by_density(target, MAX_DENSITY)
-            reason = "; ".join(filter(None, (reason, f"not measured: {_obstacle(target, stored)}")))
+            reason = "; ".join(filter(None, (reason, f"not measured: {obstacle(target, stored)}")))
         elif runs is None:
             times, stored, reason = fastest_times(target, called)
-            if times.sparse * _MARGIN < times.masked:
+            if times.sparse * MARGIN < times.masked:
                 runs = "sparse"
             else:
                 runs, reason = "masked", f"sparse takes {times.sparse / times.masked:.2f} of the masked time"
@@ -138,11 +132,11 @@ def density_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerIn
         if target.runs:
             runs, reason = target.runs, target.reason
         elif not _runnable(target):
-            runs, reason = "masked", _obstacle(target, stored)
+            runs, reason = "masked", obstacle(target, stored)
         else:
             runs, reason = by_density(target, max_density)
             if stored != target.block_size:
-                reason = "; ".join(filter(None, (reason, _obstacle(target, target.block_size))))
+                reason = "; ".join(filter(None, (reason, obstacle(target, target.block_size))))
         rows.append(_row(target, inputs, None, runs, reason, stored))
     return _as_plan(targets, rows)
 
@@ -169,49 +163,6 @@ def given_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerInpu
     return _as_plan(targets, rows)
 
 
-def calls_of(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> list[tuple[nn.Module, LayerInput, int]]:
-    """(layer, kind of input, number of calls) of all layers that hold the weight."""
-    return [(layer, given, calls) for name, layer in target.layers.items() for given, calls in inputs.get(name, {}).items()]
-
-
-def fastest_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]]) -> tuple[Times, BlockSize, str]:
-    """Times of one weight under its mask, what its sparse layers store to be that fast, and why, if that is not the pattern's blocks.
-
-    Each storage is measured beside the masked layer and judged by that: machines are not equally fast at all times. Single weights,
-    which take more memory for indices, have to win by more than noise.
-    """
-    usual = target.block_size
-    found = {size: _storage_times(target, called, size) for size in _measurable(target) or [usual]}
-    if usual not in found:
-        return found[None], None, _obstacle(target, usual)
-    stored, reason = usual, ""
-    if usual is not None and None in found:
-        gain = found[usual].sparse / found[usual].masked / (found[None].sparse / found[None].masked)
-        if gain > _MARGIN:
-            stored, reason = None, f"as {describe_blocks(usual)} it takes {gain:.2f} times as long"
-    return found[stored], stored, reason
-
-
-def _storage_times(target: Target, called: Sequence[tuple[nn.Module, LayerInput, int]], stored: BlockSize) -> Times:
-    """Summed over the layers of the weight, their inputs and calls; measured, or remembered if they were."""
-    kind = target.pattern.name if stored == target.block_size else f"{target.pattern.name} as single weights"
-    parts = []
-    for layer, given, calls in called:
-        if not torch.is_autocast_enabled(layer.weight.device.type):
-            given = given._replace(dtype=layer.weight.dtype)  # the model has run as a float32 copy if it is half precision
-        key = cache.layer_key(layer, given, kind)
-        times = cache.recall(key, target.kept)
-        if times is None:
-            times = measure.measure_layer(layer, target.mask, given, stored)
-            cache.remember(key, target.kept, times)
-        parts.append(times * calls)
-    return functools.reduce(operator.add, parts)
-
-
-def describe_blocks(block_size: tuple[int, int]) -> str:
-    return f"{block_size[0]}x{block_size[1]} blocks"
-
-
 def describe_way(runs: str, block_size: BlockSize) -> str:
     """ "sparse", "masked", "dense", or "sparse, 32x32 blocks"."""
     return f"{runs}, {describe_blocks(block_size)}" if runs == "sparse" and block_size else runs
@@ -224,23 +175,10 @@ def by_density(target: Target, max_density: float) -> tuple[str, str]:
     return "sparse", ""
 
 
-def _obstacle(target: Target, stored: BlockSize) -> str | None:
-    """Why sparse layers that store this run on the pure-torch reference, so that measuring them would say nothing."""
-    device, status = target.mask.device.type, _extension.status()
-    if device == "cuda":
-        return status.cuda_reason if stored is None else triton.why_not(stored)
-    return None if device == "cpu" and status.loaded else f"no compiled kernels for {device}"
-
-
-def _measurable(target: Target) -> list[BlockSize]:
-    """What may be stored and has kernels."""
-    return [size for size in target.storages if _obstacle(target, size) is None]
-
-
 def _runnable(target: Target) -> list[BlockSize]:
     """What may be stored. Of blocks on CUDA the reference would make a dense weight in every call, so there only what has kernels."""
     on_reference = target.block_size is None or target.mask.device.type != "cuda"
-    return list(target.storages) if on_reference else _measurable(target)
+    return list(target.storages) if on_reference else measurable(target)
 
 
 def _row(

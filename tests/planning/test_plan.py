@@ -18,7 +18,7 @@ import grasp_sparse as gs
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from grasp_sparse.ops import triton as ops_triton
 from grasp_sparse.patterns import get_pattern
-from grasp_sparse.planning import Times, cache, density_plan, measure, measured_plan
+from grasp_sparse.planning import Times, cache, density_plan, layer_times, measure, measured_plan
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.targets import Target
 
@@ -48,7 +48,10 @@ def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def stopwatch(monkeypatch):
-    """Measuring by rule: a call of `stopwatch.set(rule)` makes rule(layer, kept, given) the times; `measured` is what was asked."""
+    """Measuring by rule: a call of `stopwatch.set(rule)` makes rule(layer, kept, given) the times; `measured` is what was asked.
+
+    What has been measured is not looked at again, unless `stopwatch.look_again()`.
+    """
 
     class Stopwatch:
         def __init__(self) -> None:
@@ -61,8 +64,12 @@ def stopwatch(monkeypatch):
 
             monkeypatch.setattr(measure, "measure_layer", measure_layer)
 
+        def look_again(self, unless_it_took: float = 1.0) -> None:
+            monkeypatch.setattr(layer_times, "_LONG_LOOK", unless_it_took)
+
     watch = Stopwatch()
     watch.set(lambda layer, kept, given: Times(2e-3, 2e-3, 1e-3))
+    watch.look_again(unless_it_took=0)
     return watch
 
 
@@ -255,8 +262,8 @@ class TestMeasuring:
             ({"dense": [5, 5, 5], "masked": [15, 15, 15], "sparse": [6, 6, 6]}, False),  # masked three times dense: is it?
             ({"dense": [0.1] * 3, "masked": [0.1] * 3, "sparse": [0.02] * 3}, False),  # a moment in which others took a core
             ({"dense": [0.1] * 140, "masked": [0.1] * 140, "sparse": [0.02] * 140}, True),
-            ({"dense": [0.1] * 490, "masked": [0.1] * 490, "sparse": [0.1] * 490}, False),
-            ({"dense": [0.1] * 510, "masked": [0.1] * 510, "sparse": [0.1] * 510}, True),
+            ({"dense": [0.1] * 260, "masked": [0.1] * 260, "sparse": [0.1] * 260}, False),
+            ({"dense": [0.1] * 270, "masked": [0.1] * 270, "sparse": [0.1] * 270}, True),
             ({"dense": [30] * 15, "masked": [30] * 15, "sparse": [30] * 15}, True),  # enough is enough
             ({"dense": [30] * 14, "masked": [30] * 14, "sparse": [30] * 14}, False),
             ({"dense": [2000] * 3, "masked": [2000] * 3, "sparse": [2000] * 3}, True),
@@ -264,6 +271,33 @@ class TestMeasuring:
     )
     def test_rounds_end_when_the_answer_is_clear_or_took_long(self, milliseconds, ends):
         assert measure._decided({name: [ms / 1e3 for ms in taken] for name, taken in milliseconds.items()}) is ends
+
+
+class TestSecondLook:
+    """A machine that is slow for a moment, and not by one factor, is seen again some time later."""
+
+    def test_small_layers_come_first_and_the_fastest_of_both_looks_count(self, net, stopwatch):
+        looks = iter([Times(40e-3, 36e-3, 24e-3), *[Times(2e-3, 2e-3, 1e-3)] * 2, Times(0.15e-3, 0.14e-3, 0.18e-3), *[Times(3e-3, 1e-3, 2e-3)] * 2])
+        stopwatch.set(lambda *asked: next(looks))
+        stopwatch.look_again()
+        rows = gs.plan(net, masks_of(net), X).rows
+        sizes = [layer.weight.numel() for layer, _, _ in stopwatch.measured]
+        assert sizes == sorted(sizes[:3]) * 2
+        smallest, *others = sorted(rows, key=lambda row: torch.Size(row.shape).numel())
+        assert (smallest.times, smallest.runs) == ((0.15e-3, 0.14e-3, 0.18e-3), "masked")
+        assert {row.times for row in others} == {(2e-3, 1e-3, 1e-3), (4e-3, 2e-3, 2e-3)}  # one of them is called twice
+
+    def test_what_took_long_outlasted_the_moment(self, net, stopwatch):
+        gs.plan(net, masks_of(net), X)
+        assert len(stopwatch.measured) == 3
+
+    def test_a_count_nearby_takes_over_what_the_second_look_found(self, stopwatch):
+        looks = iter([Times(3e-3, 3e-3, 1e-3), Times(1e-3, 1e-3, 1e-3)])
+        stopwatch.set(lambda *asked: next(looks))
+        stopwatch.look_again()
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        masks = {f"{i}.weight": (torch.randperm(4096) < count).view(64, 64) for i, count in ((1, 1000), (2, 1010))}
+        assert set(gs.plan(model, masks, torch.randn(8, 64)).values()) == {"masked"}
 
 
 class TestCache:
