@@ -1,4 +1,9 @@
-"""Whole runs on CUDA: precision, compiling and recorded graphs change nothing but how the steps are computed."""
+"""Whole runs on CUDA: precision, compiling and recorded graphs change nothing but how the steps are computed.
+
+Compared is how far training has moved the weights, from the same start under the same masks; made-up data teach nothing, so losses
+say little. On the CPU bfloat16 moves them 1 % of that way elsewhere, batch norms of half the batch 8 %, nine tenths of the learning
+rate 10 %.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +19,56 @@ from grasp_sparse.train.run import start_run
 pytestmark = pytest.mark.gpu
 
 _SMALL = {
-    "data": "fake", "image_size": 16, "train_limit": 128, "test_limit": 32, "batch_size": 32, "epochs": 2, "lr": 0.05, "sparsity": 0.8,
-    "samples_per_class": 2, "timing_rounds": 0, "plan": "density", "tensorboard": "off", "device": "cuda",
+    "data": "fake", "image_size": 16, "train_limit": 128, "test_limit": 32, "batch_size": 32, "epochs": 2, "lr": 0.05, "sparsity": 0.7,
+    "samples_per_class": 2, "timing_rounds": 0, "plan": "density", "tensorboard": "off", "device": "cuda", "augment": False,
     "model_args": {"stem": 8, "widths": [16], "depth": 1},
 }  # fmt: skip
+_STILL = {"lr": 1e-9}
 
 
-def losses(folder: Path, **changes: object) -> list[float]:
-    start_run(TrainConfig.from_dict(_SMALL | changes, "a test").validate(), folder)
-    return [row["train_loss"] for row in load_checkpoint(folder)["position"]["history"]]
+class Runs:
+    """Runs of one pattern from the same start, under the masks of the first."""
+
+    def __init__(self, folder: Path, pattern: str) -> None:
+        self._folder, self._shared, self._count = folder, {"pattern": pattern}, 0
+        self._start = self._weights(_STILL)
+        (masks,) = (folder / "0").glob("masks.*")
+        self._shared["masks"] = str(masks)
+
+    def moved(self, changes: dict | None = None) -> torch.Tensor:
+        """By how much all weights together."""
+        return self._weights(changes or {}) - self._start
+
+    def _weights(self, changes: dict) -> torch.Tensor:
+        run = self._folder / str(self._count)
+        self._count += 1
+        start_run(TrainConfig.from_dict(_SMALL | self._shared | changes, "a test").validate(), run)
+        model = load_checkpoint(run)["model"]
+        names = sorted(name for name, tensor in model.items() if tensor.is_floating_point() and "running" not in name)
+        return torch.cat([model[name].flatten().double() for name in names])
+
+
+def apart(moved: torch.Tensor, plain: torch.Tensor) -> float:
+    """The distance of two ends as a share of the way."""
+    return float((moved - plain).norm() / plain.norm())
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block(16, 16)"])
-@pytest.mark.parametrize(
-    "changes",
-    [{"device": "cpu"}, {"compile": True}, {"compile": True, "cuda_graphs": True}, {"accumulate": 2, "batch_size": 16}],
-    ids=["of the CPU", "compiled", "recorded", "accumulated"],
-)
-def test_a_run_is_the_run(tmp_path: Path, pattern: str, changes: dict) -> None:
-    plain = losses(tmp_path / "plain", pattern=pattern)
+def test_a_run_is_the_run(tmp_path: Path, pattern: str) -> None:
+    runs = Runs(tmp_path, pattern)
+    plain = runs.moved()
+    assert apart(runs.moved({"device": "cpu"}), plain) < 0.03
+    assert apart(runs.moved({"compile": True}), plain) < 0.03
+    assert apart(runs.moved({"compile": True, "cuda_graphs": True}), plain) < 0.03
+    assert apart(runs.moved({"lr": 0.9 * _SMALL["lr"]}), plain) > 0.05  # this would show
     # Batch norms see other batches when a step is cut in two.
-    tolerance = 0.2 if "accumulate" in changes else 2e-2
-    assert losses(tmp_path / "other", pattern=pattern, **changes) == pytest.approx(plain, rel=tolerance)
+    assert apart(runs.moved({"accumulate": 2, "batch_size": 16}), plain) < 0.15
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_learns_the_same(tmp_path: Path, precision: str) -> None:
-    assert losses(tmp_path / "low", precision=precision) == pytest.approx(losses(tmp_path / "plain"), rel=5e-2)
+def test_lower_precision_learns_the_same(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "unstructured")
+    plain = runs.moved()
+    assert {kind: apart(runs.moved({"precision": kind}), plain) < 0.05 for kind in ("bf16", "fp16")} == {"bf16": True, "fp16": True}
 
 
 def test_a_checkpoint_needs_no_device(tmp_path: Path) -> None:
