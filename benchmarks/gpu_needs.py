@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 PACKAGES = ("numpy", "safetensors", "tqdm", "matplotlib", "jinja2", "setuptools", "ninja", "torchvision", "pytest", "hypothesis")
@@ -64,6 +65,9 @@ def _compiler() -> list[str]:
         return [f"Expected {home}/bin/nvcc to run, got {error}"]
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return ["Expected a C++ compiler; install g++ or set CXX"]
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():  # Triton compiles its launchers with it
+        return [f"Expected Python's headers, got no {headers}/Python.h; install python3-dev or name a Python that has them: GPU_PYTHON=..."]
     return []
 
 

@@ -2,7 +2,8 @@
 
 A call is recorded once as a CUDA graph and replayed between two events. What a small layer costs in launches is a matter of
 the framework and of torch.compile; what its kernels cost is what is compared here. A call that cannot be recorded (it waits
-for the device, or its launches depend on data) is called as it is, behind enough idle work that launching does not show.
+for the device, or its launches depend on data) is called as it is. Either way it waits behind enough idle work that launching does
+not show.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from grasp_sparse.timing import Timing
 
 _WARMUP = 3  # calls before recording: kernels are compiled and tuned in the first ones
-_IDLE_CYCLES = 2_000_000  # about a millisecond, for the launches of a call that is no graph
+_IDLE_CYCLES = 2_000_000  # about a millisecond, for launches: those of a call that is no graph, or the one of a graph
 
 
 def recorded(run: Callable[[], object], pool: tuple[int, int] | None = None) -> Callable[[], object] | None:
@@ -73,8 +74,7 @@ def _device_times(arms: Mapping[str, Callable[[], object]], rounds: int, lead_in
             call = replays[name] or run
             for _ in range(lead_in):
                 call()
-            if replays[name] is None:
-                torch.cuda._sleep(_IDLE_CYCLES)
+            torch.cuda._sleep(_IDLE_CYCLES)
             start, end = events[name] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             start.record()
             call()

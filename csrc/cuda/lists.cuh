@@ -87,7 +87,8 @@ constexpr int kRankThreads = 256;
 static __global__ void __launch_bounds__(kRankThreads) rank_rows(Lists lists, int* by_count) {
   int* const counts = reinterpret_cast<int*>(shared_memory());
   const int per_row = lists.per_row(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = blockIdx.x * kWarp + lane;
-  const auto weights = [&](int64_t r) { return lists.end(r * per_row + per_row - 1) - lists.begin(r * per_row); };
+  // Never below that of rows which do not exist, or ranks would leave by_count: corrupt lists may end before they begin.
+  const auto weights = [&](int64_t r) { return max(lists.end(r * per_row + per_row - 1) - lists.begin(r * per_row), 0); };
   const int own = row < lists.rows ? weights(row) : 0;
   int rank = 0;
   for (int first = 0; first < lists.rows; first += kRankThreads) {

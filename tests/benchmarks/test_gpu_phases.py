@@ -184,8 +184,9 @@ def test_time_that_is_left_goes_to_later_phases(monkeypatch):
         (lambda m: m.setattr(gpu_needs, "PACKAGES", ("torch", "no_such_package")), "Expected these packages too: no_such_package"),
         (lambda m: m.setattr(gpu_needs.Path, "exists", lambda path: False), "Expected nvcc on the PATH or in CUDA_HOME/bin"),
         (lambda m: m.setattr(gpu_needs.Path, "exists", lambda path: path.name == "nvcc"), "Expected the CUDA toolkit's headers in"),
+        (lambda m: m.setattr(gpu_needs.Path, "exists", lambda path: path.name != "Python.h"), "Expected Python's headers, got no"),
     ],
-    ids=["device", "torch", "capability", "triton", "packages", "nvcc", "headers"],
+    ids=["device", "torch", "capability", "triton", "packages", "nvcc", "headers", "Python's headers"],
 )
 def test_each_lacking_thing_is_one_line(monkeypatch, capsys, tmp_path, change, says):
     (tmp_path / "bin").mkdir()

@@ -10,6 +10,7 @@ from csr_laws import STORED, check_conv, check_linear
 from op_cases import IMAGE_LAYOUTS, ROW_LAYOUTS, WINDOWS, close, sparse_matrix
 
 from grasp_sparse.ops import reference
+from grasp_sparse.poison import poisoned_memory
 
 SHAPES = {"7x5": (7, 5), "1x1": (1, 1), "1x19": (1, 19), "33x1": (33, 1), "70x67": (70, 67)}
 dtypes = pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
@@ -129,6 +130,23 @@ def test_a_corrupt_index_reads_nothing_and_shows(emulated, which, place, number)
     if which in (1, 3, 4):
         assert wrong.any()
         close(y[:, ~wrong], wanted[:, ~wrong])
+
+
+@pytest.mark.parametrize("row", [2, 7])
+def test_a_row_of_several_lists_that_end_before_they_begin(emulated, row):
+    """Rows are ranked by their weights, these by fewer than none: a place that nobody ranked holds what memory did, which is poison."""
+    values, indices, _ = sparse_matrix(20, 8 * 9, 0.3, torch.float32)
+    begins = indices.ccol_indices.clone()
+    begins[row * 9], begins[row * 9 + 1 : row * 9 + 10] = 10**6, 0
+    corrupt = indices.crow_indices, indices.col_indices, begins, indices.row_indices, indices.permutation
+    g = torch.randn(20, 6, 6, 3).permute(3, 0, 1, 2)
+    window = (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    wanted = reference.csr_conv2d_dgrad(values.double(), *indices, g.double(), *window)
+    with poisoned_memory():
+        dx = emulated.csr_conv2d_dgrad(values, *corrupt, g, *window)
+    assert dx[:, row].isnan().all()
+    right = [channel for channel in range(8) if abs(channel - row) > 1 and not dx[:, channel].isnan().any()]
+    close(dx[:, right], wanted[:, right])
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
