@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grasp_sparse.fusion import fuse_, unfuse_
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.nn.sparse import STORED, stored_structure
-from grasp_sparse.planning import MAX_DENSITY, density_plan, given_plan, layer_inputs, measured_plan
+from grasp_sparse.planning import MAX_DENSITY, decided_by_example, density_plan, given_plan, layer_inputs, measured_plan
 from grasp_sparse.surgery_report import SurgeryReport, report_layers
 from grasp_sparse.targets import CHANGED, DENSE, BlockSize, find_targets, parameter_holders
 
@@ -83,6 +83,8 @@ def sparsify_(
         raise ValueError("Expected a plan or max_density, got both; leave one out.")
     targets = find_targets(model, masks)
     inputs = {} if example_input is None else layer_inputs(model, example_input)
+    if isinstance(plan, str) and example_input is not None:  # a plan of the caller's own may ask for more
+        targets = decided_by_example(targets, inputs)
     if not isinstance(plan, str):
         chosen = given_plan(targets, inputs, plan)
     elif plan == "auto" and example_input is not None and max_density is None:

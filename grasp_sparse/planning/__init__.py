@@ -2,7 +2,7 @@
 
 from grasp_sparse.planning.inputs import LayerInput, layer_inputs
 from grasp_sparse.planning.measure import Times
-from grasp_sparse.planning.plan import MAX_DENSITY, Plan, PlanRow, density_plan, given_plan, measured_plan, plan
+from grasp_sparse.planning.plan import MAX_DENSITY, Plan, PlanRow, decided_by_example, density_plan, given_plan, measured_plan, plan
 
 __all__ = [
     "MAX_DENSITY",
@@ -10,6 +10,7 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Times",
+    "decided_by_example",
     "density_plan",
     "given_plan",
     "layer_inputs",

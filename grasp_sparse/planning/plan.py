@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,26 +95,38 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> P
         ValueError: masks that do not fit; see ``sparsify_``.
     """
     targets = find_targets(model, masks)
-    return measured_plan(targets, layer_inputs(model, example_input))
+    inputs = layer_inputs(model, example_input)
+    return measured_plan(decided_by_example(targets, inputs), inputs)
+
+
+def decided_by_example(targets: Iterable[Target], inputs: Mapping[str, Counter[LayerInput]]) -> list[Target]:
+    """The targets, without a choice where the example that gave ``inputs`` showed that somebody may need the weight itself."""
+    return [_decided(target, inputs) if target.runs is None else target for target in targets]
+
+
+def _decided(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> Target:
+    if not calls_of(target, inputs):
+        # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
+        return target._replace(runs="masked", reason="not called on the example")
+    return target
 
 
 def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerInput]]) -> Plan:
-    """The plan by measuring; by density, which the reason says, where nothing can be measured."""
+    """The plan by measuring; by density, which the reason says, where nothing can be measured.
+
+    Targets that have a choice were called; see ``decided_by_example``.
+    """
     measure_all((target, calls_of(target, inputs)) for target in targets if target.runs is None)
     rows = []
     for target in targets:
         times, runs, reason, stored = None, target.runs, target.reason, target.block_size
-        called = calls_of(target, inputs)
         if runs is None and not _runnable(target):
             runs, reason = "masked", obstacle(target, stored)
-        elif runs is None and not called:
-            # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
-            runs, reason = "masked", "not called on the example"
         elif runs is None and not measurable(target):
             runs, reason = by_density(target, MAX_DENSITY)
             reason = "; ".join(filter(None, (reason, f"not measured: {obstacle(target, stored)}")))
         elif runs is None:
-            times, stored, reason = fastest_times(target, called)
+            times, stored, reason = fastest_times(target, calls_of(target, inputs))
             if times.sparse * MARGIN < times.masked:
                 runs = "sparse"
             else:

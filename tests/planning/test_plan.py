@@ -122,6 +122,25 @@ class TestDecision:
         report = gs.sparsify_(net, masks_of(net), **arguments)
         assert {row.runs for row in report.rows} == {"sparse"} and not stopwatch.measured
 
+    @pytest.mark.parametrize("arguments", [{"plan": "density"}, {"max_density": 0.3}])
+    def test_by_density_too_a_layer_that_an_example_does_not_call_keeps_its_weight(self, arguments):
+        """Nothing that this example calls is given a tensor by position: not even the model itself."""
+
+        class Products(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.q = nn.Linear(8, 8)
+
+            def forward(self, x):
+                return nn.functional.linear(x, self.q.weight, self.q.bias)
+
+        model = Products()
+        masks = masks_of(model)
+        assert gs.sparsify_(copy.deepcopy(model), masks, **arguments).rows[0].runs == "sparse"
+        row = gs.sparsify_(model, masks, {"x": torch.randn(3, 8)}, **arguments).rows[0]
+        assert (row.runs, row.reason) == ("masked", "not called on the example")
+        assert model(torch.randn(3, 8)).isfinite().all()
+
 
 class TestBlocksOnCuda:
     """On tensors of a device that is not there: nothing is computed before the answer."""
