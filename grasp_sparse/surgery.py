@@ -63,6 +63,8 @@ def sparsify_(
         masks: parameter name -> bool tensor of the parameter's shape, True where kept, as from ``gs.prune``.
         example_input: one input of ``model``, or a tuple or dict of them. Give it as many samples as a training step has:
             the layers are measured on what it gives them, and a batch of one is measured as a batch of one.
+            Layers that it does not call, or whose weight is read outside the layer when the model runs on it, run masked, unless
+            a mapping says otherwise.
         plan: who runs sparse and who masked. "auto" measures each layer in every way where there is an ``example_input`` (and no
             ``max_density``), and goes by density otherwise; "density" goes by density; or a mapping from parameter name
             to "sparse" or "masked", as from ``gs.plan``.

@@ -132,6 +132,26 @@ def test_networks_are_timed_as_they_will_be_made(on, monkeypatch, choice, kinds)
     assert seen == kinds
 
 
+def test_a_layer_whose_weight_the_model_reads_is_timed_masked(on, monkeypatch):
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).to(self[1].weight.dtype))
+
+    machine, kinds = on(Machine(rest=1e-5)), []
+
+    def look(model, sparse, batch, loss_fn):
+        if sparse is not None:
+            sparse(batch.inputs)
+            kinds.append([type(layer) for layer in sparse])
+        return machine.step(model, sparse, batch, loss_fn)
+
+    monkeypatch.setattr(speedup, "measure_steps", look)
+    model = Reads(nn.Linear(16, 32), nn.Linear(32, 16))
+    masks = gs.prune(model, None, criterion="random", budget="time", speedup=1.5, example_input=torch.randn(4, 16))
+    assert set(map(tuple, kinds)) <= {(SparseLinear, MaskedLinear), (SparseLinear, nn.Linear)}
+    assert masks["0.weight"].float().mean() < 0.5 < masks["1.weight"].float().mean()
+
+
 def test_without_surprises_the_first_network_is_fast_enough(on):
     machine = on(Machine())
     masks = gs.prune(net(), None, criterion="magnitude", budget="time", speedup=4.0, example_input=batches()[0][0])

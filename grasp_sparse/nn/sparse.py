@@ -112,7 +112,8 @@ class SparseLayer(nn.Module):
         if name == "weight":
             raise AttributeError(
                 f"'{type(self).__name__}' stores only its kept weights: use .values (trainable), .to_dense_weight() (a copy), "
-                "or leave this layer dense, as sparsify_ does where an example_input shows that the layer is not called."
+                "or have this layer run masked, which has a weight, as sparsify_ does where an example_input shows that the layer "
+                "is not called or its weight is read outside the layer."
             )
         return super().__getattr__(name)
 

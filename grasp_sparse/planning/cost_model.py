@@ -13,6 +13,7 @@ from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning import cache
 from grasp_sparse.planning.inputs import layer_inputs
 from grasp_sparse.planning.layer_times import calls_of, fastest_times, measure_all
+from grasp_sparse.planning.plan import decided_by_example
 from grasp_sparse.targets import find_targets
 
 # Where the time of the sparse kernels is measured to draw a line through it.
@@ -56,7 +57,7 @@ def layer_costs(
     called = []
     for density in DENSITIES:
         masks = {name: _random_mask(parameters[name], density, generator, pattern) for name in names}
-        targets = find_targets(model, MaskSet(masks, {"pattern": pattern.name}))
+        targets = decided_by_example(find_targets(model, MaskSet(masks, {"pattern": pattern.name})), inputs)
         called += [(target, calls_of(target, inputs)) for target in targets]
     measure_all(called)
     for target, calls in called:

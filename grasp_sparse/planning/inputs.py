@@ -1,4 +1,4 @@
-"""What every layer is given when the model runs: shape, layout, whether a gradient goes back, how often."""
+"""What every layer is given when the model runs: shape, layout, whether a gradient goes back, how often; and whose weight is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.ops.layout import is_batch_innermost, is_channels_last
 from grasp_sparse.scratch import call_model, scratch_copy
+from grasp_sparse.targets import DENSE
 
 _BATCH_INNERMOST = (1, 2, 3, 0)
 
@@ -48,14 +49,37 @@ def _layout(x: Tensor) -> str:
     return "feature-major" if x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous() else "row-major"
 
 
-def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[LayerInput]]:
+class LayerInputs(dict[str, Counter[LayerInput]]):
+    """Module name -> its inputs, with the number of calls."""
+
+    read: frozenset[str] = frozenset()  # dense layers whose weight was read from outside: by the model around them, or by a hook
+
+
+class _Parameters(dict[str, nn.Parameter]):
+    """Those of a layer. They note that somebody asks for ``weight`` while the layer does not run.
+
+    nn.Module looks attributes up here, so a layer that has these is of the class, and has the attributes, that it had; who goes
+    through all parameters, as ``parameters()`` and ``state_dict()`` do, asks for none by name.
+    """
+
+    runs = False
+    read = False
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        self.read |= name == "weight" and not self.runs
+        return super().__getitem__(name)
+
+
+def layer_inputs(model: nn.Module, example_input: Any) -> LayerInputs:
     """The inputs of each module, by module name, with the number of calls, when a copy of ``model`` runs on ``example_input``.
+
+    And the names of the layers whose weight is read meanwhile by others than themselves.
 
     ``example_input`` is one argument, a tuple of them (a namedtuple is one), or a dict of named ones. The copy runs in
     evaluation mode, with gradients where the model has them. Counted is the first argument, or the one named ``input``, where
     it is a tensor.
     """
-    seen: dict[str, Counter[LayerInput]] = {}
+    seen = LayerInputs()
 
     def note(name: str):
         def hook(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
@@ -68,5 +92,23 @@ def layer_inputs(model: nn.Module, example_input: Any) -> dict[str, Counter[Laye
     with scratch_copy(model) as scratch:
         for name, module in scratch.named_modules():
             module.register_forward_pre_hook(note(name), with_kwargs=True)
+        parameters = {name: _watched(module) for name, module in scratch.named_modules() if type(module) in DENSE}
         call_model(scratch.eval(), example_input)
+    seen.read = frozenset(name for name, of_layer in parameters.items() if of_layer.read)
     return seen
+
+
+def _watched(layer: nn.Module) -> _Parameters:
+    """The parameters of ``layer``, from now on such as note who reads its weight."""
+    parameters = layer._parameters = _Parameters(layer._parameters)
+
+    def starts(*_: Any) -> None:
+        parameters.runs = True
+
+    def ends(*_: Any) -> None:
+        parameters.runs = False
+
+    # Last before the forward and first behind it: other hooks of the layer are outside. Always: the model may catch what it raises.
+    layer.register_forward_pre_hook(starts)
+    layer.register_forward_hook(ends, prepend=True, always_call=True)
+    return parameters

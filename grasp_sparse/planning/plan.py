@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.planning import cache
-from grasp_sparse.planning.inputs import LayerInput, layer_inputs
+from grasp_sparse.planning.inputs import LayerInput, LayerInputs, layer_inputs
 from grasp_sparse.planning.layer_times import MARGIN, calls_of, describe_blocks, fastest_times, measurable, measure_all, obstacle
 from grasp_sparse.planning.measure import Times
 from grasp_sparse.targets import BlockSize, Target, find_targets
@@ -99,15 +99,17 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> P
     return measured_plan(decided_by_example(targets, inputs), inputs)
 
 
-def decided_by_example(targets: Iterable[Target], inputs: Mapping[str, Counter[LayerInput]]) -> list[Target]:
-    """The targets, without a choice where the example that gave ``inputs`` showed that somebody may need the weight itself."""
+def decided_by_example(targets: Iterable[Target], inputs: LayerInputs) -> list[Target]:
+    """The targets, without a choice where the example that gave ``inputs`` showed that others than its layers may need the weight."""
     return [_decided(target, inputs) if target.runs is None else target for target in targets]
 
 
-def _decided(target: Target, inputs: Mapping[str, Counter[LayerInput]]) -> Target:
+def _decided(target: Target, inputs: LayerInputs) -> Target:
     if not calls_of(target, inputs):
         # Whoever holds a layer and never calls it may read its weight, which a sparse one does not have.
         return target._replace(runs="masked", reason="not called on the example")
+    if not inputs.read.isdisjoint(target.layers):
+        return target._replace(runs="masked", reason="its weight is read outside the layer")
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_net import ReadsWeight
 from torch import nn
 
 import grasp_sparse as gs
@@ -51,3 +52,9 @@ def test_what_can_only_run_masked_costs_nothing_by_the_weight(linear_times):
     name = "layers.0.linear1.weight"
     cost = layer_costs(model, [name], torch.randn(2, 5, 16))[name]
     assert cost.slope == 0 and cost.fixed == cost.masked == 3e-3
+
+
+def test_nor_does_a_weight_that_the_model_reads(linear_times):
+    costs = layer_costs(ReadsWeight(), ["wi.weight", "wo.weight"], torch.randn(4, 8))
+    assert costs["wi.weight"].slope == pytest.approx(2e-6)
+    assert costs["wo.weight"].slope == 0 and costs["wo.weight"].seconds(1) == costs["wo.weight"].masked == 3e-3

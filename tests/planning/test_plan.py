@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small_net import Net, X
+from small_net import Net, ReadsWeight, X
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,6 +140,37 @@ class TestDecision:
         row = gs.sparsify_(model, masks, {"x": torch.randn(3, 8)}, **arguments).rows[0]
         assert (row.runs, row.reason) == ("masked", "not called on the example")
         assert model(torch.randn(3, 8)).isfinite().all()
+
+    READ = "its weight is read outside the layer"
+
+    @pytest.mark.parametrize("arguments", [{}, {"plan": "density"}, {"max_density": 0.3}])
+    def test_a_layer_whose_weight_the_model_reads_keeps_it_and_says_so(self, stopwatch, arguments):
+        model, x = ReadsWeight(), torch.randn(3, 8)
+        report = gs.sparsify_(model, masks_of(model), x, **arguments)
+        assert [(row.runs, row.reason) for row in report.rows] == [("sparse", ""), ("masked", self.READ)]
+        assert len(stopwatch.measured) == (not arguments) and report.rows[1].input_shape == (3, 16)
+        model(x).sum().backward()
+
+    def test_of_layers_that_share_a_weight_one_is_enough(self, stopwatch):
+        model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False), ReadsWeight())
+        model[0].weight, model[1].weight = model[2].wi.weight, model[2].wo.weight
+        plan = gs.plan(model, masks_of(model), torch.randn(3, 8))
+        assert dict(plan) == {"0.weight": "sparse", "1.weight": "masked"}
+        assert plan.rows[1].layers == ("1", "2.wo") and plan.rows[1].reason == self.READ
+
+    def test_who_asks_for_sparse_gets_it(self):
+        model = ReadsWeight()
+        masks = masks_of(model)
+        gs.sparsify_(model, masks, torch.randn(3, 8), plan=dict.fromkeys(masks, "sparse"))
+        assert isinstance(model.wo, SparseLinear)
+        with pytest.raises(AttributeError, match="stores only its kept weights.* example_input shows .* its weight is read outside"):
+            model(torch.randn(3, 8))
+
+    def test_the_reason_outlives_the_example(self, stopwatch):
+        model = ReadsWeight()
+        masks = masks_of(model)
+        plan = gs.plan(model, masks, torch.randn(3, 8))
+        assert plan.rows[1].reason == gs.sparsify_(model, masks, plan=plan).rows[1].reason == self.READ
 
 
 class TestBlocksOnCuda:
