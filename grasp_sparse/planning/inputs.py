@@ -91,7 +91,8 @@ def layer_inputs(model: nn.Module, example_input: Any) -> LayerInputs:
 
     with scratch_copy(model) as scratch:
         for name, module in scratch.named_modules():
-            module.register_forward_pre_hook(note(name), with_kwargs=True)
+            if not isinstance(module, torch.jit.ScriptModule):  # which take no such hook
+                module.register_forward_pre_hook(note(name), with_kwargs=True)
         parameters = {name: _watched(module) for name, module in scratch.named_modules() if type(module) in DENSE}
         call_model(scratch.eval(), example_input)
     seen.read = frozenset(name for name, of_layer in parameters.items() if of_layer.read)

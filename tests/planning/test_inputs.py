@@ -106,6 +106,12 @@ class TestWhoseWeightIsRead:
         assert layer_inputs(model, torch.randn(3, 8)).read == {wanted}
         torch._dynamo.reset()
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit")
+    def test_scripted_parts_are_run_unseen(self):
+        model = nn.Sequential(torch.jit.script(ReadsWeight()), torch.jit.trace(nn.Linear(8, 8), torch.randn(3, 8)), nn.Linear(8, 8))
+        seen = layer_inputs(model, torch.randn(3, 8))
+        assert seen.read == set() and "2" in seen
+
 
 class ReadsWeightLater(nn.Module):
     """After the call."""
