@@ -225,8 +225,12 @@ class _Masked:
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        before = self._parameters.get("weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict or prefix + "mask" in state_dict:
+            weight = self._parameters.get("weight")
+            if weight is not before:  # assigned: memory of whoever gave it, not to be written into
+                self.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             with torch.no_grad():
                 self.weight.copy_(self.to_dense_weight())
             self._hook_weight()

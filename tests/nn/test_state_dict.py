@@ -115,3 +115,16 @@ def test_masked_layer_stores_its_mask_and_zeros_what_a_checkpoint_brings():
     assert torch.equal(target.weight, source.weight) and torch.equal(target.mask, source.mask)
     target.load_state_dict({"weight": torch.ones(12, 20)}, strict=False)
     assert torch.equal(target.weight, source.mask.float())
+
+
+def test_assigning_a_state_to_a_masked_layer_writes_into_no_tensor_of_its_source():
+    source = nn.Linear(20, 12)
+    given = source.state_dict()
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    mask = random_mask(source)
+    layer = MaskedLinear.from_dense(nn.Linear(20, 12), mask)
+    layer.weight.requires_grad_(False)
+    layer.load_state_dict(given, assign=True, strict=False)
+    assert torch.equal(layer.weight, torch.where(mask, before["weight"], 0)) and not layer.weight.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+    assert list(given) == list(before)
