@@ -116,6 +116,11 @@ class Choice:
         return float(math.floor(limit) if all(cost == int(cost) for cost in prices) else limit)
 
 
+def plain_number(value: Any) -> Any:
+    """A number of numpy, or a tensor of one, as Python's own, which json can write; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def sparsity_under(pattern: Pattern, sparsity: float | None) -> float:
     """The sparsity that is meant: what the pattern fixes, else what was asked for, else 0.95.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.choice import Choice, sparsity_under
+from grasp_sparse.choice import Choice, plain_number, sparsity_under
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.batches import Batch
@@ -65,6 +65,7 @@ def make_masks(
     below 0.1 %.
     """
     pattern = get_pattern(pattern)
+    min_density, min_per_layer = plain_number(min_density), plain_number(min_per_layer)
     choice = Choice(sparsity_under(pattern, sparsity), pattern, scope, budget, min_density, min_per_layer, rule)
     choice.check()
     for name, values in scores.items():
@@ -117,7 +118,8 @@ def prune(
     """
     check_uncompiled(model)
     published = get_criterion(criterion)
-    rounds = published.iterations if iterations is None else iterations
+    rounds = published.iterations if iterations is None else plain_number(iterations)
+    seed, min_density, min_per_layer = map(plain_number, (seed, min_density, min_per_layer))
     if rounds < 1:
         raise ValueError(f"Expected at least one iteration, got {rounds}")
     usual_rule = "paper" if options.get("preset") == "paper" else "exact"
@@ -254,6 +256,7 @@ def _recipe(criterion: Any, rounds: int, seed: int | None, **options: Any) -> di
     """What `prune` was asked for, in terms json can hold; objects by their name."""
 
     def plain(value: Any) -> Any:
+        value = plain_number(value)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (list, tuple)):

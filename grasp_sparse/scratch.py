@@ -9,6 +9,7 @@ Ctrl-C leaves in between.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ def capture_rng() -> Callable[[], None]:
 
 
 def _seed_all(seed: int) -> None:
+    seed = operator.index(seed)  # torch and random take no integers of numpy
     # torch.manual_seed would also queue a seed for a CUDA that is not yet initialised, which no restore could undo.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -348,3 +349,18 @@ def test_prune_refuses_before_it_reads_any_data(options):
 def test_paper_preset_can_be_combined_with_the_exact_rule():
     masks = prune(net(), batches(), 0.9, preset="paper", rule="exact", budget="flops")
     assert masks.recipe["preset"] == "paper" and masks.recipe["rule"] == "exact"
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    numbers = {"min_density": 0.25, "min_per_layer": 2, "iterations": 2, "seed": 3, "temperature": 100.0, "num_batches": 1}
+    kinds = {int: np.int64, float: np.float32}
+    plain = prune(net(), batches(), 0.5, "grasp", **numbers)
+    masks = prune(net(), batches(), np.float32(0.5), "grasp", **{name: kinds[type(value)](value) for name, value in numbers.items()})
+    assert masks == plain and masks.recipe == plain.recipe
+    masks.save(tmp_path / "masks")
+    assert MaskSet.load(tmp_path / "masks").recipe == plain.recipe
+    made = make_masks(scores_of("signed"), np.float64(0.5), min_density=np.float32(0.25), min_per_layer=np.int64(2))
+    made.save(tmp_path / "made")
+    assert MaskSet.load(tmp_path / "made").recipe["min_per_layer"] == 2
+    seeded = prune(net(), None, 0.5, "random", seed=torch.tensor(3))
+    assert seeded == prune(net(), None, 0.5, "random", seed=3) and seeded.recipe["seed"] == 3
