@@ -52,6 +52,10 @@ class WeightSelection(NamedTuple):
     skipped: list[Skipped]
 
 
+class PrunedLayer:
+    """Base of this package's own layers, whose weights are pruned already."""
+
+
 class _Owner(NamedTuple):
     module_name: str
     module: nn.Module
@@ -68,8 +72,10 @@ def find_weights(model: nn.Module, include: Selector | None = None, exclude: Sel
     A tied weight appears once, under its first name, and only if every module that holds it could be sparse. `include`
     keeps only the weights it matches, `exclude` drops the ones it matches; a tied weight matches through any of its
     modules.
-    Raises ValueError for a pattern that matches nothing.
+    Raises ValueError for a pattern that matches nothing, and for layers that are pruned already unless they are left out.
     """
+    include, exclude = _listed(include), _listed(exclude)
+    _check_unpruned(model, include, exclude)
     owners: dict[int, list[_Owner]] = {}
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
@@ -103,6 +109,37 @@ def find_weights(model: nn.Module, include: Selector | None = None, exclude: Sel
     return WeightSelection(weights, [Skipped(*entry) for entry in sorted(skipped.items(), key=lambda e: position[e[0]])])
 
 
+def _listed(selector: Selector | None) -> Selector | None:
+    """The selector, to be read more than once."""
+    return selector if selector is None or isinstance(selector, str) or callable(selector) else list(selector)
+
+
+def _check_unpruned(model: nn.Module, include: Selector | None, exclude: Selector | None) -> None:
+    """ValueError if the selectors leave in layers that are pruned already: only what is dense would be pruned, without a word."""
+
+    def matched(selector: Selector, name: str, module: nn.Module) -> bool:
+        if callable(selector):
+            return bool(selector(name, module))
+        patterns = [selector] if isinstance(selector, str) else selector
+        return any(_names_layer(pattern, name) for pattern in patterns)
+
+    pruned = [
+        f"{name or 'the model itself'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, PrunedLayer)
+        and (include is None or matched(include, name, module))
+        and not (exclude is not None and matched(exclude, name, module))
+    ]
+    if pruned:
+        got = ", ".join(pruned[:5]) + (f" and {len(pruned) - 5} more" if len(pruned) > 5 else "")
+        raise ValueError(f"Expected dense layers to prune, got some that are pruned already, {got}: call densify_ first, or exclude them")
+
+
+def _names_layer(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the layer of this name or its weight as masks call it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight" if name else "weight", pattern)
+
+
 def check_initialised(model: nn.Module) -> None:
     """ValueError, naming the first of them, if `model` has lazy modules that have not run yet."""
     for name, module in model.named_modules():
@@ -124,6 +161,8 @@ def _why_dense(owner: _Owner) -> str | None:
     """The reason this module's parameter cannot be pruned, or None when it can."""
     module, name = owner.module, owner.parameter_name
     kind = type(module).__name__
+    if isinstance(module, PrunedLayer):
+        return f"{kind} is pruned already"
     if kind.startswith("Lazy"):
         return _no_weight_yet(module)
     for types, reason in _REASONS:
@@ -151,7 +190,7 @@ def _matching(
     """Per found weight, whether the selector matches one of its owners."""
     if callable(selector):
         return [any(selector(owner.module_name, owner.module) for owner in sharing) for sharing in found]
-    patterns = [selector] if isinstance(selector, str) else list(selector)
+    patterns = [selector] if isinstance(selector, str) else selector
     matched = [False] * len(found)
     for pattern in patterns:
         hits = [
@@ -167,7 +206,7 @@ def _matching(
 def _refuse_pattern(
     pattern: str, argument: str, skipped: dict[str, str], model: nn.Module, found: list[list[_Owner]]
 ) -> None:
-    dense = next((name for name in skipped if fnmatchcase(name, pattern)), None)
+    dense = next((name for name in skipped if _names_layer(pattern, name)), None)
     if dense is not None and argument == "exclude":
         return  # it is dense anyway, which is what the caller asked for
     if dense is not None:

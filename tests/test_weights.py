@@ -7,6 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
+from grasp_sparse.nn import MaskedLinear, SparseConv2d
+from grasp_sparse.pruning import prune
 from grasp_sparse.weights import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -125,3 +127,34 @@ def test_vision_transformer_lists_its_attention():
     found = find_weights(model)
     assert sum("mlp" in name for name in names(found)) == 4
     assert sum(module.endswith("self_attention") for module, _ in found.skipped) == 2
+
+
+def half_pruned() -> nn.Module:
+    conv, first, second = nn.Conv2d(3, 4, 3), nn.Linear(16, 6), nn.Linear(6, 5)
+    sparse = SparseConv2d.from_dense(conv, torch.arange(108).view(conv.weight.shape) % 3 == 0)
+    return nn.Sequential(sparse, nn.Flatten(), MaskedLinear.from_dense(first, torch.arange(96).view(6, 16) % 2 == 0), second)
+
+
+@pytest.mark.parametrize(
+    "selectors", [{}, {"include": "*"}, {"exclude": "0"}, {"exclude": lambda name, module: name == "0"}, {"include": ["2", "3"]}]
+)
+def test_layers_that_are_pruned_already_are_refused(selectors):
+    with pytest.raises(ValueError, match=r"Expected dense layers to prune, .* 2 \(MaskedLinear\): call densify_ first, or exclude them"):
+        prune(half_pruned(), None, 0.5, "magnitude", **selectors)
+    with pytest.raises(ValueError, match=r"pruned already, the model itself \(MaskedLinear\)"):
+        find_weights(half_pruned()[2])
+
+
+@pytest.mark.parametrize(
+    "selectors",
+    [
+        {"include": "3"},
+        {"exclude": ["0", "2.weight"]},
+        {"include": ("3.weight",)},
+        {"exclude": lambda name, module: name != "3"},
+    ],
+)
+def test_layers_that_are_pruned_already_may_be_left_out(selectors):
+    masks = prune(half_pruned(), None, 0.5, "magnitude", **selectors)
+    assert list(masks) == ["3.weight"] and masks.kept == 15
+    assert dict(masks.skipped) == {"0": "SparseConv2d is pruned already", "2": "MaskedLinear is pruned already"}

@@ -26,6 +26,7 @@ from grasp_sparse.nn.kernels import channels_last
 from grasp_sparse.nn.linear import check_mask
 from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import is_transformed
+from grasp_sparse.weights import PrunedLayer
 
 # Integers of the size of a floating-point number, to take its bits as they are.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -136,7 +137,7 @@ class _Hooks:
         return _Hooks, ()
 
 
-class _Masked:
+class _Masked(PrunedLayer):
     """The mask of a dense layer: a bool buffer of the weight's shape that a state_dict carries; all True until set.
 
     Who changes it other than by ``load_state_dict`` zeroes the weight where it prunes, too; optimizers of this package that have the

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from grasp_sparse.formats import CsrIndices, Storage, csr_from_indices, is_consistent, storage_of, stored_block_size
 from grasp_sparse.ops.differentiable import is_transformed
+from grasp_sparse.weights import PrunedLayer
 
 STORED = ("values", "crow_indices", "col_indices")  # the keys in a state_dict that together are the weight
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(PrunedLayer, nn.Module):
     """A layer whose weight is ``values``, an ordinary Parameter, and int32 index buffers.
 
     Single weights are ``values [1, nnz]``, whole blocks ``values [nblocks, bh, bw]`` with the indices of the grid of blocks;
