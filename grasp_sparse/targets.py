@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from grasp_sparse.formats import storage_of
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from grasp_sparse.patterns import Pattern, Unstructured, get_pattern
+from grasp_sparse.weights import check_values
 
 DENSE = (nn.Linear, nn.Conv2d)
 CHANGED = (SparseLinear, SparseConv2d, MaskedLinear, MaskedConv2d)
@@ -50,7 +51,7 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
 
     Raises:
         ValueError: a mask that fits no parameter or not its shape or not the pattern of the masks' recipe, different masks for
-            one weight, or a layer that cannot be changed.
+            one weight, one on the meta device, or a layer that cannot be changed.
     """
     pattern = _pattern_of(masks)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -71,6 +72,7 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Target]:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name}: Expected a bool mask of shape {list(weight.shape)}, got {got}.")
+        check_values(name, weight)
         if weight in targets:
             target = targets[weight]
             if not torch.equal(target.mask, mask.to(weight.device)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -145,6 +145,14 @@ def check_initialised(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(isinstance(t, UninitializedTensorMixin) for t in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(f"Expected a model whose weights have shapes, got {_no_weight_yet(module)} ({name or 'the model'})")
+
+
+def check_values(name: str, weight: Tensor) -> None:
+    """ValueError for a weight on the meta device: it has a shape and no values."""
+    if weight.is_meta:
+        raise ValueError(
+            f"Expected weights with values, got {name!r} on the meta device: call model.to_empty(device=...), then initialise or load them"
+        )
 
 
 def _no_weight_yet(module: nn.Module) -> str:

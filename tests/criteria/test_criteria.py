@@ -144,6 +144,12 @@ def test_nan_names_the_layer():
         score(model, criterion="magnitude")
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_weights_without_values_are_refused(criterion):
+    with pytest.raises(ValueError, match=r"Expected weights with values, got '0\.weight' on the meta device: call model\.to_empty"):
+        score(smooth_net().to("meta"), [data()], criterion)
+
+
 def test_a_criterion_of_ones_own():
     def by_row(model, weights, batches, loss_fn, *, sign=1):
         return {name: sign * weight.detach().sum(1, keepdim=True).expand_as(weight) for name, weight in weights.items()}
