@@ -87,7 +87,8 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
         if dtype is None and any(p.dtype in _HALF_PRECISION for p in scratch.parameters()):
             dtype = torch.float32
         if dtype is not None:
-            scratch.to(dtype)
+            # As .double() does; .to(dtype) would also turn complex numbers into real ones.
+            scratch._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         yield scratch
 
 

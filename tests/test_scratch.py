@@ -40,6 +40,13 @@ def test_the_copy_keeps_ties_and_asks_for_the_gradients_that_the_model_does():
     assert model[0].weight.dtype == torch.float32 and model[0].weight.all() and model[0].weight.requires_grad
 
 
+def test_complex_buffers_stay_complex_in_another_dtype():
+    model = nn.Linear(3, 3)
+    model.register_buffer("rotation", torch.tensor([1j, -1.0]))
+    with scratch_copy(model, dtype=torch.float64) as scratch:
+        assert scratch.weight.dtype == torch.float64 and torch.equal(scratch.rotation, model.rotation)
+
+
 def test_the_callers_forward_hooks_fire_on_the_copy():
     model, seen = nn.Linear(3, 3), []
     model.register_forward_hook(lambda module, inputs, output: seen.append(module))
