@@ -1,8 +1,9 @@
 """SynFlow: keep synaptic flow, without data (Tanaka, Kunin, Yamins, Ganguli, NeurIPS 2020, arXiv 2006.05467).
 
 R = 1ᵀ·f_|θ|(1): the sum of the outputs of the network with every parameter and buffer replaced by its magnitude, on an
-input of ones. The score |θ ⊙ ∂R/∂θ| is the sum of the paths through a weight, so every layer has the same total. Published
-as 100 scoring rounds with density^(k/100) kept after round k; `prune` does the rounds, this file is one of them.
+input of ones. Infinite entries stay as they are: a mask of −∞ blocks what it is added to, and with +∞ nothing finite would
+be left. The score |θ ⊙ ∂R/∂θ| is the sum of the paths through a weight, so every layer has the same total. Published as 100
+scoring rounds with density^(k/100) kept after round k; `prune` does the rounds, this file is one of them.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def synflow_scores(
     """
     model.eval()
     with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                tensor.abs_()
+        for parameter in model.parameters():
+            parameter.copy_(_magnitude(parameter))
+        for buffer in model.buffers():
+            buffer.data = _magnitude(buffer)  # not in place, which an expanded one does not allow
     ones = _one_sample_of_ones(next(iter(batches)).inputs)
     output = call_model(model, ones)
     if not isinstance(output, Tensor):
@@ -44,6 +46,13 @@ def synflow_scores(
         name: torch.zeros_like(weight, requires_grad=False) if gradient is None else (weight.detach() * gradient).abs_()
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
     }
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    """Of every entry but infinite ones, in the same dtype; of integers, which index and count, none."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return torch.where(tensor.isinf(), tensor, tensor.abs().to(tensor.dtype))
 
 
 def _one_sample_of_ones(inputs: Any) -> Any:

@@ -117,6 +117,45 @@ def test_synflow_scores_the_paths_of_magnitudes_and_conserves_flow():
     assert scores["0.weight"].sum().item() == pytest.approx(scores["2.weight"].sum().item())
 
 
+class Buffered(nn.Module):
+    """Two layers with a buffer between them, `combine`d with what the first gives."""
+
+    def __init__(self, buffer: torch.Tensor, combine, persistent: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.combine = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False), combine
+        self.register_buffer("between", buffer, persistent=persistent)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.combine(self.first(x), self.between)))
+
+
+SIGNED = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0])
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    "buffer",
+    [SIGNED, SIGNED[:1].neg().expand(6), SIGNED + 0j, SIGNED * 1j],
+    ids=["signed", "expanded", "complex", "imaginary"],
+)
+def test_synflow_takes_the_magnitude_of_every_buffer(buffer, persistent):
+    model = Buffered(buffer.clone() if buffer.is_contiguous() else buffer, lambda x, between: (x * between).real, persistent)
+    before = model.between.clone()
+    scores = score(model, [(torch.randn(3, 4), None)], "synflow")
+    a, b, scale = model.first.weight.detach().double().abs(), model.last.weight.detach().double().abs(), buffer.abs().double()
+    torch.testing.assert_close(scores["first.weight"], a * (scale * b.sum(0))[:, None])
+    torch.testing.assert_close(scores["last.weight"], b * (scale * a.sum(1))[None, :])
+    assert torch.equal(model.between, before)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_synflow_leaves_a_mask_of_infinities_one(persistent):
+    model = Buffered(torch.tensor([0.0, 0.0, 0.0, *[-torch.inf] * 3]), lambda x, mask: (x + mask).softmax(-1), persistent)
+    scores = score(model, [(torch.randn(3, 4), None)], "synflow")
+    assert torch.equal(scores["last.weight"] > 0, torch.arange(6).expand(2, 6) < 3)
+    assert all(torch.isfinite(value).all() for value in scores.values())
+
+
 def test_synflow_does_not_read_more_than_one_batch():
     def endless():
         yield data()
