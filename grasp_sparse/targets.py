@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.formats import storage_of
+from grasp_sparse.formats import CsrIndices, storage_of
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from grasp_sparse.patterns import Pattern, Unstructured, get_pattern
 from grasp_sparse.weights import check_values
@@ -16,6 +16,10 @@ from grasp_sparse.weights import check_values
 DENSE = (nn.Linear, nn.Conv2d)
 CHANGED = (SparseLinear, SparseConv2d, MaskedLinear, MaskedConv2d)
 BlockSize = tuple[int, int] | None  # of the blocks that a sparse layer stores whole; None: it stores single weights
+# Names that layers of CHANGED have and dense ones do not: an attribute of the user's under one of them would hide theirs, or be lost.
+_TAKEN = {"values", "mask", "weight_shape", "block_size", "border", "_hooks", *CsrIndices._fields}
+_TAKEN |= {name for kind in CHANGED for name in dir(kind)}
+_TAKEN = _TAKEN.difference(dir(nn.Linear(1, 1, device="meta")), dir(nn.Conv2d(1, 1, 1, device="meta")))
 _READ_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -134,6 +138,8 @@ def _check_changeable(name: str, module: nn.Module, attribute: str) -> None:
         raise ValueError(f"{what}: Expected nn.Linear or nn.Conv2d to hold the masked {attribute!r}; leave its weight out of the masks.")
     if "forward" in vars(module):
         raise ValueError(f"{what}: Expected the forward of its class, got one set on the module; remove it first.")
+    if taken := sorted(_TAKEN & vars(module).keys()):
+        raise ValueError(f"{what}: Expected no attribute by a name of pruned layers, got {', '.join(taken)}; rename or delete it first.")
     if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
         raise ValueError(f"{what}: Expected only a weight and a bias, got more parameters, buffers or children; remove them first.")
     if module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
