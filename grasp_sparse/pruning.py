@@ -19,7 +19,7 @@ from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern
-from grasp_sparse.scratch import preserved_rng, scratch_copy
+from grasp_sparse.scratch import check_forwards, preserved_rng, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
 _NEARLY_EMPTY = 1e-3
@@ -118,6 +118,8 @@ def prune(
     """
     check_uncompiled(model)
     published = get_criterion(criterion)
+    if published.reads != 0:
+        check_forwards(model)  # here, for `score` will see a copy
     rounds = published.iterations if iterations is None else plain_number(iterations)
     seed, min_density, min_per_layer = map(plain_number, (seed, min_density, min_per_layer))
     if rounds < 1:

@@ -19,7 +19,7 @@ from grasp_sparse.criteria.magnitude import magnitude_scores
 from grasp_sparse.criteria.random import random_scores
 from grasp_sparse.criteria.snip import snip_scores
 from grasp_sparse.criteria.synflow import synflow_scores
-from grasp_sparse.scratch import scratch_copy
+from grasp_sparse.scratch import check_forwards, scratch_copy
 from grasp_sparse.weights import Selector, WeightSelection, check_values, find_weights
 
 __all__ = ["CRITERIA", "Criterion", "class_balanced", "get_criterion", "score"]
@@ -89,8 +89,9 @@ def score(
     Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Module
     hooks are copied along and do fire on the copy, once per forward of the scoring: what they do outside the model
     (counting, logging) happens. Two calls from the same random state (or seed) give the same bits. Raises ValueError
-    for bad arguments, a compiled model, weights on the meta device, reentrant checkpointing, a layer whose scores are not
-    finite and scores that are all zero. Warns about weights without a gradient, which score 0.
+    for bad arguments, a compiled model, weights on the meta device, reentrant checkpointing, a `forward` set on a module that
+    would run the model in place of the copy, a layer whose scores are not finite and scores that are all zero. Warns about
+    weights without a gradient, which score 0.
     """
     check_uncompiled(model)
     chosen = get_criterion(criterion)
@@ -102,6 +103,8 @@ def score(
     for weight in found:
         check_values(weight.name, weight.parameter)
     names = [weight.name for weight in found]
+    if chosen.reads != 0:
+        check_forwards(model)
     with scratch_copy(model, dtype=dtype or chosen.dtype, seed=seed) as scratch:
         parameters = dict(scratch.named_parameters())
         weights = {name: parameters[name].requires_grad_() for name in names}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from grasp_sparse.criteria import CRITERIA, class_balanced, get_criterion, score
+from grasp_sparse.pruning import prune
 from small_models import data, norm_net, smooth_net
 
 
@@ -207,6 +210,48 @@ def test_include_exclude_and_tied_weights():
     tied[3].weight = tied[1].weight
     scores = score(tied, [data()])
     assert list(scores) == ["1.weight"]
+
+
+def _around(model: nn.Module, how: str) -> None:
+    """Sets a forward on the model that computes what its own does."""
+    inner, kind = model.forward, type(model)
+    forwards = {
+        "closure": lambda x: kind.forward(model, x),
+        "default": lambda x, network=model: kind.forward(network, x),
+        "global": eval("lambda x: type(network).forward(network, x)", {"network": model}),
+        "inner forward": lambda x: inner(x),
+        "method": types.MethodType(lambda self, x: inner(x), model),
+        "partial": functools.partial(lambda forward, x: inner(x), inner),
+        "bound": types.MethodType(kind.forward, model),
+        "copied partial": functools.partial(kind.forward, model),
+        "partial of bound": functools.partial(inner),
+        "its own module": types.MethodType(lambda self, x: kind.forward(self, x), model),
+    }
+    model.forward = forwards[how]
+
+
+@pytest.mark.parametrize("how", ["closure", "default", "global", "inner forward", "method", "partial"])
+def test_a_forward_that_would_run_the_callers_model_is_refused(how):
+    model = norm_net()
+    _around(model, how)
+    before = snapshot(model)
+    for use in (score, prune):
+        with pytest.raises(ValueError, match="got a forward set on the model itself that is a function around the model itself"):
+            use(model, [data()], criterion="snip")
+    assert_untouched(model, before)
+    assert score(model, None, "magnitude")  # which runs nothing
+
+
+@pytest.mark.parametrize("how", ["bound", "copied partial", "partial of bound", "its own module"])
+def test_a_forward_that_is_copied_with_its_module_is_one(how):
+    model = norm_net()
+    expected = score(model, [data()], "snip")
+    _around(model, how)
+    model[2].forward = lambda x, plain=model[2].forward: plain(x)  # a module without weights or buffers: nothing of it changes
+    before = snapshot(model)
+    got = score(model, [data()], "snip")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert_untouched(model, before)
 
 
 def test_inputs_may_be_tuples_and_dicts():
