@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grasp_sparse.optim.fused import FusedOptimizer, refuse_to_record_a_start
+from grasp_sparse.optim.fused import FusedOptimizer, refuse_options, refuse_to_record_a_start
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -17,6 +17,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW``.
         masks, during_backward, raw_gradients: see :class:`FusedOptimizer`.
+        others: of torch's, if they are off.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         masks: Mapping[Tensor, Tensor] | None = None,
         during_backward: bool = False,
         raw_gradients: bool = False,
+        **others,
     ) -> None:
+        refuse_options(torch.optim.AdamW, others)
         super().__init__(
             params, lr, betas, eps, weight_decay,
             maximize=maximize, masks=masks, during_backward=during_backward, raw_gradients=raw_gradients,

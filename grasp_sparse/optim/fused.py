@@ -6,6 +6,7 @@ checked and when gradients are dropped is here, so another device needs another 
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -209,6 +210,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._hook(index)
             if self._raw_gradients:
                 self._masks.take_raw_gradients()
+
+
+def refuse_options(kind: type[torch.optim.Optimizer], given: Mapping[str, object]) -> None:
+    """TypeError for arguments, other than those of an optimizer here, that are on; torch's that are off change nothing."""
+    refused = [name for name, value in given.items() if value or name not in inspect.signature(kind).parameters]
+    if refused:
+        raise TypeError(
+            f"Expected the arguments of grasp_sparse.optim.{kind.__name__}, got {', '.join(refused)}; one call updates all tensors "
+            f"already, what else torch.optim.{kind.__name__} can do is there alone."
+        )
 
 
 def refuse_to_record_a_start(parameters: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grasp_sparse.optim.fused import FusedOptimizer, refuse_to_record_a_start
+from grasp_sparse.optim.fused import FusedOptimizer, refuse_options, refuse_to_record_a_start
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -17,6 +17,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``.
         masks, during_backward, raw_gradients: see :class:`FusedOptimizer`.
+        others: of torch's, if they are off.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         masks: Mapping[Tensor, Tensor] | None = None,
         during_backward: bool = False,
         raw_gradients: bool = False,
+        **others,
     ) -> None:
+        refuse_options(torch.optim.SGD, others)
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov,
             maximize=maximize, masks=masks, during_backward=during_backward, raw_gradients=raw_gradients,

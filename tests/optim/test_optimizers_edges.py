@@ -213,3 +213,12 @@ def test_options_of_torch_alone_are_refused():
     assert (weight == 1).all()
     with pytest.raises(ValueError, match="Nesterov"):
         optim.SGD([weight], nesterov=True)
+
+
+@pytest.mark.parametrize("kind, name", [(optim.SGD, "foreach"), (optim.SGD, "fused"), (optim.AdamW, "amsgrad"), (optim.AdamW, "typo")])
+def test_arguments_of_torch_alone_are_refused_in_a_sentence_unless_they_are_off(kind, name):
+    weight = torch.ones(4, requires_grad=True)
+    with pytest.raises(TypeError, match=rf"Expected the arguments of grasp_sparse\.optim\.{kind.__name__}, got {name}; one call"):
+        kind([weight], **{name: True})
+    if name != "typo":
+        assert kind([weight], **{name: False})
