@@ -4,7 +4,7 @@
 
     masks = gs.prune(model, batches, sparsity=0.95)
     gs.sparsify_(model, masks, example_input=x)
-    ...  # train with any torch optimizer
+    ...  # train with a torch optimizer
     gs.densify_(model)
 """
 
