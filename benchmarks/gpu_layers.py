@@ -10,7 +10,8 @@ measured together in turns; cuDNN has searched for its fastest algorithms before
 in float64 is left out, and the exit status is 1. So is, with a line and no more, what leaves a small layer none of its few blocks
 (benchmarks/gpu_possible.py). The passes are forward, and forward with backward; of linear layers and of the largest convolution
 of a network also fprop, dgrad and wgrad, the kernels of which they consist, each alone. `roofline` is the share of what the
-device can do: the larger of multiply-adds over its measured rate and bytes over its measured bandwidth, divided by the time.
+device can do: the larger of multiply-adds over its measured rate and bytes over its measured bandwidth, divided by the time. A call
+finds in the L2 cache what the one before has left there, dense or sparse: of layers that fit into it the share may pass 1.
 Writes benchmarks/results/gpu-layers.csv after every shape, and prints a table at the end (benchmarks/gpu_summary.py). The order
 of the shapes: benchmarks/gpu_shapes.py.
 """
