@@ -66,6 +66,22 @@ def setting(study: str) -> str:
     return "; ".join(lines) + "."
 
 
+def budgets_setting() -> str:
+    """And what of the study has no runs."""
+    found = {(row["data"], row["method"], row["target"]) for row in rows_of("budgets")}
+    names = {data == "fashion-mnist": data for data, _, _ in found}
+    lacking: dict[str, list[str]] = {}
+    for trial in STUDIES["budgets"]():
+        data = names.get(trial.recipe["data"] == "fashion-mnist", trial.recipe["data"])
+        if (data, trial.method, trial.target) not in found:
+            lacking.setdefault(data, []).append(f"{trial.method} {_limit(trial.target)}")
+    return " ".join([setting("budgets"), *(f"Not run on {data}: {', '.join(cases)}." for data, cases in lacking.items())])
+
+
+def _limit(target: str) -> str:
+    return f"{target[:-1]}×" if target.endswith("x") else f"{float(target):.0%}"
+
+
 def _one(runs: Runs, name: str) -> str:
     """The value that all runs have. Raises ValueError if there are several."""
     (value,) = {run[name] for run in runs}
@@ -88,9 +104,8 @@ def budgets_table() -> str:
         if method == "dense":
             rows.append((f"{data}: dense", "", "", "", "1×", accuracy(runs)))
             continue
-        limit = f"{float(target):.0%}" if not target.endswith("x") else f"{target[:-1]}×"
         removed = (f"{mean(runs, name):.1%}" for name in ("weight_sparsity", "flop_sparsity"))
-        rows.append((f"{data}: {method}", limit, *removed, f"{mean(runs, 'vs best dense'):.2f}×", accuracy(runs)))
+        rows.append((f"{data}: {method}", _limit(target), *removed, f"{mean(runs, 'vs best dense'):.2f}×", accuracy(runs)))
     return table(header, rows)
 
 
@@ -153,7 +168,7 @@ def steps_per_epoch(data: str) -> int:
 
 
 def networks_table() -> str:
-    header = ("", "epochs", "trained", "accuracy, %", "speed of a step", "the same steps dense")
+    header = ("", "epochs", "trained", "a step, of a measured one", "accuracy, %", "speed of a step", "the same steps dense")
     rows = []
     for (model, method), runs in grouped(rows_of("cifar10"), "model", "method").items():
         (run,) = runs
@@ -162,6 +177,7 @@ def networks_table() -> str:
         name = f"{model}, {method}" + (f", {float(run['target']):.0%}" if method != "dense" else "")
         rows.append((
             name, f"{epochs:.1f}", f"{float(run['seconds']) / 60:.1f} min",
+            f"{float(run['seconds']) / int(run['steps']) / float(run['step_s']):.2f}×",
             f"{100 * float(run['accuracy']):.1f}", f"{float(run['vs best dense']):.2f}×", f"{dense / 60:.1f} min",
         ))  # fmt: skip
     return table(header, rows)
@@ -173,7 +189,7 @@ def equal_minutes_table() -> str:
     (seconds,) = {run["max_seconds"] for run in runs.values()}
     (removed,) = {float(run["target"]) for run in runs.values() if run["method"] != "dense"}
     models, methods = list(dict.fromkeys(model for model, _ in runs)), list(dict.fromkeys(method for _, method in runs))
-    named = [method if method == "dense" else f"{method}, {removed:.0%} removed" for method in methods]
+    named = [method if method == "dense" else f"{method}, {removed:.0%} of the weights removed" for method in methods]
     header = [f"after {float(seconds) / 60:g} minutes of training", *named]
     rows = []
     for model in models:
@@ -221,7 +237,7 @@ README_BLOCKS: Blocks = {"equal minutes": equal_minutes_table}
 BLOCKS: Blocks = {
     "criteria setting": partial(setting, "criteria"),
     "criteria": criteria_table,
-    "budgets setting": partial(setting, "budgets"),
+    "budgets setting": budgets_setting,
     "budgets": budgets_table,
     "equal time": equal_time_table,
     "equal time finding": equal_time_finding,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -31,9 +32,10 @@ class Results:
         return all(any(same(row, case | self.settings, case.keys() | self.settings.keys()) for row in self.rows) for case in cases)
 
     def add(self, rows: list[Row], key: Iterable[str]) -> None:
-        """Appends rows and writes the file; earlier rows that agree with them in the columns `key` go."""
+        """Appends rows, with the date, and writes the file; earlier rows that agree with them in the columns `key` go."""
         key = (*key, *self.settings)
-        rows = [row | self.settings for row in rows]
+        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+        rows = [row | self.settings | {"date": date} for row in rows]
         if rows:
             self.rows = [old for old in self.rows if not same(old, rows[0], key)] + rows
             write_rows(self.path, self.rows)

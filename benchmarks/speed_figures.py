@@ -10,6 +10,7 @@ from benchmarks.runner import RESULTS
 from grasp_sparse.bench.layer_plots import crossover, layer_lines
 from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of, read_rows
 
+_FUSED = ("norm", "activation", "pooling")
 MACHINES = {"Zen 5": "", "Zen 4": "-zen4", "Xeon": "-xeon"}  # and how the names of their files end
 STEP_CASES = (("flops", "0.9"), ("flops", "0.95"), ("flops", "0.98"), ("weights", "0.95"), ("weights", "0.98"), ("weights", "0.99"))
 MODELS = {
@@ -44,14 +45,41 @@ def machine_of(name: str) -> str:
     return next((machine for machine, ending in MACHINES.items() if ending and ending in name), next(iter(MACHINES)))
 
 
-def step_speeds(machine: str) -> dict[tuple[str, str, str], float]:
+class Speed(NamedTuple):
+    """Times as fast as dense by medians; by dense's lower and sparse's upper quartile, and the other way round."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def step_speeds(machine: str) -> dict[tuple[str, str, str], Speed]:
     """(model, budget, sparsity) -> how many times as fast the faster sparse step is as the fastest dense one."""
-    rows = rows_of(f"models{MACHINES[machine]}")
+    best: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
+    for row in rows_of(f"models{MACHINES[machine]}"):
+        if row["best"]:
+            best.setdefault((row["model"], row["budget"], row["sparsity"]), {})[kind_of(row["arm"])] = row
     return {
-        (row["model"], row["budget"], row["sparsity"]): float(row["vs best dense"])
-        for row in rows
-        if row["best"] and kind_of(row["arm"]) == SPARSE
-    }
+        case: Speed(
+            float(rows[SPARSE]["vs best dense"]), float(rows[DENSE]["q1_s"]) / float(rows[SPARSE]["q3_s"]),
+            float(rows[DENSE]["q3_s"]) / float(rows[SPARSE]["q1_s"]), int(rows[SPARSE]["rounds"]),
+        )
+        for case, rows in best.items()
+    }  # fmt: skip
+
+
+def without_own_norms(machine: str) -> list[float]:
+    """Of each case, what is left of the speed of a step if the dense one had the sparse one's norms, activations and poolings, as a
+    share of it, from the profiles of steps."""
+    cases: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    for row in rows_of(f"models{MACHINES[machine]}-breakdown"):
+        own = cases.setdefault((row["model"], row["budget"], row["sparsity"]), {}).setdefault(kind_of(row["arm"]), {})
+        own[row["category"]] = float(row["seconds"])
+    return [
+        1 - sum(found[DENSE].get(kind, 0.0) - found[SPARSE].get(kind, 0.0) for kind in _FUSED) / sum(found[DENSE].values())
+        for found in cases.values()
+    ]
 
 
 def layer_speeds(name: str, group: str) -> dict[float, float]:

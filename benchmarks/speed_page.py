@@ -13,8 +13,8 @@ from functools import partial
 
 from benchmarks.pages import README, Blocks, print_or_write, table
 from benchmarks.speed_figures import (
-    GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, crossings, layer_speeds, machine_of, rows_of, shape_label,
-    slower_layers, speeds_against_linear, step_speeds,
+    GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, Speed, crossings, layer_speeds, machine_of, rows_of, shape_label,
+    slower_layers, speeds_against_linear, step_speeds, without_own_norms,
 )  # fmt: skip
 from benchmarks.speed_plot import plot
 from grasp_sparse.bench.results import SPARSE, kind_of
@@ -68,7 +68,7 @@ def step_ranges() -> str:
     """For README: a line a model, the slowest and the fastest machine."""
     speeds = [step_speeds(machine) for machine in MACHINES]
     return table(_step_header("speed-up of a training step"), [
-        (label, *(_range(found[model, *case] for found in speeds) for case in STEP_CASES)) for model, label in MODELS.items()
+        (label, *(_range(found[model, *case].median for found in speeds) for case in STEP_CASES)) for model, label in MODELS.items()
     ])  # fmt: skip
 
 
@@ -84,7 +84,9 @@ def machine_list() -> str:
     lines = []
     for machine, ending in MACHINES.items():
         row = rows_of(f"layers{ending}")[-1]
-        lines.append(f"- {machine}: {row['cpu']}, {row['threads']} threads, torch {row['torch'].partition('+')[0]}, {row['kernels']} kernels.")
+        others = {one["cpu"] for name in ("models", "scaling") for one in rows_of(f"{name}{ending}")} - {row["cpu"]}
+        line = f"- {machine}: {row['cpu']}, {row['threads']} threads, torch {row['torch'].partition('+')[0]}, {row['kernels']} kernels"
+        lines.append(f"{line}{''.join(f'; some rows say {cpu}' for cpu in sorted(others))}.")
     return "\n".join(lines)
 
 
@@ -93,9 +95,26 @@ def step_table() -> str:
     for model, label in MODELS.items():
         for machine in MACHINES:
             found = step_speeds(machine)
-            rows.append((label, machine, *(_times(found[model, *case]) for case in STEP_CASES)))
+            rows.append((label, machine, *(_with_quartiles(found[model, *case]) for case in STEP_CASES)))
             label = ""
     return table(_step_header("", ""), rows)
+
+
+def _with_quartiles(speed: Speed) -> str:
+    return f"{_times(speed.median)} ({speed.low:.1f}–{speed.high:.1f})"
+
+
+def step_rounds() -> str:
+    counts = sorted(speed.rounds for machine in MACHINES for speed in step_speeds(machine).values())
+    return f"By {counts[0]} rounds at least, {counts[-1]} at most, the median {counts[len(counts) // 2]}."
+
+
+def norm_list() -> str:
+    lines = []
+    for machine in ("Zen 4", "Xeon"):
+        left = sorted(without_own_norms(machine))
+        lines.append(f"- {machine}: {left[0] - 1:+.0%} to {left[-1] - 1:+.0%}, the median {left[len(left) // 2] - 1:+.0%}.")
+    return "\n".join(lines)
 
 
 def layer_table() -> str:
@@ -195,6 +214,8 @@ README_BLOCKS: Blocks = {"speed of steps": step_ranges, "speed of layers": layer
 BLOCKS: Blocks = {
     "machines": machine_list,
     "steps": step_table,
+    "step rounds": step_rounds,
+    "norms": norm_list,
     "layers": layer_table,
     "settings": setting_table,
     "crossover": crossing_list,

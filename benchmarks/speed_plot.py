@@ -39,13 +39,14 @@ def _layers(figure: plt.SubFigure) -> None:
 
 def _steps(figure: plt.SubFigure) -> None:
     speeds = {machine: step_speeds(machine) for machine in MACHINES}
-    highest = max(max(found.values()) for found in speeds.values())
+    highest = max(speed.high for found in speeds.values() for speed in found.values())
     grid = figure.subplots(1, len(MODELS), sharey=True)
     for axes, (model, label) in zip(grid, MODELS.items(), strict=True):
         for (machine, found), colour in zip(speeds.items(), SERIES):
             for budget, places in (("flops", range(3)), ("weights", range(3, 6))):
                 own = [found[model, *case] for case in STEP_CASES if case[0] == budget]
-                axes.plot(list(places), own, "o-", ms=4, color=colour)
+                axes.plot(list(places), [speed.median for speed in own], "o-", ms=4, color=colour)
+                axes.fill_between(list(places), [speed.low for speed in own], [speed.high for speed in own], color=colour, alpha=0.13, lw=0)
         axes.axvline(2.5, color="#cbd5e1", lw=1)
         axes.set_xticks(range(len(STEP_CASES)), [f"{float(share):.0%}" for _, share in STEP_CASES], fontsize=8.5)
         axes.set(title=label.partition(",")[0], xlabel="multiply-adds  |  weights removed")

@@ -91,7 +91,10 @@ def _out(arguments: argparse.Namespace, config: TrainConfig) -> Path:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from grasp_sparse.bench.denormals import flush_denormals
+
     keep_memory()  # every step needs what the one before it needed
+    flush_denormals()
     try:
         return _train_to_the_end(arguments)
     except KeyboardInterrupt as stop:

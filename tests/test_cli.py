@@ -54,6 +54,7 @@ def test_train_prints_results_and_ends_with_a_line_for_programs(capsys: pytest.C
         assert Path("runs/demo", name).stat().st_size > 0
     text = "\n".join(lines)
     assert "runs/demo/report.html" in text and f"runs/demo/{checkpoint_name(1, 0)}" in text and "best dense" in text
+    assert not torch.tensor([1e-40]).mul(1.0).any()  # denormals count as zero
 
 
 def test_memory_is_told_where_no_step_is_timed(capsys: pytest.CaptureFixture) -> None:

@@ -2,7 +2,8 @@
 
 A step that is measured again and again trains on one batch, and in a network without 98 % of its weights gradients fade until they
 are such numbers: on an Intel Xeon a dense ResNet-50 then took several times as long as in its first steps, and the sparse one as
-long as before. That says nothing about sparsity, so steps are measured with those numbers taken for zero.
+long as before. That says nothing about sparsity, so steps are measured with those numbers taken for zero; `grasp-sparse train` takes
+them for zero, too.
 """
 
 from __future__ import annotations

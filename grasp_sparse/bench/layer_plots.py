@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of
 from grasp_sparse.report.style import ACCENT, INK, save_plot
 
+_WHOLE = "forward+backward"
 _TICKS = (0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 50)
 
 
@@ -30,14 +31,16 @@ class Line(NamedTuple):
 
 
 def layer_lines(rows: Sequence[Mapping[str, str]]) -> list[Line]:
-    """A line per shape: at each sparsity the faster sparse arm against the fastest dense arm.
+    """A line per shape, precision and pattern: at each sparsity the faster sparse arm against the fastest dense arm, forward and
+    backward; rows of other passes are left out.
 
     low, high: quartile of the one against the opposite quartile of the other. Raises ValueError for rows without a dense or a
     sparse arm.
     """
     lines = []
-    for shape, precision in dict.fromkeys((row["shape"], row["precision"]) for row in rows):
-        own = [row for row in rows if (row["shape"], row["precision"]) == (shape, precision)]
+    rows = [row for row in rows if row.get("pass", _WHOLE) == _WHOLE]
+    for shape, precision, pattern in dict.fromkeys(map(_line_of, rows)):
+        own = [row for row in rows if _line_of(row) == (shape, precision, pattern)]
         dense = min((row for row in own if kind_of(row["arm"]) == DENSE), key=lambda row: float(row["median_s"]))
         sparse: dict[float, Mapping[str, str]] = {}
         for row in own:
@@ -50,6 +53,7 @@ def layer_lines(rows: Sequence[Mapping[str, str]]) -> list[Line]:
         chosen = [sparse[share] for share in shares]
         group = own[0].get("group") or shape.split()[0]
         group += "" if precision == "float32" else f", {precision}"
+        group += "" if pattern == "unstructured" else f", {pattern}"
         lines.append(Line(
             shape, group, shares,
             [float(dense["median_s"]) / float(row["median_s"]) for row in chosen],
@@ -57,6 +61,10 @@ def layer_lines(rows: Sequence[Mapping[str, str]]) -> list[Line]:
             [float(dense["q3_s"]) / float(row["q1_s"]) for row in chosen],
         ))  # fmt: skip
     return lines
+
+
+def _line_of(row: Mapping[str, str]) -> tuple[str, str, str]:
+    return row["shape"], row["precision"], row.get("pattern") or "unstructured"
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:

@@ -18,20 +18,22 @@ from grasp_sparse.train.errors import UserError
 _LAYERS = {"shape", "precision", "sparsity", "arm", "median_s"}
 _PEERS = _LAYERS | {"peer_version"}
 _STEPS = {"model", "budget", "sparsity", "pass", "arm", "median_s"}
+_DEVICE_STEPS = {"model", "pattern", "planned_in", "sparsity", "pass", "arm", "median_s"}
 _SCALING = {"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}
 _ACCURACY = {"study", "data", "model", "method", "target", "seed", "accuracy", "weight_sparsity", "vs best dense"}
 _BREAKDOWN = {"model", "budget", "sparsity", "arm", "category", "seconds"}
 
 
 def write_plots(path: Path, out: Path | None = None) -> list[Path]:
-    """Draws a CSV file, or every CSV file in a folder, into `out` (default: beside the file); returns the PNG files.
+    """Draws a CSV file, or those in a folder that have a plot, into `out` (default: beside the file); returns the PNG files.
 
-    Raises UserError for a path that is neither, and for a file that no benchmark of this version has written.
+    Raises UserError for a path that is neither, and for a file, or a folder of nothing but files, without one.
     """
     if path.is_dir():
         files = sorted(path.glob("*.csv"))
         if not files:
             raise UserError(f"Expected CSV files or a run's result.json in {path}, got neither")
+        files = [file for file in files if _has_plot(file)] or files
     elif path.is_file():
         files = [path]
     else:
@@ -43,9 +45,23 @@ def write_plots(path: Path, out: Path | None = None) -> list[Path]:
     return plots
 
 
+def _has_plot(file: Path) -> bool:
+    columns = _columns(read_rows(file))
+    return any(columns >= known for known in (_ACCURACY, _BREAKDOWN, _STEPS, _DEVICE_STEPS, _SCALING, _LAYERS))
+
+
+def _columns(rows: list[dict[str, str]]) -> set[str]:
+    return set(rows[0]) if rows else set()
+
+
+def _as_step(row: dict[str, str]) -> dict[str, str]:
+    """A step on a device, in the columns of those on a CPU: a panel for each pattern and precision."""
+    return row | {"budget": "flops", "model": ", ".join((row["model"], row["pattern"], row["planned_in"]))}
+
+
 def _plot(file: Path, folder: Path) -> Path:
     rows = read_rows(file)
-    columns = set(rows[0]) if rows else set()
+    columns = _columns(rows)
     target = folder / f"{file.stem}.png"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,6 +71,8 @@ def _plot(file: Path, folder: Path) -> Path:
             plot_breakdown(rows, target)
         elif columns >= _STEPS:
             plot_steps(rows, target)
+        elif columns >= _DEVICE_STEPS:
+            plot_steps([_as_step(row) for row in rows], target)
         elif columns >= _SCALING:
             plot_fits(rows, target)
         elif columns >= _PEERS:

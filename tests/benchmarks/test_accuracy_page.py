@@ -36,7 +36,7 @@ def _row(method: str, target: str, speed: float, accuracy: float, seed: int = 0,
     return {
         "study": "budgets", "data": "fashion-mnist", "model": "vgg_small", "method": method, "target": target, "seed": f"{seed}",
         "epochs": "4", "accuracy": f"{accuracy}", "vs best dense": f"{speed}", "weight_sparsity": "0.9", "flop_sparsity": "0.8",
-        "max_seconds": "", "epochs_done": "4", "steps": "1560", "seconds": "60", "dense_step_s": "0.1", **others,
+        "max_seconds": "", "epochs_done": "4", "steps": "1560", "seconds": "60", "step_s": "0.05", "dense_step_s": "0.1", **others,
     }  # fmt: skip
 
 

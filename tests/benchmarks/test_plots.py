@@ -29,6 +29,16 @@ def test_a_line_compares_the_faster_arms() -> None:
     assert [line.group for line in layer_lines([row | {"precision": "bfloat16"} for row in rows])] == ["conv3x3, bfloat16"]
 
 
+def test_passes_and_patterns_are_not_mixed() -> None:
+    whole, alone = {"pass": "forward+backward"}, {"pass": "fprop"}
+    rows = [
+        _row("dense nchw", "0", 9, **whole, pattern="unstructured"), _row("sparse nchw", "0.9", 3, **whole, pattern="unstructured"),
+        _row("dense nchw", "0", 9, **whole, pattern="block(32, 32)"), _row("sparse nchw", "0.9", 1, **whole, pattern="block(32, 32)"),
+        _row("dense nchw", "0", 0.1, **alone, pattern="unstructured"), _row("sparse nchw", "0.9", 0.2, **alone, pattern="unstructured"),
+    ]  # fmt: skip
+    assert {line.group: line.speed for line in layer_lines(rows)} == {"conv3x3": [3], "conv3x3, block(32, 32)": [9]}
+
+
 def test_a_shape_without_a_sparse_arm_is_refused() -> None:
     with pytest.raises(ValueError, match="no sparse arm of conv3x3 4->4"):
         layer_lines([_row("dense nchw", "0", 9)])
@@ -52,12 +62,18 @@ def test_every_kind_of_file_is_drawn(tmp_path: Path) -> None:
             for arm in ("dense nchw", "sparse nchw", "torch CSR")
         ],
         "models": [case | {"pass": "training step", "arm": arm, "median_s": "1"} for arm in ("dense nchw", "sparse nchw")],
+        "gpu-steps": [
+            {"model": "net", "pattern": "unstructured", "planned_in": "float32", "sparsity": "0.9", "pass": "training step", "arm": arm,
+             "median_s": "1"}
+            for arm in ("dense float32 nchw", "sparse float32 nchw")
+        ],
         "breakdown": [
             case | {"arm": arm, "category": kind, "seconds": "1"} for arm in ("dense nchw", "sparse nchw") for kind in ("norm", "other")
         ],
     }  # fmt: skip
     for name, rows in files.items():
         write_rows(tmp_path / f"{name}.csv", rows)
+    write_rows(tmp_path / "plan.csv", [{"model": "net", "layer": "0", "runs": "sparse"}])  # nothing to draw
     plots = write_plots(tmp_path)
     assert sorted(plot.name for plot in plots) == sorted(f"{name}.png" for name in files)
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
