@@ -80,7 +80,7 @@ def test_an_epoch_that_was_begun_does_not_count_as_a_whole_one(monkeypatch: pyte
     monkeypatch.setattr(accuracy_page, "read_rows", lambda _: rows)
     assert accuracy_page.steps_per_epoch("fashion-mnist") == 390
     assert "| vgg_small, grasp, 98% | 6.4 | 9.1 min |" in accuracy_page.networks_table()
-    assert "| vgg_small, dense | 2.0 | 9.1 min | 50.0 | 1.00× | 1.3 min |" in accuracy_page.networks_table()
+    assert "| vgg_small, dense | 2.0 | 9.1 min | 13.99× | 50.0 | 1.00× | 1.3 min |" in accuracy_page.networks_table()
 
 
 def test_an_epoch_has_as_many_steps_in_every_study() -> None:
