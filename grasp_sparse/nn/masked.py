@@ -122,6 +122,8 @@ class _Hooks:
             if handle is not None:
                 handle.remove()
                 del self._handles[weight]
+                if not weight._backward_hooks:  # every backward would go through the empty list of them, in Python
+                    weight._backward_hooks = None
             if later is None:
                 frozen = not weight.requires_grad
                 weight.requires_grad_()  # a hook stays where it is when a weight is frozen, and thawed by somebody else

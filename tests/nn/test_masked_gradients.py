@@ -215,3 +215,18 @@ def test_who_masks_later_gets_the_gradient_as_it_is_for_as_long_as_it_lives(kind
     assert kept(layer, kind).all()
     del later
     assert torch.equal(kept(layer, kind), layer.mask)
+
+
+def test_a_hook_that_is_gone_costs_nothing_and_others_stay():
+    """An empty list of hooks on a weight is still gone through, in Python, in every backward."""
+    layer, seen = MaskedLinear.from_dense(nn.Linear(6, 4), torch.rand(4, 6) < 0.5), []
+    assert len(layer.weight._backward_hooks) == 1
+    later = LaterMask(layer)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert layer.weight._backward_hooks is None
+    del later
+    layer(torch.randn(3, 6))  # masks its gradients itself again
+    layer.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    later = LaterMask(layer)
+    layer(torch.ones(3, 6)).sum().backward()
+    assert len(seen) == 1 and bool((seen[0] == 3).all()) and later is not None
