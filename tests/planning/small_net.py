@@ -35,3 +35,8 @@ class ReadsWeight(nn.Module):
         if x.dtype != self.wo.weight.dtype:
             x = x.to(self.wo.weight.dtype)
         return self.wo(x)
+
+
+def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    return {name: (torch.randperm(p.numel()) < density * p.numel()).view(p.shape) for name, p in weights.items()}
