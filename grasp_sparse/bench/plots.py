@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -16,12 +17,32 @@ from grasp_sparse.report.style import STYLE
 from grasp_sparse.train.errors import UserError
 
 _LAYERS = {"shape", "precision", "sparsity", "arm", "median_s"}
-_PEERS = _LAYERS | {"peer_version"}
-_STEPS = {"model", "budget", "sparsity", "pass", "arm", "median_s"}
-_DEVICE_STEPS = {"model", "pattern", "planned_in", "sparsity", "pass", "arm", "median_s"}
-_SCALING = {"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}
-_ACCURACY = {"study", "data", "model", "method", "target", "seed", "accuracy", "weight_sparsity", "vs best dense"}
-_BREAKDOWN = {"model", "budget", "sparsity", "arm", "category", "seconds"}
+_STEPS = {"model", "sparsity", "pass", "arm", "median_s"}
+Rows = list[dict[str, str]]
+
+
+def _plot_device_steps(rows: Rows, path: Path) -> None:
+    """Those on a device, in the columns of those on a CPU: a panel for each pattern and precision."""
+    named = [row | {"budget": "flops", "model": ", ".join((row["model"], row["pattern"], row["planned_in"]))} for row in rows]
+    plot_steps(named, path)
+
+
+def _plot_layers(rows: Rows, path: Path) -> None:
+    lines = layer_lines(rows)
+    crossing = min(min(line.sparsity) for line in lines) < 0.75
+    (plot_crossover if crossing else plot_layers)(lines, path, caches=rows[0].get("caches", "warm"))
+
+
+# The first whose columns a file has.
+_PLOTS: tuple[tuple[set[str], Callable[[Rows, Path], None]], ...] = (
+    ({"study", "data", "model", "method", "target", "seed", "accuracy", "weight_sparsity", "vs best dense"}, plot_accuracy),
+    ({"model", "budget", "sparsity", "arm", "category", "seconds"}, plot_breakdown),
+    (_STEPS | {"budget"}, plot_steps),
+    (_STEPS | {"pattern", "planned_in"}, _plot_device_steps),
+    ({"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}, plot_fits),
+    (_LAYERS | {"peer_version"}, plot_peers),
+    (_LAYERS, _plot_layers),
+)
 
 
 def write_plots(path: Path, out: Path | None = None) -> list[Path]:
@@ -33,56 +54,30 @@ def write_plots(path: Path, out: Path | None = None) -> list[Path]:
         files = sorted(path.glob("*.csv"))
         if not files:
             raise UserError(f"Expected CSV files or a run's result.json in {path}, got neither")
-        files = [file for file in files if _has_plot(file)] or files
     elif path.is_file():
         files = [path]
     else:
         raise UserError(f"Expected a CSV file, a folder of them or a folder of a run, got {path}, which does not exist")
+    tables = {file: read_rows(file) for file in files}
+    drawn = {file: draw for file, rows in tables.items() if (draw := _plot_of(rows))}
+    if not drawn:
+        columns = ", ".join(sorted(_columns(tables[files[0]]))) or "none"
+        raise UserError(f"Expected columns of a benchmark in {files[0]}, got {columns}")
     plots = []
     with plt.rc_context(STYLE):
-        for file in files:
-            plots.append(_plot(file, out or file.parent))
+        for file, draw in drawn.items():
+            plots.append((out or file.parent) / f"{file.stem}.png")
+            plots[-1].parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draw(tables[file], plots[-1])
+            except ValueError as error:
+                raise UserError(f"Expected numbers in the columns of {file}, got {error}; measure again") from error
     return plots
 
 
-def _has_plot(file: Path) -> bool:
-    columns = _columns(read_rows(file))
-    return any(columns >= known for known in (_ACCURACY, _BREAKDOWN, _STEPS, _DEVICE_STEPS, _SCALING, _LAYERS))
+def _plot_of(rows: Rows) -> Callable[[Rows, Path], None] | None:
+    return next((draw for columns, draw in _PLOTS if _columns(rows) >= columns), None)
 
 
-def _columns(rows: list[dict[str, str]]) -> set[str]:
+def _columns(rows: Rows) -> set[str]:
     return set(rows[0]) if rows else set()
-
-
-def _as_step(row: dict[str, str]) -> dict[str, str]:
-    """A step on a device, in the columns of those on a CPU: a panel for each pattern and precision."""
-    return row | {"budget": "flops", "model": ", ".join((row["model"], row["pattern"], row["planned_in"]))}
-
-
-def _plot(file: Path, folder: Path) -> Path:
-    rows = read_rows(file)
-    columns = _columns(rows)
-    target = folder / f"{file.stem}.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if columns >= _ACCURACY:
-            plot_accuracy(rows, target)
-        elif columns >= _BREAKDOWN:
-            plot_breakdown(rows, target)
-        elif columns >= _STEPS:
-            plot_steps(rows, target)
-        elif columns >= _DEVICE_STEPS:
-            plot_steps([_as_step(row) for row in rows], target)
-        elif columns >= _SCALING:
-            plot_fits(rows, target)
-        elif columns >= _PEERS:
-            plot_peers(rows, target)
-        elif columns >= _LAYERS:
-            lines = layer_lines(rows)
-            crossing = min(min(line.sparsity) for line in lines) < 0.75
-            (plot_crossover if crossing else plot_layers)(lines, target, caches=rows[0].get("caches", "warm"))
-        else:
-            raise UserError(f"Expected columns of a benchmark in {file}, got {', '.join(sorted(columns)) or 'none'}")
-    except ValueError as error:
-        raise UserError(f"Expected numbers in the columns of {file}, got {error}; measure again") from error
-    return target
