@@ -17,9 +17,10 @@ from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import check_scores, check_uncompiled, get_criterion, score, store_batches
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, Reduce
+from grasp_sparse.forwards import check_forwards
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern
-from grasp_sparse.scratch import check_forwards, preserved_rng, scratch_copy
+from grasp_sparse.scratch import preserved_rng, scratch_copy
 from grasp_sparse.weights import Selector, find_weights
 
 _NEARLY_EMPTY = 1e-3

@@ -201,10 +201,7 @@ def _matching(
     patterns = [selector] if isinstance(selector, str) else selector
     matched = [False] * len(found)
     for pattern in patterns:
-        hits = [
-            any(fnmatchcase(owner.module_name, pattern) or fnmatchcase(owner.full_name, pattern) for owner in sharing)
-            for sharing in found
-        ]
+        hits = [any(_names_layer(pattern, owner.module_name) for owner in sharing) for sharing in found]
         if not any(hits):
             _refuse_pattern(pattern, argument, skipped, model, found)
         matched = [a or b for a, b in zip(matched, hits, strict=True)]

@@ -19,6 +19,7 @@ ORDER = [
     "cuda_timing",
     "poison",
     "weights",
+    "forwards",
     "nested",
     "scratch",
     "costs",

@@ -19,7 +19,8 @@ from grasp_sparse.criteria.magnitude import magnitude_scores
 from grasp_sparse.criteria.random import random_scores
 from grasp_sparse.criteria.snip import snip_scores
 from grasp_sparse.criteria.synflow import synflow_scores
-from grasp_sparse.scratch import check_forwards, scratch_copy
+from grasp_sparse.forwards import check_forwards
+from grasp_sparse.scratch import scratch_copy
 from grasp_sparse.weights import Selector, WeightSelection, check_values, find_weights
 
 __all__ = ["CRITERIA", "Criterion", "class_balanced", "get_criterion", "score"]
