@@ -104,9 +104,24 @@ def _with_quartiles(speed: Speed) -> str:
     return f"{_times(speed.median)} ({speed.low:.1f}–{speed.high:.1f})"
 
 
-def step_rounds() -> str:
+def step_conditions() -> str:
     counts = sorted(speed.rounds for machine in MACHINES for speed in step_speeds(machine).values())
-    return f"By {counts[0]} rounds at least, {counts[-1]} at most, the median {counts[len(counts) // 2]}."
+    flushed = "; ".join(f"{machine}, {_flushed(rows_of(f'models{ending}'))}" for machine, ending in MACHINES.items())
+    return (
+        f"By {counts[0]} rounds at least, {counts[-1]} at most, the median {counts[len(counts) // 2]}. Denormal numbers count as zero: "
+        f"{flushed}; elsewhere both arms contain what these cost."
+    )
+
+
+def _flushed(rows: Iterable[Mapping[str, str]]) -> str:
+    """Of which models and limits."""
+    cases: dict[tuple[str, str], bool] = {}
+    for row in rows:
+        case = row["model"], row["budget"]
+        cases[case] = cases.get(case, True) and row.get("denormals") == "zero"
+    if len(set(cases.values())) == 1:
+        return "all" if all(cases.values()) else "none"
+    return ", ".join(f"{_NETWORKS.get(model, model)} by {budget}" for (model, budget), zero in cases.items() if zero)
 
 
 def norm_list() -> str:
@@ -214,7 +229,7 @@ README_BLOCKS: Blocks = {"speed of steps": step_ranges, "speed of layers": layer
 BLOCKS: Blocks = {
     "machines": machine_list,
     "steps": step_table,
-    "step rounds": step_rounds,
+    "step conditions": step_conditions,
     "norms": norm_list,
     "layers": layer_table,
     "settings": setting_table,

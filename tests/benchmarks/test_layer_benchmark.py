@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkey
     rows = read_rows(out)
     blank = dict.fromkeys(rows[0], "")
     assert rows[: len(kept)] == [blank | row for row in kept] and len(rows) > len(kept)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", row["date"]) for row in rows)
     assert _run(out, "--resume", "--sparsity", "0.6") == 0  # other sparsities: measured anew, in place of the old rows
     assert {row["sparsity"] for row in read_rows(out)} == {"0", "0.6"}
 

@@ -48,6 +48,27 @@ def test_layers_are_compared_with_the_fastest_dense_path_and_averaged_over_shape
     assert speed_figures.speeds_against_linear("layers")[0.9] == pytest.approx(6.0)
 
 
+def test_steps_come_with_the_quartiles_of_one_against_the_opposite_ones_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"model": "net", "budget": "flops", "sparsity": "0.9", "best": "yes", "vs best dense": "4", "rounds": "7"}
+    rows = [_layer("net", "dense nchw", 8.0) | case, _layer("net", "sparse nchw", 2.0) | case, _layer("net", "dense channels_last", 1.0)]
+    monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
+    assert speed_figures.step_speeds("Zen 4") == {("net", "flops", "0.9"): pytest.approx((4, 8 * 0.9 / 2.2, 8 * 1.1 / 1.8, 7))}
+
+
+def test_what_own_norms_bring_is_taken_from_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense 10 s, 2 of them norms; sparse 4 s, 1 of them: with the sparse one's norms 9 / 4 times as fast, not 10 / 4."""
+    case = {"model": "net", "budget": "flops", "sparsity": "0.9"}
+    seconds = {"dense nchw": {"norm": 2, "other": 8}, "sparse nchw": {"norm": 1, "other": 3}}
+    rows = [case | {"arm": arm, "category": kind, "seconds": f"{of}"} for arm, kinds in seconds.items() for kind, of in kinds.items()]
+    monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
+    assert speed_figures.without_own_norms("Zen 4") == [pytest.approx(0.9)]
+
+
+def test_which_steps_take_denormals_for_zero_is_what_their_rows_say() -> None:
+    zero, kept = {"model": "resnet50", "budget": "weights", "denormals": "zero"}, {"model": "mlp", "budget": "flops", "denormals": ""}
+    assert [speed_page._flushed(rows) for rows in ([zero], [kept], [zero, kept])] == ["all", "none", "ResNet-50 by weights"]
+
+
 def test_layers_that_are_slower_than_dense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the faster layout of each, and not the whole step."""
 
