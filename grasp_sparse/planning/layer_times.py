@@ -32,7 +32,6 @@ class _Look(NamedTuple):
     """Times that have just been measured, in so many seconds, and how to measure them again."""
 
     key: str
-    kept: int
     times: Times
     seconds: float
     measure: Callable[[], Times]
@@ -95,7 +94,7 @@ def _storage_times(target: Target, called: _Calls, stored: BlockSize, looks: lis
             times = again()
             cache.remember(key, target.kept, times)
             if looks is not None and target.mask.device.type == "cpu":  # a GPU is nobody else's meanwhile
-                looks.append(_Look(key, target.kept, times, time.perf_counter() - start, again))
+                looks.append(_Look(key, times, time.perf_counter() - start, again))
         parts.append(times * calls)
     return functools.reduce(operator.add, parts)
 
