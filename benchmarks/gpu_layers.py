@@ -93,12 +93,12 @@ def measure(
         arms[combination], wrong = _right(made, dense, layer.mask)
         problems += [f"{sparsity:.0%} {problem}" for problem in wrong]
         has_peers = "forward" in passes and isinstance(dense, nn.Linear) and device == "cuda"
-        peers[combination] = _peers(layer, x, pattern) if has_peers else {}
+        peers[combination] = _peers(layer, x, grad, pattern) if has_peers else {}
     rows: list[Row] = []
     for what in passes:
         if not reference[what]:
             raise WrongResultError(problems[0])
-        own = {one: {**arms[one][what], **(peers[one] if what == "forward" else {})} for one in together}
+        own = {one: {**arms[one][what], **peers[one].get(what, {})} for one in together}
         pruned = {(*combination, name): call for combination, calls in own.items() for name, call in calls.items()}
         times = _times({**reference[what], **pruned}, device, rounds)
         for combination in together:
@@ -126,15 +126,17 @@ def _right(
     return right, [f"{name}, {what}: {problem}" for (what, name), problem in wrong.items()]
 
 
-def _peers(layer: nn.Module, x: Tensor, pattern: str) -> dict[str, Call]:
-    """Peers that compute the right thing, by "peer <name> <precision> rows"; one line about each that does not run or is wrong."""
-    found: dict[str, Call] = {}
+def _peers(layer: nn.Module, x: Tensor, grad: Tensor, pattern: str) -> dict[str, dict[str, Call]]:
+    """By pass, peers that compute the right thing, by "peer <name> <precision> rows"; one line about each that does not run or
+    is wrong."""
+    found: dict[str, dict[str, Call]] = {}
     weight = layer.to_dense_weight().detach()
     for name in ("float32", "bfloat16"):
         dtype = STORAGE[name]
         with precision(name):
-            peers = gpu_peers.available(weight.to(dtype), PATTERNS[pattern], x.to(dtype), TOLERANCE[name], tell)
-        found |= {f"peer {peer} {name} rows": product for peer, product in peers.items()}
+            peers = gpu_peers.available(weight.to(dtype), PATTERNS[pattern], x.to(dtype), grad.to(dtype), TOLERANCE[name], tell)
+        for what, calls in peers.items():
+            found.setdefault(what, {}).update({f"peer {peer} {name} rows": call for peer, call in calls.items()})
     return found
 
 

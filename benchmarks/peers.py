@@ -3,22 +3,23 @@
     python -m benchmarks.peers --quick
     python -m benchmarks.peers --group linear
 
-Peers: torch's own CSR tensors (products by MKL; linear only), and SparseProp (https://github.com/IST-DASLab/sparseprop), which
-is measured if it can be imported: build it by hand. Each gets its inputs in the layout it likes best. Two passes: forward
-alone, and forward with backward. What a peer does not support, or computes wrongly, has no row; one line says why.
+Peers: torch's own CSR tensors (products by MKL; linear only), with the gradients of torch's autograd and with gradients written
+by hand (benchmarks/compressed.py), and SparseProp (https://github.com/IST-DASLab/sparseprop), which is measured if it can be
+imported: build it by hand. Each gets its inputs in the layout it likes best. Two passes: forward alone, and forward with
+backward. What a peer does not support, or computes wrongly, has no row; one line says why.
 Writes benchmarks/results/peers.csv after every shape.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.compressed import CsrLinear, CsrLinearByHand
 from benchmarks.layers import random_mask
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
@@ -45,6 +46,7 @@ class TorchCsr:
     name = "torch CSR"
     note = "the gradient of the weight is dense"
     version = str(torch.__version__)
+    layer: type[nn.Module] = CsrLinear
 
     def available(self) -> bool:
         return torch.backends.mkl.is_available()
@@ -52,25 +54,25 @@ class TorchCsr:
     def make(self, layer: nn.Module, mask: Tensor, x: Tensor, grad: Tensor | None) -> Arm:
         if not isinstance(layer, nn.Linear):
             raise UnsupportedError("CSR tensors have no convolution")
-        return _CsrArm(_CsrLinear(layer), x.t().contiguous(), None if grad is None else grad.t().contiguous())
+        return _CsrArm(self.layer(layer), x.t().contiguous(), None if grad is None else grad.t().contiguous())
 
 
-class _CsrLinear(nn.Module):
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CSR tensors are in beta
-            self.weight = nn.Parameter(linear.weight.detach().to_sparse_csr())
-        self.bias = nn.Parameter(linear.bias.detach().clone())
+class TorchCsrByHand(TorchCsr):
+    """The same product, and gradients of the kept weights only: :class:`~benchmarks.compressed.CsrLinearByHand`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight @ x + self.bias[:, None]
+    name = "torch CSR by hand"
+    note = "gradients by a transposed CSR tensor and sampled_addmm"
+    layer = CsrLinearByHand
 
 
 class _CsrArm(Arm):
     def results(self, mask: Tensor) -> dict[str, Tensor]:
         found = super().results(mask)
         return {what: tensor.t() if what in ("output", "input gradient") else tensor for what, tensor in found.items()}
+
+    def weight_gradient(self, mask: Tensor) -> Tensor:
+        layer = self.layer
+        return layer.values.grad if isinstance(layer, CsrLinearByHand) else layer.weight.grad[mask]  # CSR is in row-major order
 
 
 class SparseProp:
@@ -122,7 +124,7 @@ class _SparsePropArm(Arm):
         return from_sparse_format_conv2d(values, self.layer.W_idx, mask.shape)[mask]
 
 
-PEERS = (TorchCsr(), SparseProp())
+PEERS = (TorchCsr(), TorchCsrByHand(), SparseProp())
 
 
 def make_arms(

@@ -56,7 +56,7 @@ def test_time_waiting_for_a_device_is_measured(clock):
     assert interleaved({"a": lambda: None}, rounds=2, warmup=0, synchronize=finish)["a"].median == 7
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 5), (30, 9), (1000, 25)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 5), (30, 9), (600, 25), (1000, 33)])
 def test_rounds_follow_from_the_time_there_is(clock, seconds, rounds):
     calls: list[str] = []
 

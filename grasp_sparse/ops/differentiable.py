@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from torch.autograd import forward_ad
 _ops = torch.ops.grasp_sparse
 # Of functorch there is no public question. Where torch does not answer this one, every call goes the way that suits all transforms.
 is_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# Where nothing is to be differentiated (any more), an operation goes past its own registration with autograd, which is Python, to its
+# kernel: forward and backward of a linear layer of 16 x 16 take 70 us instead of 85.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 _levels: Callable[[], list | None] = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
 
 
@@ -29,10 +33,11 @@ def _in_forward_mode() -> bool:
 
 def _is_functionalized() -> bool:
     """Whether ``functionalize`` looks on, which knows operations but no autograd functions."""
-    return any(level.key().name == "Functionalize" for level in _levels() or ())
+    return is_transformed() and any(level.key().name == "Functionalize" for level in _levels() or ())
 
 
 class _Ways(NamedTuple):
+    plain: Callable  # the operation itself
     eager: type[torch.autograd.Function]
     transformed: type[torch.autograd.Function]
     defaults: tuple[object, ...]  # of all arguments, None where there is no default
@@ -44,11 +49,11 @@ _ways: dict[str, _Ways] = {}
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
     """Gives ``grasp_sparse::name`` its derivative, in the terms of ``torch.library.register_autograd``: there and in :func:`call`."""
 
-    def forward(*inputs):
-        return getattr(_ops, name)(*inputs)
+    operation = getattr(_ops, name).default
 
-    def forward_with(ctx, *inputs):
-        output = forward(*inputs)
+    def forward(ctx, *inputs):
+        with _below_autograd():
+            output = operation(*inputs)
         setup(ctx, inputs, output)
         return output
 
@@ -65,11 +70,11 @@ def differentiable(name: str, backward: Callable, setup: Callable) -> None:
 
     torch.library.register_autograd(f"grasp_sparse::{name}", backward, setup_context=setup)
     # Two forms, for torch calls the second through more of Python, transformed or not.
-    eager = function(forward=forward_with)
-    transformed = function(forward=forward, setup_context=setup)
+    eager = function(forward=forward)
+    transformed = function(forward=operation, setup_context=setup)
     transformed.generate_vmap_rule = True
-    arguments = getattr(_ops, name).default._schema.arguments
-    _ways[name] = _Ways(eager, transformed, tuple(argument.default_value for argument in arguments))
+    defaults = tuple(argument.default_value for argument in operation._schema.arguments)
+    _ways[name] = _Ways(operation, eager, transformed, defaults)
 
 
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
@@ -81,16 +86,17 @@ def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
     Raises:
         NotImplementedError: it is differentiated in forward mode, which no operation here knows.
     """
-    way = None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        pass
-    elif is_transformed():
-        way = None if _is_functionalized() else _ways[name].transformed
-    elif torch.is_grad_enabled() or _in_forward_mode():
-        way = _ways[name].eager
-    if way is None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_functionalized():
         return getattr(_ops, name)(*inputs)
-    return way.apply(*inputs, *_ways[name].defaults[len(inputs) :])
+    ways = _ways[name]
+    if is_transformed():
+        function = ways.transformed
+    elif torch.is_grad_enabled() or _in_forward_mode():
+        function = ways.eager
+    else:
+        with _below_autograd():
+            return ways.plain(*inputs)
+    return function.apply(*inputs, *ways.defaults[len(inputs) :])
 
 
 class _Calls:

@@ -192,7 +192,7 @@ def test_parts_are_counted_from_one(text):
 
 
 def test_peers_that_do_not_run_or_are_wrong_cost_a_line(monkeypatch):
-    weight, x, lines = torch.randn(8, 8), torch.randn(4, 8), []
+    weight, x, grad, lines = torch.randn(8, 8), torch.randn(4, 8), torch.randn(4, 8), []
 
     def fails(*arguments):
         raise ImportError("no such library\nat all")
@@ -200,25 +200,45 @@ def test_peers_that_do_not_run_or_are_wrong_cost_a_line(monkeypatch):
     def silent(*arguments):
         raise AssertionError
 
+    def peer(output, gradients=None):
+        return lambda weight, block_size, x: gpu_peers.Peer(weight, output, gradients)
+
+    def right():
+        return x @ weight.t()
+
     monkeypatch.setattr(gpu_peers, "PEERS", {
-        "right": lambda weight, block_size, x: (lambda: x @ weight.t(), weight),
-        "wrong": lambda weight, block_size, x: (lambda: x @ weight, weight),
+        "right": peer(right, lambda grad: lambda: (grad @ weight, grad.t() @ x)),
+        "right forward": peer(right),
+        "wrong": peer(lambda: x @ weight),
+        "wrong dx": peer(right, lambda grad: lambda: (grad @ weight.t(), grad.t() @ x)),
+        "wrong dw": peer(right, lambda grad: lambda: (grad @ weight, x.t() @ grad)),
+        "nan": peer(right, lambda grad: lambda: (grad @ weight * torch.nan, grad.t() @ x)),
         "not made for it": lambda *arguments: None,
-        "not built": fails, "not run": lambda weight, block_size, x: (fails, weight), "silent": silent,
+        "not built": fails, "not run": peer(fails), "silent": silent,
     })  # fmt: skip
-    found = gpu_peers.available(weight, None, x, 1e-4, lines.append)
-    assert list(found) == ["right"] and torch.equal(found["right"](), x @ weight.t())
-    others = ("wrong", "not built", "not run", "silent")
-    assert [line.split(" float32: ")[0] for line in lines] == [f"peer not available: {name}" for name in others]
-    assert lines[1].endswith("no such library") and lines[3].endswith("AssertionError")
+    found = gpu_peers.available(weight, None, x, grad, 1e-4, lines.append)
+    assert list(found["forward"]) == ["right", "right forward", "wrong dx", "wrong dw", "nan"]
+    assert list(found["forward+backward"]) == ["right"]
+    assert torch.equal(found["forward"]["right"](), right())
+    output, of_input, of_weight = found["forward+backward"]["right"]()
+    assert torch.equal(output, right()) and torch.equal(of_input, grad @ weight) and torch.equal(of_weight, grad.t() @ x)
+    others = ("wrong float32", *(f"{name} float32 backward" for name in ("wrong dx", "wrong dw", "nan")),
+              *(f"{name} float32" for name in ("not built", "not run", "silent")))  # fmt: skip
+    assert [line.split(": ")[1] for line in lines] == list(others)
+    assert "input gradient is wrong by" in lines[1] and "weight gradient is wrong by" in lines[2] and "nan" in lines[3]
+    assert lines[4].endswith("no such library") and lines[6].endswith("AssertionError")
 
 
 def test_which_peer_takes_which_weight():
     """What can be built on the CPU; 2:4 needs a device."""
     weight, x = torch.randn(32, 32) * (torch.rand(32, 32) < 0.3), torch.randn(4, 32)
-    product, multiplied = gpu_peers.cusparse(weight, None, x)
-    torch.testing.assert_close(product(), x @ weight.t())
-    assert multiplied is weight and gpu_peers.cusparse(weight, (16, 16), x) is None
+    grad = torch.randn(4, 32)
+    peer = gpu_peers.cusparse(weight, None, x)
+    torch.testing.assert_close(peer.output(), x @ weight.t())
+    of_input, of_weight = peer.gradients(grad)()
+    torch.testing.assert_close(of_input, grad @ weight)
+    torch.testing.assert_close(of_weight.to_dense(), grad.t() @ x * (weight != 0))
+    assert peer.weight is weight and gpu_peers.cusparse(weight, (16, 16), x) is None
     assert gpu_peers.block_addmm(weight, (16, 16), x) is None
     assert gpu_peers.block_addmm(weight.bfloat16(), None, x.bfloat16()) is None
     assert gpu_peers.semi_structured(weight, None, x) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from differentiable_cases import CASES, call_of
 from op_cases import sparse_matrix
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp_sparse.ops import csr_linear, differentiable
 
@@ -50,6 +51,24 @@ def test_eager_calls_take_it():
     assert type(csr_linear(x, values, indices).grad_fn).__name__ == "csr_spmmBackward"
     with torch.no_grad():
         assert csr_linear(x, values, indices).grad_fn is None
+
+
+def test_dispatch_modes_see_every_operation():
+    """Those that count or fake operations, with and without a graph, forward and backward."""
+    values, indices, x = _linear()
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        with torch.no_grad():
+            csr_linear(x, values, indices)
+        csr_linear(x, values, indices).sum().backward()
+    ours = [name for name in seen if name.startswith("grasp_sparse")]
+    assert ours == ["grasp_sparse.csr_spmm.default"] * 2 + ["grasp_sparse.csr_spmm_backward.default"]
 
 
 def test_compilers_see_the_operation():
