@@ -2,10 +2,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <stdexcept>
 #include <type_traits>
 
 #include "parallel.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 namespace grasp_sparse {
 
@@ -20,11 +25,35 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   return valid;
 }
 
+// Writes one entry of a list, of 4 or 8 bytes; with Past, past the cache. Lists that threads write together lie where they lay at the
+// call before, and all threads have read them since: in the cache a line can be written when the others have given it up, and of cores
+// that share no cache each line waits for that on its own (two dies of a Zen 4, 1024 -> 1024, batch 512, 95 %: the whole backward took
+// 1.5 ms, and takes 1.1; on one die 1.0 either way).
+template <bool Past, class T>
+inline void put(T* to, T value) {
+#if defined(__x86_64__)
+  if constexpr (Past && sizeof(T) == 4) return _mm_stream_si32(reinterpret_cast<int*>(to), std::bit_cast<int>(value));
+  if constexpr (Past && sizeof(T) == 8) return _mm_stream_si64(reinterpret_cast<long long*>(to), std::bit_cast<long long>(value));
+#endif
+  *to = value;
+}
+
+// Calls write for a list or a part of one: with std::true_type, past the cache, a part, for others write the rest at the same time.
+template <class Write>
+bool write_part(bool all, const Write& write) {
+  if (all) return write(std::false_type());
+  const bool ok = write(std::true_type());
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+  return ok;
+}
+
 inline bool inside(int32_t index, int64_t size) { return static_cast<uint32_t>(index) < static_cast<uint64_t>(size); }
 
 // `to` = values in the order of entries [begin, end) of `permutation` [nnz]; of blocks (T is int32_t) their numbers. Each is of another
 // row, which no processor foresees: so they are fetched ahead. False where one is outside.
-template <class T>
+template <bool Past, class T>
 bool gather(const int32_t* __restrict permutation, int64_t begin, int64_t end, int64_t nnz, const T* __restrict values, T* __restrict to) {
   constexpr int64_t kAhead = 128;
   bool ok = true;
@@ -33,24 +62,25 @@ bool gather(const int32_t* __restrict permutation, int64_t begin, int64_t end, i
     const bool in = inside(from, nnz);
     ok &= in;
     if constexpr (std::is_same_v<T, int32_t>) {
-      to[j - begin] = from;
+      put<Past>(to + (j - begin), from);
     } else {
       const int32_t soon = j + kAhead < nnz ? permutation[j + kAhead] : 0;
       __builtin_prefetch(values + (inside(soon, nnz) ? soon : 0));
-      to[j - begin] = values[in ? from : 0];
+      put<Past>(to + (j - begin), values[in ? from : 0]);
     }
   }
   return ok;
 }
 
-// `to` = where `count` entries of these rows lie, of one tap. False where a row is outside.
+// `to` = where `count` entries of these rows, or columns, lie, of one tap. False where one is outside.
+template <bool Past>
 bool add_places(const int32_t* __restrict rows, int64_t count, int64_t all_rows, const int32_t* __restrict row_place, int32_t tap_place,
                 int32_t* __restrict to) {
   bool ok = true;
   for (int64_t j = 0; j < count; ++j) {
     const bool in = inside(rows[j], all_rows);
     ok &= in;
-    to[j] = row_place[in ? rows[j] : 0] + tap_place;
+    put<Past>(to + j, row_place[in ? rows[j] : 0] + tap_place);
   }
   return ok;
 }
@@ -86,14 +116,14 @@ void build_row_lists(const Walk& walk, const int32_t* column_place, int64_t list
   check_pointers(walk);
   std::atomic<bool> valid{true};
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    for (int64_t j = begin; j < end; ++j) {
-      const int32_t col = walk.col[j];
-      const bool in = inside(col, walk.cols);
-      ok &= in;
-      for (int64_t i = 0; i < lists; ++i) offsets[i * walk.nnz + j] = column_place[i * walk.cols + (in ? col : 0)];
-    }
-    if (!ok) valid = false;
+    const auto write = [&]<class Past>(Past) {
+      bool ok = true;
+      for (int64_t i = 0; i < lists; ++i)
+        ok &= add_places<Past::value>(walk.col + begin, end - begin, walk.cols, column_place + i * walk.cols, 0,
+                                      offsets + i * walk.nnz + begin);
+      return ok;
+    };
+    if (!write_part(end - begin == walk.nnz, write)) valid = false;
   });
   if (!valid) corrupt("col_indices or row_indices");
 }
@@ -103,7 +133,10 @@ const T* walked_values(const Walk& walk, const T* values, T* gathered) {
   if (!walk.permutation) return values;
   std::atomic<bool> valid{true};
   parallel_for(0, walk.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    if (!gather(walk.permutation, begin, end, walk.nnz, values, gathered + begin)) valid = false;
+    const auto write = [&]<class Past>(Past) {
+      return gather<Past::value>(walk.permutation, begin, end, walk.nnz, values, gathered + begin);
+    };
+    if (!write_part(end - begin == walk.nnz, write)) valid = false;
   });
   if (!valid) corrupt("permutation");
   return gathered;
@@ -137,32 +170,36 @@ void build_transposed_lists(const CsrView& csr, const T* values, int64_t taps, i
   std::atomic<bool> valid{true};
   const int64_t grain = csr.nnz ? std::max<int64_t>(1, kGrain * channels / csr.nnz) : channels + 1;
   parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    if (in_order) {
-      const int32_t first = csr.ccol[begin * taps], last = csr.ccol[end * taps];
-      ok &= gather(csr.permutation, first, last, csr.nnz, values, out.values + first);
-    }
-    const auto places = [&](int32_t first, int32_t last, int64_t tap, int32_t to) {
-      for (int64_t i = 0; i < lists; ++i)
-        ok &= add_places(csr.row + first, last - first, csr.rows, row_place, tap_place[i * taps + tap], out.offsets + i * csr.nnz + to);
-    };
-    if (in_order && taps == 1) {
-      places(csr.ccol[begin], csr.ccol[end], 0, csr.ccol[begin]);
-    } else {
+    const auto write = [&]<class Past>(Past) {
+      bool ok = true;
+      const auto gathered = [&](int32_t first, int32_t last, int32_t to) {
+        ok &= gather<Past::value>(csr.permutation, first, last, csr.nnz, values, out.values + to);
+      };
+      const auto places = [&](int32_t first, int32_t last, int64_t tap, int32_t to) {
+        for (int64_t i = 0; i < lists; ++i)
+          ok &= add_places<Past::value>(csr.row + first, last - first, csr.rows, row_place, tap_place[i * taps + tap],
+                                        out.offsets + i * csr.nnz + to);
+      };
+      if (in_order) gathered(csr.ccol[begin * taps], csr.ccol[end * taps], csr.ccol[begin * taps]);
+      if (in_order && taps == 1) {
+        places(csr.ccol[begin], csr.ccol[end], 0, csr.ccol[begin]);
+        return ok;
+      }
       for (int64_t channel = begin; channel < end; ++channel) {
         for (int64_t q = 0; q < groups; ++q) {
           int32_t to = out.row_ptr[q * (channels + 1) + channel];
           for (int64_t k = group_ptr[q]; k < group_ptr[q + 1]; ++k) {
             const int64_t col = channel * channel_step + tap_of[k] * tap_step;
             const int32_t first = csr.ccol[col], last = csr.ccol[col + 1];
-            if (!in_order) ok &= gather(csr.permutation, first, last, csr.nnz, values, out.values + to);
+            if (!in_order) gathered(first, last, to);
             places(first, last, tap_of[k], to);
             to += last - first;
           }
         }
       }
-    }
-    if (!ok) valid = false;
+      return ok;
+    };
+    if (!write_part(end - begin == channels, write)) valid = false;
   });
   if (!valid) corrupt("row_indices or permutation");
 }
