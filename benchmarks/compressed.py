@@ -26,8 +26,14 @@ def csr_from(weight: Tensor) -> Tensor:
 
 
 def sample_csr(like: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left` [out, N] times `right` [N, in] where `like` has entries."""
-    return torch.sparse.sampled_addmm(like, left, right, beta=0.0)
+    """`left` [out, N] times `right` [N, in] where `like` has entries.
+
+    Into a tensor with the indices of `like`: one that torch makes for itself has copies of them, of 64 bits.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.sparse_csr_tensor(like.crow_indices(), like.col_indices(), torch.zeros_like(like.values()), like.shape)
+    return torch.sparse.sampled_addmm(found, left, right, beta=0.0, out=found)
 
 
 class CompressedLinear:
@@ -46,7 +52,11 @@ class CompressedLinear:
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """[in, N] of `grad` [out, N]."""
-        self._transposed.values().copy_(_turned(self.weight.values()[self._order]))
+        values, turned = self.weight.values(), self._transposed.values()
+        if values.dim() == 1:
+            torch.index_select(values, 0, self._order, out=turned)
+        else:
+            turned.copy_(_turned(values[self._order]))
         return self._multiply(self._transposed, grad)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -93,23 +103,23 @@ class CsrLinearByHand(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.products = CompressedLinear(csr_from(linear.weight), torch.matmul, sample_csr)
+        self.products = CompressedLinear(csr_from(linear.weight), torch.sparse.mm, sample_csr)
         self.values = nn.Parameter(self.products.weight.values())  # the same memory
         self.bias = nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Products.apply(self.values, x, self.products) + self.bias[:, None]
+        return _Products.apply(self.values, self.bias, x, self.products)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, x: Tensor, products: CompressedLinear) -> Tensor:
+    def forward(ctx, values: Tensor, bias: Tensor, x: Tensor, products: CompressedLinear) -> Tensor:
         ctx.products = products
         ctx.save_for_backward(x)
-        return products.output(x)
+        return torch.addmm(bias[:, None].expand(-1, x.shape[1]), products.weight, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), products = ctx.saved_tensors, ctx.products
-        of_input = products.input_gradient(grad) if ctx.needs_input_grad[1] else None
-        return products.weight_gradient(grad, x).values(), of_input, None
+        of_input = products.input_gradient(grad) if ctx.needs_input_grad[2] else None
+        return products.weight_gradient(grad, x).values(), grad.sum(1), of_input, None

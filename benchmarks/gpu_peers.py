@@ -1,5 +1,7 @@
 """Other ways torch has to multiply by a sparse weight on a GPU, and what a layer on them needs to be trained.
 
+They make no bias and no gradient of one, which is in their favour, and run with the parameters that torch has for them.
+
 Each is a function of ``weight [out, in]`` with zeros where pruned, the size of its blocks or None, and ``x [N, in]`` of the same
 dtype, both on CUDA; it gives a :class:`Peer`, or None where it is not made for such a weight. What it wants converted is
 converted in it, outside of what is measured: activations lie as the peer likes them.
@@ -23,7 +25,7 @@ Call = Callable[[], object]
 
 class Peer(NamedTuple):
     """`weight`: what is multiplied by. `output`: makes x Wᵀ, [N, out]. `gradients`: of an incoming gradient [N, out] a call that
-    makes those of x, [N, in], and of the weight, compressed or [out, in]; None where the peer has no way to make them."""
+    makes those of x, [N, in], and of the weight, compressed or [out, in]; None where it is measured forward only."""
 
     weight: Tensor
     output: Callable[[], Tensor]
@@ -38,16 +40,18 @@ def cusparse(weight: Tensor, block_size: BlockSize, x: Tensor) -> Peer | None:
 
 
 def block_addmm(weight: Tensor, block_size: BlockSize, x: Tensor) -> Peer | None:
-    """BSR: torch's own Triton kernels."""
+    """BSR: torch's own Triton kernels, whose parameters torch has tuned for an A100 and warns of elsewhere."""
     if block_size is None or weight.dtype == torch.float32:
         return None
     from torch.sparse._triton_ops import bsr_dense_addmm, sampled_addmm
 
+    nothing = weight.new_zeros(max(weight.shape), x.shape[0])
+
     def multiply(matrix: Tensor, columns: Tensor) -> Tensor:
-        return bsr_dense_addmm(columns.new_zeros(matrix.shape[0], columns.shape[1]), matrix, columns, beta=0)
+        return bsr_dense_addmm(nothing[: matrix.shape[0]], matrix, columns, beta=0)
 
     def sample(like: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return sampled_addmm(like, left, right, beta=0.0, skip_checks=True)
+        return sampled_addmm(like, left, right, beta=0.0)
 
     return _compressed(weight, CompressedLinear(weight.to_sparse_bsr(block_size), multiply, sample), x)
 
@@ -65,7 +69,7 @@ def _compressed(weight: Tensor, layer: CompressedLinear, x: Tensor) -> Peer:
 def semi_structured(weight: Tensor, block_size: BlockSize, x: Tensor) -> Peer | None:
     """Two of every four weights kept, the larger ones: what that costs does not depend on how many of them are zero.
 
-    Forward only: the transpose of such a matrix is none.
+    Forward only: of a matrix that is pruned along its rows the transpose is not of this kind.
     """
     if block_size is not None or weight.dtype == torch.float32:
         return None
@@ -90,7 +94,7 @@ def available(
         told = f"peer not available: {name} {str(weight.dtype).removeprefix('torch.')}"
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # compressed tensors are in beta
+                warnings.filterwarnings("ignore", message=".*beta state")  # of compressed tensors
                 peer = build(weight, block_size, x)
                 if peer is None:
                     continue

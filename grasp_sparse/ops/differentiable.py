@@ -80,7 +80,8 @@ def differentiable(name: str, backward: Callable, setup: Callable) -> None:
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
     """``torch.ops.grasp_sparse.name(*inputs)`` of an operation that :func:`differentiable` knows.
 
-    With less of torch around it where nothing but eager autograd looks on, and so that ``torch.func.grad``, ``vmap`` and what is
+    With less of torch around it where nothing but eager autograd looks on (what overrides torch functions sees the operation there when
+    nothing can be differentiated any more), and so that ``torch.func.grad``, ``vmap`` and what is
     made of these differentiate it.
 
     Raises:

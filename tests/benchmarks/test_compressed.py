@@ -39,6 +39,8 @@ def test_the_transpose_follows_the_values(blocks: bool) -> None:
     layer.weight.values().mul_(3)
     torch.testing.assert_close(layer.input_gradient(grad), 3 * weight.t() @ grad)
     torch.testing.assert_close(layer.output(weight.t().contiguous()), 3 * weight @ weight.t())
+    x = torch.randn(40, 6)
+    torch.testing.assert_close(layer.weight_gradient(grad, x).to_dense(), grad @ x.t())
 
 
 def test_products_of_csr() -> None:
@@ -47,7 +49,10 @@ def test_products_of_csr() -> None:
     assert layer.weight.col_indices().dtype == torch.int32
     torch.testing.assert_close(layer.output(x), weight @ x)
     torch.testing.assert_close(layer.input_gradient(grad), weight.t() @ grad)
-    torch.testing.assert_close(layer.weight_gradient(grad, x).to_dense(), grad @ x.t() * KEPT)
+    found = layer.weight_gradient(grad, x)
+    assert found.col_indices().dtype == torch.int32
+    torch.testing.assert_close(found.to_dense(), grad @ x.t() * KEPT)
+    assert torch.equal(layer.weight.to_dense(), weight)  # not written into
 
 
 def test_a_layer_trains() -> None:

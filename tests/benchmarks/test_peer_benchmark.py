@@ -34,7 +34,7 @@ class _AbsentPeer(_WrongPeer):
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> int:
-    monkeypatch.setattr(peers, "PEERS", (peers.TorchCsr(), _WrongPeer(), _AbsentPeer()))
+    monkeypatch.setattr(peers, "PEERS", (peers.TorchCsr(), peers.TorchCsrByHand(), _WrongPeer(), _AbsentPeer()))
     monkeypatch.setattr(peers, "QUICK", {"conv3x3": SMALL["conv3x3"][:1], "linear": SMALL["linear"]})
     return peers.main(["--quick", "--threads", "1", "--seconds-per-shape", "0.001", "--out", str(out), *flags])
 
@@ -50,7 +50,7 @@ def test_rows_of_what_is_right_and_lines_for_the_rest(
     rows = read_rows(tmp_path / "peers.csv")
     assert {row["arm"] for row in rows} == {
         "dense nchw", "dense channels_last", "dense nn.Linear", "dense oneDNN", "sparse", "sparse nchw", "sparse channels_last",
-        "torch CSR",
+        "torch CSR", "torch CSR by hand",
     }  # fmt: skip
     csr = [row for row in rows if row["arm"] == "torch CSR"]
     assert {(row["pass"], row["note"]) for row in csr} == {("forward", ""), ("forward+backward", "the gradient of the weight is dense")}
@@ -77,6 +77,6 @@ def test_a_kept_weight_that_is_zero_is_kept_by_every_peer(monkeypatch: pytest.Mo
     with torch.no_grad():
         dense.weight.zero_()
     monkeypatch.setattr(type(shape), "layer", lambda self: dense)
-    arms, kept, left_out = peers.make_arms(shape, 0.5, True, (peers.TorchCsr(),), seed=0)
+    arms, kept, left_out = peers.make_arms(shape, 0.5, True, (peers.TorchCsr(), peers.TorchCsrByHand()), seed=0)
     assert not left_out
-    assert arms["torch CSR"].layer.weight.values().numel() == kept > 0
+    assert arms["torch CSR"].layer.weight.values().numel() == arms["torch CSR by hand"].layer.values.numel() == kept > 0

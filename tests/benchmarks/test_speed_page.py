@@ -97,3 +97,13 @@ def test_ranges_and_machines() -> None:
     assert speed_figures.machine_of("bench-vgg19-zen4") == "Zen 4"
     assert speed_figures.machine_of("layers-xeon-default-allocator") == "Xeon"
     assert speed_figures.machine_of("layers-cold") == "Zen 5"
+
+
+def test_a_peer_that_is_faster_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(arm: str, speed: str, what: str = "forward+backward", best: str = "") -> dict[str, str]:
+        return {"shape": "linear 4->4 batch 2", "arm": arm, "sparsity": "0.95", "pass": what, "vs best dense": speed, "best": best}
+
+    rows = [row("dense nn.Linear", "1"), row("sparse", "2.0"), row("torch CSR by hand", "3.0", best="yes"), row("SparseProp", "9", "forward")]
+    monkeypatch.setattr(speed_page, "rows_of", lambda file: rows if file == "peers-zen4" else [])
+    table = speed_page.peer_table().splitlines()
+    assert [cell.strip() for cell in table[-1].strip("|").split("|")][1:] == ["Zen 4", "95%", "2.0×", "", "", "3.0×"]

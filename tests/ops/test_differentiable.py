@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -69,6 +70,26 @@ def test_dispatch_modes_see_every_operation():
         csr_linear(x, values, indices).sum().backward()
     ours = [name for name in seen if name.startswith("grasp_sparse")]
     assert ours == ["grasp_sparse.csr_spmm.default"] * 2 + ["grasp_sparse.csr_spmm_backward.default"]
+
+
+def test_autograd_is_not_asked_about_what_nobody_differentiates():
+    values, indices, x = _linear()
+    entered = []
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.endswith("torch/_library/autograd.py"):
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        with torch.no_grad():
+            csr_linear(x, values, indices)
+        csr_linear(x, values, indices).sum().backward()
+        assert not entered
+        torch.ops.grasp_sparse.csr_spmm(values, *indices, None, x)
+    finally:
+        sys.setprofile(None)
+    assert entered
 
 
 def test_compilers_see_the_operation():

@@ -12,33 +12,45 @@ from grasp_sparse.ops import reference, reference_blocks
 
 ops = torch.ops.grasp_sparse
 pytestmark = pytest.mark.skipif(not COMPILED, reason="the reference has no lists")
-WINDOWS = {"stride 1": ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1]), "stride 2": ([3, 3], [2, 2], [1, 1, 1, 1], [1, 1])}
-FEWEST = 3 * 16384  # enough for three threads
+FEWEST = 3 * 16384  # weights of a list that three threads write
+SIZES = {  # kernel, stride, padding, dilation; images; their results
+    "stride 1": ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], [6, 5], [6, 5]),
+    "stride 2": ([3, 3], [2, 2], [1, 1, 1, 1], [1, 1], [6, 5], [3, 3]),
+    "bands in a ring": ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], [40, 12], [40, 12]),  # which have several lists of places
+}
+PASSES = ("convolution", "input gradient", "both gradients", "convolution of blocks", "input gradient of blocks")
+CASES = ("transposed product", "both gradients", *(f"{name}, {size}" for name in PASSES for size in SIZES))
+# The indices that threads look through while they write lists.
+CHECKED = {
+    "convolution": ("col_indices",),
+    "convolution of blocks": ("col_indices",),
+    "both gradients": ("col_indices", "row_indices", "permutation"),
+}
 
 
-def _calls(dtype: torch.dtype) -> dict[str, tuple]:
-    """Name and arguments of operations with such lists, the values first and then the indices."""
-    values, indices, _ = sparse_matrix(300, 400, 0.5, dtype)
-    filters, filter_indices, _ = sparse_matrix(80, 90 * 9, 0.9, dtype)
-    blocks, block_indices = block_matrix((180, 160, 3, 3), (2, 2), 0.9, dtype)
-    assert min(indices.nnz, filter_indices.nnz, block_indices.nnz) > FEWEST
-    rows, images = torch.randn(600, 400, dtype=dtype), torch.randn(17, 90, 6, 5, dtype=dtype)
-    calls: dict[str, tuple] = {
-        "transposed product": ("csr_spmm_t", values, indices, torch.randn(20, 300, dtype=dtype)),
-        "both gradients": ("csr_spmm_backward", values, indices, torch.randn(600, 300, dtype=dtype), rows),
-    }
-    for name, window in WINDOWS.items():
-        size = [6, 5] if name == "stride 1" else [3, 3]
-        grads = torch.randn(17, 80, *size, dtype=dtype)
-        calls[f"convolution, {name}"] = "csr_conv2d_fprop", filters, filter_indices, None, images, *window
-        calls[f"input gradient, {name}"] = "csr_conv2d_dgrad", filters, filter_indices, grads, [6, 5], *window
-        calls[f"both gradients, {name}"] = "csr_conv2d_backward", filters, filter_indices, grads, images, *window
-        wide = torch.randn(3, 180, *size, dtype=dtype)
-        calls[f"input gradient of blocks, {name}"] = "bsr_conv2d_dgrad", blocks, block_indices, wide, 160, [6, 5], *window
-    return calls
-
-
-CASES = tuple(_calls(torch.float32))
+def _call(case: str, dtype: torch.dtype) -> tuple:
+    """Name and arguments of an operation: values, indices and the rest."""
+    name, _, size = case.partition(", ")
+    if not size:
+        values, indices, _ = sparse_matrix(300, 400, 0.5, dtype)
+        assert indices.nnz > FEWEST
+        if name == "transposed product":
+            return "csr_spmm_t", values, indices, torch.randn(20, 300, dtype=dtype)
+        return "csr_spmm_backward", values, indices, torch.randn(600, 300, dtype=dtype), torch.randn(600, 400, dtype=dtype)
+    *window, image, result = SIZES[size]
+    if "blocks" in name:
+        values, indices = block_matrix((180, 160, 3, 3), (2, 2), 0.9, dtype)
+        x, g, sizes = torch.randn(3, 160, *image, dtype=dtype), torch.randn(3, 180, *result, dtype=dtype), (180, 160)
+    else:
+        values, indices, _ = sparse_matrix(80, 90 * 9, 0.9, dtype)
+        x, g, sizes = torch.randn(17, 90, *image, dtype=dtype), torch.randn(17, 80, *result, dtype=dtype), ()
+    assert indices.nnz > FEWEST
+    kind = "bsr" if sizes else "csr"
+    return {
+        "convolution": (f"{kind}_conv2d_fprop", values, indices, None, x, *sizes[:1], *window),
+        "input gradient": (f"{kind}_conv2d_dgrad", values, indices, g, *sizes[1:], image, *window),
+        "both gradients": (f"{kind}_conv2d_backward", values, indices, g, x, *window),
+    }[name.removesuffix(" of blocks")]
 
 
 def _run(family, name: str, values: Tensor, indices: CsrIndices, *rest) -> tuple[Tensor, ...]:
@@ -49,7 +61,7 @@ def _run(family, name: str, values: Tensor, indices: CsrIndices, *rest) -> tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits_for_any_number_of_threads(case: str, dtype: torch.dtype) -> None:
-    call = _calls(dtype)[case]
+    call = _call(case, dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -64,11 +76,11 @@ def test_same_bits_for_any_number_of_threads(case: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
-@pytest.mark.parametrize("case", [case for case in CASES if "gradient" in case or "transposed" in case])
+@pytest.mark.parametrize("case", CASES)
 def test_every_part_is_checked(case: str, place: int) -> None:
     torch.set_num_threads(2)
-    name, values, indices, *rest = _calls(torch.float32)[case]
-    for index in ("row_indices", "permutation"):
+    name, values, indices, *rest = _call(case, torch.float32)
+    for index in CHECKED.get(case.partition(", ")[0], ("row_indices", "permutation")):
         wrong = getattr(indices, index).clone()
         wrong[place] = 2**30
         with pytest.raises(RuntimeError, match="corrupt"):
