@@ -88,6 +88,7 @@ def test_one_wrong_entry_is_refused_and_named(monkeypatch, layer, what):
         return tuple(_off_by_a_thousandth(result) if i == place else result for i, result in enumerate(results))
 
     _check(dense, sparse, batch)
+    wrong.default = wrong  # as operations have their overloads
     monkeypatch.setattr(torch.ops.grasp_sparse, name, wrong)
     with pytest.raises(WrongResultError, match=f"^sparse nchw: layer {layer}: {what} differs from .*; nothing is measured"):
         _check(dense, sparse, batch)
@@ -108,6 +109,7 @@ def test_a_network_with_such_a_layer_is_not_measured(monkeypatch):
         result = right(*arguments)
         return result if result.dtype == torch.float64 else _off_by_a_thousandth(result)
 
+    wrong.default = wrong
     monkeypatch.setattr(torch.ops.grasp_sparse, "csr_conv2d_wgrad", wrong)
     with pytest.raises(WrongResultError, match="sparse nchw: layer 0: weight gradient differs"):
         check_steps(steps, masks)
