@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from grasp_sparse.formats import csr_from_indices, storage_of, stored_block_size
+
 Multiply = Callable[[Tensor, Tensor], Tensor]
 Sample = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -66,18 +68,16 @@ class CompressedLinear:
 
 def _transposed(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Where each entry of the transpose stands in `weight`, and the transpose."""
-    starts, columns, values = weight.crow_indices(), weight.col_indices(), weight.values()
-    rows = torch.repeat_interleave(torch.arange(starts.numel() - 1, device=starts.device), starts.diff())
-    order = (columns.long() * (starts.numel() - 1) + rows).argsort()
-    width = weight.shape[1] // (values.shape[2] if values.dim() == 3 else 1)
-    ends = torch.bincount(columns.long(), minlength=width).cumsum(0)
-    starts_of_columns = torch.cat([ends.new_zeros(1), ends]).to(starts.dtype)
-    turned = _turned(values[order]).contiguous()
+    columns, values = weight.col_indices(), weight.values()
+    grid = storage_of(stored_block_size(values)).grid(weight.shape)
+    indices = csr_from_indices(weight.crow_indices(), columns, *grid)
+    order = indices.permutation.long()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transposed = torch.sparse_compressed_tensor(
-            starts_of_columns, rows[order].to(columns.dtype), turned, weight.shape[::-1], layout=weight.layout
-        )
+            indices.ccol_indices.to(columns.dtype), indices.row_indices.to(columns.dtype), _turned(values[order]).contiguous(),
+            weight.shape[::-1], layout=weight.layout,
+        )  # fmt: skip
     return order, transposed
 
 
