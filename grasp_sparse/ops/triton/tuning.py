@@ -41,7 +41,8 @@ def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: boo
     """For blocks that make ``produced`` channels of whatever they read; the usual best first.
 
     Eight warps only without a window: Triton has miscompiled loops over one with eight. Tiles of 128 x 128 only where operands
-    do not pass through registers on their way to the tensor cores.
+    do not pass through registers on their way to the tensor cores; so with tiles of 128 x 64 over a window, of 16 bits, which
+    Triton 3.6 spills where there is a stride.
     """
     if dtype == torch.float32 and precision == "ieee":  # fused multiply-adds, no tensor cores: operands live in registers
         tiles = [Tile(128 if produced == 32 else 64, 16, 4, 3)]  # the other size spills
@@ -51,6 +52,8 @@ def product_tiles(dtype: torch.dtype, precision: str, produced: int, images: boo
     step = 32 if dtype == torch.float32 else 64  # channels: the 128 bytes of a swizzled row of shared memory
     if produced == 128 and (not wgmma or images and dtype == torch.float32):
         tiles = [Tile(64, step, 4, 3)]
+    elif produced == 64 and images and not wgmma and dtype != torch.float32:
+        tiles = [Tile(64, step, 4, 3), Tile(64, step, 4, 4)]
     else:
         tiles = [Tile(128, step, 4, 3), Tile(64, step, 4, 4), Tile(128, step, 4, 4)]
     if not images:
