@@ -10,7 +10,8 @@ Fashion-MNIST, under a budget in multiply-adds and one in weights; they are kept
 one with zeros where pruned; both run in both memory formats, in turns in one process, after loss, all gradients of the kept
 weights and each sparse layer alone were found equal on memory poisoned with NaN. A measured step follows an unmeasured one of the
 same network, as it does in training; denormal numbers count as zero. Writes benchmarks/results/models.csv, and models-breakdown.csv
-with where the time goes in the fastest dense and the fastest sparse step, after every case.
+with where the time goes in the fastest dense and the fastest sparse step, and in the dense one with the norms, activations and
+poolings that a sparse one has, after every case.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images, m
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
 from grasp_sparse.bench.breakdown import breakdown
 from grasp_sparse.bench.denormals import flush_denormals
-from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of
-from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
+from grasp_sparse.bench.results import DENSE, REFITTED, SPARSE, Row, kind_of
+from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, refitted_step, sparse_steps, step_rows
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.timing import interleaved_within
@@ -50,8 +51,13 @@ def measure(network: Network, images: Images, masks: MaskSet, case: Row, seconds
         counts = {f"layers_{kind}": runs.count(kind) for kind in ("sparse", "masked", "dense")} if runs else {}
         rows.append(case | reached | counts | row | {"gradient_difference": f"{difference:.1e}"})
     shares = []
-    for name in (fastest(times, DENSE), fastest(times, SPARSE)):
-        found = breakdown(steps[name])
+    dense = fastest(times, DENSE)
+    layout = steps[dense].layout
+    profiled = {name: steps[name] for name in (dense, fastest(times, SPARSE))}
+    if layout != "rows":  # what linear layers lie between is torch's own in any case
+        profiled[f"{REFITTED} {layout}"] = refitted_step(masked, batch, layout)
+    for name, step in profiled.items():
+        found = breakdown(step)
         for category, spent in found.items():
             shares.append(case | {
                 "arm": name, "category": category, "seconds": f"{spent:.6g}", "share": f"{spent / sum(found.values()):.4f}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.runner import RESULTS
 from grasp_sparse.bench.layer_plots import crossover, layer_lines
-from grasp_sparse.bench.results import DENSE, SPARSE, geometric_mean, kind_of, read_rows
+from grasp_sparse.bench.results import DENSE, REFITTED, SPARSE, geometric_mean, kind_of, read_rows
 
 _FUSED = ("norm", "activation", "pooling")
 MACHINES = {"Zen 5": "", "Zen 4": "-zen4", "Xeon": "-xeon"}  # and how the names of their files end
@@ -70,16 +70,20 @@ def step_speeds(machine: str) -> dict[tuple[str, str, str], Speed]:
 
 
 def without_own_norms(machine: str) -> list[float]:
-    """Of each case, what is left of the speed of a step if the dense one had the sparse one's norms, activations and poolings, as a
-    share of it, from the profiles of steps."""
+    """Of each case, what is left of the speed of a step if the dense one has the norms, activations and poolings of a sparse one, as a
+    share of it: from the profiles of both, or, where no such network was profiled, from what these take in the sparse one's."""
     cases: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     for row in rows_of(f"models{MACHINES[machine]}-breakdown"):
         own = cases.setdefault((row["model"], row["budget"], row["sparsity"]), {}).setdefault(kind_of(row["arm"]), {})
         own[row["category"]] = float(row["seconds"])
-    return [
-        1 - sum(found[DENSE].get(kind, 0.0) - found[SPARSE].get(kind, 0.0) for kind in _FUSED) / sum(found[DENSE].values())
-        for found in cases.values()
-    ]
+
+    def left(found: Mapping[str, Mapping[str, float]]) -> float:
+        dense = sum(found[DENSE].values())
+        if REFITTED in found:
+            return sum(found[REFITTED].values()) / dense
+        return 1 - sum(found[DENSE].get(kind, 0.0) - found[SPARSE].get(kind, 0.0) for kind in _FUSED) / dense
+
+    return [left(found) for found in cases.values()]
 
 
 def layer_speeds(name: str, group: str) -> dict[float, float]:

@@ -1,10 +1,10 @@
 """What follows a layer done on the way out of it, in a whole model, in place: batch norms are replaced by fused ones that also
-add the residual and apply the ReLU behind them, sparse linear layers and convolutions of blocks apply theirs. Pooling keeps the
-layout from then on.
+add the residual and apply the ReLU behind them, in training as one operation with the sparse convolution before them; sparse linear
+layers and convolutions of blocks apply their ReLU. Pooling keeps the layout from then on.
 
 Modules are changed where they stand (their class), so references, Parameters, buffers, hooks and the mode stay what they
-are, and so does the state_dict. Who calls the layers, an ``nn.Sequential`` or a block, asks for the ReLU with the call, and only
-where nothing sees what lies between the two; a layer called by anybody else computes what it always did.
+are, and so does the state_dict. Who calls the layers, an ``nn.Sequential`` or a block, asks for more with the call, and only
+where nothing sees what lies between; a layer called by anybody else computes what it always did.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import pairwise
 from torch import nn
 
 from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, FusedSequential, MaxPool2d
+from grasp_sparse.nn.conv_norm import fits
 from grasp_sparse.nn.sequential import applies_relu, fused_kind
 
 
@@ -40,8 +41,8 @@ _POOLS = {nn.MaxPool2d: LayoutMaxPool2d, nn.AvgPool2d: LayoutAvgPool2d, nn.Adapt
 def fuse_(model: nn.Module) -> list[str]:
     """Replaces every plain ``nn.BatchNorm2d`` and pooling layer in ``model``; returns the names of the norms.
 
-    In torchvision's ResNet and in modules that call :func:`grasp_sparse.nn.norm_relu` a norm then does the ReLU behind it and the
-    add before that; in ``nn.Sequential``, which becomes a :class:`~grasp_sparse.nn.FusedSequential`, a ReLU is done by the norm,
+    In torchvision's ResNet and in modules that call :func:`grasp_sparse.nn.conv_norm_relu` or :func:`grasp_sparse.nn.norm_relu` a
+    norm then does the ReLU behind it and the add before that; in ``nn.Sequential``, which becomes a :class:`~grasp_sparse.nn.FusedSequential`, a ReLU is done by the norm,
     the :class:`~grasp_sparse.nn.SparseLinear` or the :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks before it. Each call
     decides, by the layers that are there, and not where a hook or a ``forward`` set on an instance sees the difference.
 
@@ -75,8 +76,11 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def _has_pair(layers: nn.Sequential) -> bool:
-    """Whether a layer that can apply a ReLU stands before one."""
-    return any(type(relu) is nn.ReLU and applies_relu(layer) for layer, relu in pairwise(layers._modules.values()))
+    """Whether a layer that can apply a ReLU stands before one, or a sparse convolution before a norm."""
+    return any(
+        (type(following) is nn.ReLU and applies_relu(layer)) or fits(layer, following)
+        for layer, following in pairwise(layers._modules.values())
+    )
 
 
 def _is_stock(module: nn.Module | None, kind: type[nn.Module]) -> bool:

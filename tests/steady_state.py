@@ -47,6 +47,7 @@ if __name__ == "__main__":
     image, g_image = torch.randn(batch, filters[1], 2, 2), torch.randn(batch, filters[0], 2, 2)
     weight, pooling = torch.ones(filters[1]), ([2, 2], [1, 1], [0, 0], [1, 1], False)
     window = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
+    by_channels = image.to(memory_format=torch.channels_last)
 
     def step() -> int:
         """Bytes of the outputs."""
@@ -61,6 +62,10 @@ if __name__ == "__main__":
             *ops.csr_conv2d_backward(values, *indices, g_image, image, *window),
             *(normed := ops.batch_norm_train(image, image, weight, weight, 1e-5, True)),
             *ops.batch_norm_backward(image, image, normed[0], weight, weight, *normed[1:], 1e-5, True),
+            *(normed := ops.csr_conv2d_norm_train(values, *indices, None, by_channels, None, None, None, 1e-5, True, *window)),
+            *ops.csr_conv2d_norm_backward(
+                values, *indices, normed[0], by_channels, normed[1], None, None, None, *normed[2:], 1e-5, True, *window
+            ),
             *(pooled := ops.max_pool2d(image, *pooling)),
             ops.max_pool2d_backward(*pooled, [2, 2], *pooling),
         )

@@ -18,7 +18,7 @@ import grasp_sparse as gs
 from grasp_sparse import _extension
 from grasp_sparse.formats import csr_from_mask
 from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
-from grasp_sparse.ops.schema import NORM_SCHEMAS, POOL_SCHEMAS, SCHEMAS
+from grasp_sparse.ops.schema import CONV_NORM_SCHEMAS, NORM_SCHEMAS, POOL_SCHEMAS, SCHEMAS
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.models import vgg_small
@@ -117,6 +117,8 @@ def _passes():
     values, bias = torch.randn(1, indices.nnz), torch.randn(24)
     x, g = torch.randn(40, 16 * 9), torch.randn(40, 24)
     image, g_image = torch.randn(5, 16, 9, 9), torch.randn(5, 24, 9, 9).to(memory_format=torch.channels_last)
+    by_channels = image.to(memory_format=torch.channels_last)
+    behind, z, *statistics = ops.csr_conv2d_norm_train(values, *indices, bias, by_channels, g_image, bias, bias, 1e-5, True, *window)
     weight = torch.ones(16)
     y, mean, var = ops.batch_norm_train(image, image, weight, weight, 1e-5, True)
     pooling = ([3, 3], [2, 2], [1, 1], [1, 1], False)
@@ -128,6 +130,12 @@ def _passes():
         "csr_conv2d_fprop": lambda: [ops.csr_conv2d_fprop(values, *indices, bias, image, *window)],
         "csr_conv2d_dgrad": lambda: [ops.csr_conv2d_dgrad(values, *indices, g_image, [9, 9], *window)],
         "csr_conv2d_wgrad": lambda: [ops.csr_conv2d_wgrad(*indices, g_image, image, *window)],
+        "csr_conv2d_norm_train": lambda: ops.csr_conv2d_norm_train(
+            values, *indices, bias, by_channels, g_image, bias, bias, 1e-5, True, *window
+        ),
+        "csr_conv2d_norm_backward": lambda: ops.csr_conv2d_norm_backward(
+            values, *indices, g_image, by_channels, z, behind, bias, bias, *statistics, 1e-5, True, *window
+        ),
         "csr_spmm_backward": lambda: ops.csr_spmm_backward(values, *indices, g, x),
         "csr_conv2d_backward": lambda: ops.csr_conv2d_backward(values, *indices, g_image, image, *window),
         "batch_norm_train": lambda: ops.batch_norm_train(image, image, weight, weight, 1e-5, True),
@@ -140,7 +148,7 @@ def _passes():
 
 
 @compiled
-@pytest.mark.parametrize("name", [*SCHEMAS, *NORM_SCHEMAS, *POOL_SCHEMAS])
+@pytest.mark.parametrize("name", [*SCHEMAS, *NORM_SCHEMAS, *CONV_NORM_SCHEMAS, *POOL_SCHEMAS])
 def test_an_operation_allocates_its_output_and_nothing_else(name):
     run = _passes()[name]
     run()

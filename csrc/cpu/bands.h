@@ -104,7 +104,7 @@ void pack_slice(const Image<const S>& x, int64_t slice, const std::vector<int64_
   args.row_begin = static_cast<int>(std::min(begin, end)), args.row_end = static_cast<int>(end);
   args.width = static_cast<int>(x.w);
   args.row_place = row_places.data() + args.row_begin, args.col_place = col_places.data();
-  args.gate = x.gate ? x.gate + slice * x.ss : nullptr;
+  args.gate = x.gate ? x.gate + slice * x.ss : nullptr, args.norm = x.norm.from(slice * x.ss, 0);
   args.dst = dst, args.channel_size = channel_size, args.zero_first = zero_first;
   kernels<S>().pack(args);
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "batch_norm.h"
 #include "isa.h"
 #include "norm_cut.h"
 #include "parallel.h"
@@ -59,6 +60,7 @@ struct Norm {
   const T *weight, *bias, *mean, *var;
   S *out, *g_residual;
   T *mean_out, *var_out, *g_weight, *g_bias;
+  T* coefficients;  // [5][channels], in the order of Columns; null: the gradient of x is wanted
   double eps;
   bool relu;
 
@@ -114,7 +116,7 @@ void channels_apart(const Cut& cut, const Prepare& prepare, const Pass& pass, co
           spread(c * cut.width);
         }
       }
-      cut.channels_apart(first, count, [&](const Sheet& sheet) { write(columns, sheet); });
+      if constexpr (!std::is_null_pointer_v<Write>) cut.channels_apart(first, count, [&](const Sheet& sheet) { write(columns, sheet); });
     }
   });
 }
@@ -147,17 +149,19 @@ void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass,
     for (int64_t c = 0; c < cut.channels; ++c) finish(c, Sums(totals, cut.cols, c, cut.width, cut.channels), columns, c);
     spread();
   }
-  const int64_t step = std::max<int64_t>(1, kStepBytes / row_bytes), steps = std::max<int64_t>(1, ceil_div(rows, step));
-  constexpr bool kBackwards = true;  // what the first pass read last may still be in cache
-  share_tasks<kBackwards>(steps, [&](auto&& next) {
-    for (int64_t i; (i = next()) >= 0;)
-      cut.rows_together(i * step, std::min(rows, (i + 1) * step), [&](const Sheet& sheet) { write(columns, sheet); });
-  });
+  if constexpr (!std::is_null_pointer_v<Write>) {
+    const int64_t step = std::max<int64_t>(1, kStepBytes / row_bytes), steps = std::max<int64_t>(1, ceil_div(rows, step));
+    constexpr bool kBackwards = true;  // what the first pass read last may still be in cache
+    share_tasks<kBackwards>(steps, [&](auto&& next) {
+      for (int64_t i; (i = next()) >= 0;)
+        cut.rows_together(i * step, std::min(rows, (i + 1) * step), [&](const Sheet& sheet) { write(columns, sheet); });
+    });
+  }
 }
 
 // Runs one operation: `prepare` sets the first column of a channel for the sums, `pass` adds to the sums of a sheet,
 // `finish` turns a channel's sums into its results and its first column for the second pass, which `write` runs on a sheet.
-// Where `pass` is null, `prepare` sets the column for the second pass, and that is all.
+// Where `pass` is null, `prepare` sets the column for the second pass, and that is all; where `write` is, there is none.
 template <class T, class Prepare, class Pass, class Finish, class Write>
 void two_passes(const Cut& cut, const Prepare& prepare, const Pass& pass, const Finish& finish, const Write& write) {
   if (cut.together)
@@ -230,7 +234,10 @@ void backward(const Cut& cut, const Norm<S>& norm) {
     norm.g_bias[c] = static_cast<T>(sums.first), norm.g_weight[c] = static_cast<T>(sums.second * inverse);
     columns.offset[col] = static_cast<T>(scale * sums.first / n);
     columns.slope[col] = static_cast<T>(scale * sums.second * inverse * inverse / n);
+    T* to = norm.coefficients ? norm.coefficients + c : nullptr;
+    if (to) columns.each([&](const T* of) { *to = of[col], to += cut.channels; });
   };
+  if (norm.coefficients) return two_passes<T>(cut, normalised, reduce, finish, nullptr);
   const auto input_grad = [&](const Columns<T>& columns, const Sheet& sheet) {
     NormArgs<S> args = on_sheet(norm, columns, sheet);
     args.g = (norm.y ? norm.g_residual : norm.g) + sheet.offset;
@@ -303,13 +310,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
 Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
   check_images(x);
-  const Tensor m = *per_channel(mean, x, "mean"), v = *per_channel(var, x, "var");
-  return normalise(x, residual, weight, bias, m, v, true, eps, relu);
+  return norm_by(x, residual, weight, bias, *per_channel(mean, x, "mean"), *per_channel(var, x, "var"), eps, relu);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& g, const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
+Tensor norm_by(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+               const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
+  return normalise(x, residual, weight, bias, mean, var, true, eps, relu);
+}
+
+NormGradients norm_gradients(const Tensor& g, const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight,
+                             const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu,
+                             bool input_grad) {
   check_images(x);
   check_like(g, x, "g");
   STD_TORCH_CHECK(!y || relu, "Expected y only where relu is true.");
@@ -320,8 +331,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Tensor in = in_layout(x, layout), grad = in_layout(g, layout);
   const auto images = [&] { return empty_images(x, layout, x.size(1), x.size(2), x.size(3)); };
   const std::optional<Tensor> out = y ? std::make_optional(in_layout(*y, layout)) : std::nullopt;
-  const Tensor gx = images(), g_residual = y ? images() : empty_strided(x, {0}, {1});
+  const Tensor none = empty_strided(x, {0}, {1}), gx = input_grad ? images() : none, g_residual = y ? images() : none;
   const Tensor g_weight = empty_sums(x, {x.size(1)}), g_bias = empty_sums(x, {x.size(1)});
+  const void* coefficients = nullptr;
   for_storage(x, "batch_norm_backward", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     using T = Compute<S>;
@@ -331,9 +343,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     norm.out = mutable_data<S>(gx), norm.g_residual = mutable_data<S>(g_residual);
     norm.g_weight = mutable_data<T>(g_weight), norm.g_bias = mutable_data<T>(g_bias);
     norm.eps = eps, norm.relu = relu;
+    if (!input_grad) coefficients = norm.coefficients = CallScratch::mine().moments.reserve<T>(5 * x.size(1));
     backward(Cut(x, layout), norm);
   });
-  return {gx, g_residual, g_weight, g_bias};
+  return {gx, g_residual, g_weight, g_bias, y ? g_residual : grad, in, coefficients};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& g, const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
+  const NormGradients gradients = norm_gradients(g, x, y, weight, bias, mean, var, eps, relu, true);
+  return {gradients.x, gradients.residual, gradients.weight, gradients.bias};
 }
 
 void batch_norm_follow_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,

@@ -1,20 +1,12 @@
 // csr_conv2d_fprop, _dgrad, _wgrad, _backward, and the first three of bsr_conv2d_*: checks, layouts, and the call of the pass.
-#include "geometry.h"
+#include "conv2d.h"
 #include "isa.h"
 #include "layout.h"
 #include "pixel_lanes.h"
-#include "tensors.h"
 
 namespace grasp_sparse {
 
 namespace {
-
-template <class T>
-Image<T> image_of(T* data, const Tensor& t) {
-  constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;
-  return {data,        t.size(0),   t.size(1),   t.size(2),   t.size(3),
-          t.stride(0), t.stride(1), t.stride(2), t.stride(3), L * t.stride(0)};
-}
 
 int64_t channels_of(const Tensor& t) { return t.dim() == 4 ? t.size(1) : 0; }
 
@@ -50,17 +42,6 @@ Tensor dgrad(const char* op, const CsrView& csr, const Tensor& values, const Ten
     in_pieces(window, pass, image_of(const_data<S>(g), g), image_of(mutable_data<S>(dx), dx));
   });
   return dx;
-}
-
-Window check_pair_of_images(const Tensor& g, int64_t outputs, const Tensor& x, int64_t inputs, const Sizes& kernel_size,
-                            const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  check_images(g, outputs, "g");
-  check_images(x, inputs, "x");
-  check_type(g, x.scalar_type(), "g");
-  STD_TORCH_CHECK(g.size(0) == x.size(0), "Expected g and x of one batch, got ", g.size(0), " and ", x.size(0), ".");
-  const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  check_output(g, window);
-  return window;
 }
 
 Window window_of_gradient(const Sizes& input_size, const Sizes& kernel, const Sizes& stride, const Sizes& padding,

@@ -2,14 +2,18 @@
 #include <atomic>
 
 #include "blocks.h"
+#include "channel_moments.h"
 #include "packed_input.h"
 #include "scratch.h"
 
 namespace grasp_sparse {
 
+// Where sums have an order bands are cut for so many threads, whatever their number is.
+constexpr int64_t kAssumedThreads = 16;
+
 template <class S>
 void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                   const Image<S>& y, bool relu) {
+                   const Image<S>& y, bool relu, ChannelMoments* moments) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   if (y.n == 0 || y.c == 0 || y.h == 0 || y.w == 0) return;
@@ -17,7 +21,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   PackedInput<T> input(x, blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   input.read_in_place(x);
-  const int64_t rows = input.choose_band(slices, num_threads()), bands = ceil_div(y.h, rows);
+  const int64_t rows = input.choose_band(slices, moments ? kAssumedThreads : num_threads()), bands = ceil_div(y.h, rows);
   CallScratch& call = CallScratch::mine();
   const Entries entries = input.entries(walk, call.offsets);
   if (!walk.has_blocks)
@@ -29,6 +33,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   const std::vector<int> cut = balanced_rows(walk.ptr, walk.rows, parts);
   std::atomic<bool> complete{true};
   const int64_t tasks = slices * bands * parts;
+  if (moments) moments->expect(slices * bands);
   share_tasks(tasks, [&](auto&& next) {
     T* packed = TaskScratch::mine().packed.template reserve<T>(input.size());
     T* partial = blocks.count > 1 ? TaskScratch::mine().partial.template reserve<T>(walk.rows * rows * y.w * L) : nullptr;
@@ -49,6 +54,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
       args.on = y.sn, args.oc = y.sc, args.oh = y.sh, args.ow = y.sw;
       args.lanes = static_cast<int>(std::min(L, y.n - slice * L)), args.stream = streams(y);
       args.partial = partial;
+      if (moments) args.moments = moments->of(band);
       for (int64_t b = 0; b < blocks.count; ++b) {
         if (blocks.count > 1 || band != band_held) at = input.band(blocks.channels(x, b), slice, row, packed, held);
         args.packed = at;
@@ -61,19 +67,21 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
     if (!all) complete = false;
   }, parts);
   if (!complete) corrupt("col_indices or row_indices");
+  for (int64_t band = 0; moments && band < slices * bands; ++band)
+    moments->add(band, std::min(rows, y.h - band % bands * rows) * y.w * std::min(L, y.n - band / bands * L));
 }
 
 template <class S>
 void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                 const Image<S>& y, bool relu) {
-  image_product<S>(by_row(csr), values, bias, x, window, y, relu);
+                 const Image<S>& y, bool relu, ChannelMoments* moments) {
+  image_product<S>(by_row(csr), values, bias, x, window, y, relu, moments);
 }
 
 #define GRASP_SPARSE_FOR_STORAGE(S)                                                                                             \
   template void image_product<S>(const Walk&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,      \
-                                 const Image<S>&, bool);                                                                        \
+                                 const Image<S>&, bool, ChannelMoments*);                                                       \
   template void image_fprop<S>(const CsrView&, const Compute<S>*, const Compute<S>*, const Image<const S>&, const Window&,     \
-                               const Image<S>&, bool);
+                               const Image<S>&, bool, ChannelMoments*);
 GRASP_SPARSE_FOR_STORAGE(float)
 GRASP_SPARSE_FOR_STORAGE(double)
 GRASP_SPARSE_FOR_STORAGE(Bf16)

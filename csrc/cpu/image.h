@@ -8,6 +8,8 @@
 
 namespace grasp_sparse {
 
+class ChannelMoments;
+
 template <class T>
 struct Image {
   T* data;
@@ -17,11 +19,13 @@ struct Image {
 
   // Of a gradient behind a ReLU what that gave, in the same strides: where it is not positive the image counts as zero. Or null.
   const T* gate = nullptr;
+  // Of a gradient behind a batch norm what that makes of it.
+  NormGradient<std::remove_const_t<T>> norm{};
 
   T* slice(int64_t i) const { return data + i * ss; }
   Image some_channels(int64_t begin, int64_t count) const {
     Image some = *this;
-    some.data += begin * sc, some.c = count;
+    some.data += begin * sc, some.c = count, some.norm = norm.from(begin * sc, begin);
     if (gate) some.gate += begin * sc;
     return some;
   }
@@ -61,13 +65,14 @@ inline Walk by_column(const CsrView& csr) {
 // Each throws std::runtime_error when an index lies outside the weight it claims to index, or when columns do not rise within
 // their row where that is asked (ChannelBlocks). Nothing outside the results is touched, and those are then void.
 // S is how activations are stored; values, bias and their sums are Compute<S>.
-// y = conv(x, walked weight) + bias, and max(y, 0) with `relu`; fprop, and dgrad where that is a plain product too.
+// y = conv(x, walked weight) + bias, and max(y, 0) with `relu`; fprop, and dgrad where that is a plain product too. `moments`, of
+// single weights and a y in whose pixels channels lie side by side, takes those of y.
 template <class S>
 void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                   const Image<S>& y, bool relu);
+                   const Image<S>& y, bool relu, ChannelMoments* moments = nullptr);
 template <class S>
 void image_fprop(const CsrView& csr, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
-                 const Image<S>& y, bool relu);
+                 const Image<S>& y, bool relu, ChannelMoments* moments = nullptr);
 template <class S>
 void image_dgrad(const CsrView& csr, const Compute<S>* values, const Image<const S>& g, const Window& window, const Image<S>& dx);
 // sums [weights] = the sampled product, or += with `add`; so bias_sums [rows] and the sums of g, unless null (as beside blocks).

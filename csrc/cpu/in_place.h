@@ -15,7 +15,7 @@ template <class S>
 bool lies_packed(const Image<const S>& x) {
   constexpr int64_t L = kLanes<Compute<S>>;
   const auto lines = [](int64_t elements) { return elements % L == 0; };
-  return std::is_same_v<S, Compute<S>> && !x.gate && x.sn == 1 && x.n % L == 0 && (x.w == 1 || x.sw == L) && lines(x.sc) &&
+  return std::is_same_v<S, Compute<S>> && !x.gate && !x.norm.x && x.sn == 1 && x.n % L == 0 && (x.w == 1 || x.sw == L) && lines(x.sc) &&
          lines(x.sh) && lines(x.ss) && x.sc / L % 32 != 0 && x.c * x.sc < INT32_MAX && reinterpret_cast<uintptr_t>(x.data) % kSliceBytes == 0;
 }
 

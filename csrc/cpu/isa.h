@@ -38,6 +38,7 @@ struct PackArgs {
   int64_t channel_size;  // elements of one packed channel
   bool zero_first;       // some packed places have no source (padding)
   const S* gate;         // zeros are packed where the element here, of the same place, is not positive; or null
+  NormGradient<S> norm;  // if there is one, what it makes of src is packed; channels lie side by side then, kLanes of them at least
 };
 
 // Copies packed pixels [channel][row][column][L], rows and columns without gaps, into an output whose columns lie side by side.
@@ -106,6 +107,14 @@ struct Companion {
   Ahead ahead;  // of x
 };
 
+// Sums of the pixels of every channel, about a value near them: of them, and of their squares.
+struct Moments {
+  double *pivot, *first, *second;  // [channels]; null: not wanted
+  bool start;                      // there is no value yet: the first pixel becomes it, and the sums are written
+
+  Moments from(int channel) const { return {pivot + channel, first + channel, second + channel, start}; }
+};
+
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].
 template <class S>
 struct ProductArgs {
@@ -129,6 +138,7 @@ struct ProductArgs {
   Ahead ahead;
   Ring ring;  // of packed, which then is where the ring begins
   Companion<T> with;  // of gradients() only
+  Moments moments;    // of what is written, where channels of out lie side by side
 };
 
 // sums[weight] += sum over pixels and lanes of g[channel][pixel] * packed[place of the entry + place of the pixel], and, if

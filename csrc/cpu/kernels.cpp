@@ -42,6 +42,7 @@ ProductArgs<S> row_of_ring(const ProductArgs<S>& p, int row) {
   one.entries.place += (p.ring.first + row) % p.ring.rows * p.ring.list_step;
   one.out += row * p.oh, one.rows = 1, one.ring = Ring{};
   one.with.x += row * p.with.row_step, one.with.start = p.with.start && row == 0;
+  one.moments.start = p.moments.start && row == 0;
   return one;
 }
 template <class T>

@@ -25,6 +25,21 @@ struct NormArgs {
   bool stream;                   // write past the cache; out, and every row of it, must start on a line
 };
 
+// What a batch norm does to gradients, element by element: from that of its result g, that of x is scale * g - offset - slope * (x - mean),
+// as above. Who reads an image of g by this writes down none of the other.
+template <class S>
+struct NormGradient {
+  using T = Compute<S>;
+  const S* x;  // in the strides of g; null: there is no norm
+  const T *mean, *scale, *bias, *offset, *slope;  // [channels]
+  bool relu;                                      // mask g where the normalised x is not positive
+
+  NormGradient from(int64_t elements, int64_t channels) const {
+    if (!x) return {};
+    return {x + elements, mean + channels, scale + channels, bias + channels, offset + channels, slope + channels, relu};
+  }
+};
+
 template <class S>
 struct NormKernels {
   void (*moments)(const NormArgs<S>&);     // first, second += sum (x - mean), (x - mean)^2, for any mean near the values

@@ -16,14 +16,43 @@ struct Gated {
   GRASP_SPARSE_INLINE const S* gate_of(const S* at) const {
     return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(at) + gate);
   }
-  GRASP_SPARSE_INLINE Native<T> operator()(const S* at) const { return positive<T>(load_native(gate_of(at)), load_native(at)); }
+  GRASP_SPARSE_INLINE Native<T> operator()(const S* at, int) const { return positive<T>(load_native(gate_of(at)), load_native(at)); }
   GRASP_SPARSE_INLINE T one(const S* at) const { return to_compute(*gate_of(at)) <= T(0) ? T(0) : to_compute(*at); }
 };
+
+// What a batch norm makes of the gradient there, of channels that lie side by side.
+template <class S, bool Relu>
+struct Normed {
+  using T = Compute<S>;
+  const NormGradient<S>& norm;
+  const S* src;
+  int channel;  // where the transpose begins
+  GRASP_SPARSE_INLINE const S* x_of(const S* at) const { return norm.x + (at - src); }
+  GRASP_SPARSE_INLINE Native<T> operator()(const S* at, int column) const {
+    const int c = channel + column;
+    const Native<T> scale = load_native(norm.scale + c), d = load_native(x_of(at)) - load_native(norm.mean + c);
+    Native<T> g = load_native(at);
+    if constexpr (Relu) g = positive<T>(d * scale + load_native(norm.bias + c), g);
+    return g * scale - load_native(norm.offset + c) - d * load_native(norm.slope + c);
+  }
+};
+
+template <class Read>
+GRASP_SPARSE_INLINE Read beginning_at(const Read& read, int) { return read; }
+template <class S, bool Relu>
+GRASP_SPARSE_INLINE Normed<S, Relu> beginning_at(const Normed<S, Relu>& read, int channel) { return {read.norm, read.src, channel}; }
 
 // Asks for what lies at `src` in every lane, into L2: into L1 there was less to gain. It may lie past the image and is not read.
 template <class S>
 GRASP_SPARSE_INLINE void ask_for(const PackArgs<S>& p, const S* src) {
   for (int lane = 0; lane < p.lanes; ++lane) __builtin_prefetch(src + lane * p.sn, 0, 2);
+}
+
+template <class S, class Read>
+GRASP_SPARSE_INLINE void ask_for(const PackArgs<S>& p, const Read&, const S* src) { ask_for(p, src); }
+template <class S, bool Relu>
+GRASP_SPARSE_INLINE void ask_for(const PackArgs<S>& p, const Normed<S, Relu>& read, const S* src) {
+  ask_for(p, src), ask_for(p, read.x_of(src));
 }
 
 // Pixels lie one after the other across rows (NCHW): transpose runs of L pixels x L lanes, and ask for the next run, of the next
@@ -89,8 +118,8 @@ void pack_channel_runs(const PackArgs<S>& p, const Read& read) {
       for (int c = 0; c < p.channels; c += L) {
         const int first = c + L <= p.channels ? c : p.channels - L;
         T* to = dst + first * p.channel_size;
-        ask_for(p, src + first + ahead);
-        transpose(src + first, p.sn, p.lanes, read, [&](int i) { return to + i * p.channel_size; });
+        ask_for(p, read, src + first + ahead);
+        transpose(src + first, p.sn, p.lanes, beginning_at(read, first), [&](int i) { return to + i * p.channel_size; });
       }
     }
   }
@@ -135,7 +164,7 @@ void pack_lanes(const PackArgs<S>& p, const Read& read) {
         if (p.sn == 1 && p.lanes == L) {
           Vec<T> v;
 #pragma GCC unroll 4
-          for (int i = 0; i < kNatives; ++i) v.part[i] = read(src + i * kNativeLanes<T>);
+          for (int i = 0; i < kNatives; ++i) v.part[i] = read(src + i * kNativeLanes<T>, 0);
           store(dst, v);
         } else {
           for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? read.one(src + l * p.sn) : T(0);
@@ -161,9 +190,17 @@ void pack_with(const PackArgs<S>& p, const Read& read) {
   }
 }
 
+template <class S, bool Relu>
+void pack_normed(const PackArgs<S>& p) {
+  if (p.zero_first) std::memset(p.dst, 0, sizeof(Compute<S>) * p.channel_size * p.channels);
+  pack_channel_runs(p, Normed<S, Relu>{p.norm, p.src, 0});
+}
+
 template <class S>
 void pack(const PackArgs<S>& p) {
-  if (p.gate)
+  if (p.norm.x)
+    p.norm.relu ? pack_normed<S, true>(p) : pack_normed<S, false>(p);
+  else if (p.gate)
     pack_with(p, Gated<S>{reinterpret_cast<uintptr_t>(p.gate) - reinterpret_cast<uintptr_t>(p.src)});
   else
     pack_with(p, Plain<S>{});

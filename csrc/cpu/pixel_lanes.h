@@ -67,8 +67,10 @@ template <class T>
 std::vector<Image<T>> panels_of_pixels(const Image<T>& i, int64_t most) {
   const Matrix matrix{i.n * i.h * i.w, i.c, i.sw, i.sc};
   std::vector<Image<T>> panels;
-  for (const Piece& p : pieces(matrix.rows, most, kLanes<Compute<std::remove_const_t<T>>>))
+  for (const Piece& p : pieces(matrix.rows, most, kLanes<Compute<std::remove_const_t<T>>>)) {
     panels.push_back(image_of(i.data, matrix, p));
+    panels.back().norm = i.norm.from(panels.back().data - i.data, 0);
+  }
   return panels;
 }
 

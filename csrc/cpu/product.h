@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "gradients.h"
+#include "tile_moments.h"
 #include "unpack.h"
 #include "walk.h"
 
@@ -97,6 +98,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
     for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
       const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
       for (int i = 0; i < count; ++i) fill(channel + i, tiles + i * kTile);
+      if (p.moments.first) tile_moments<T>(tiles, R * C, count, p.lanes, first && p.moments.start, p.moments.from(channel));
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
           unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);

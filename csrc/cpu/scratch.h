@@ -64,7 +64,7 @@ struct CallScratch {
   AlignedBuffer offsets, values;
   AlignedBuffer transposed_offsets, transposed_values, transposed_row_ptr;
   AlignedBuffer places;  // what a column, a row or a tap of the weight matrix is an offset of; needed while lists are built
-  AlignedBuffer sums;
+  AlignedBuffer sums, moments;
   static CallScratch& mine() {
     static thread_local CallScratch scratch;
     return scratch;

@@ -28,16 +28,16 @@ struct Butterfly<T, 64> {
   static GRASP_SPARSE_INLINE void run(Native<T>*) {}
 };
 
-// Reads what lies at a place.
+// Reads what lies at a place, which is so many columns from where the transpose began.
 template <class S>
 struct Plain {
-  GRASP_SPARSE_INLINE Native<Compute<S>> operator()(const S* at) const { return load_native(at); }
+  GRASP_SPARSE_INLINE Native<Compute<S>> operator()(const S* at, int) const { return load_native(at); }
   GRASP_SPARSE_INLINE Compute<S> one(const S* at) const { return to_compute(*at); }
 };
 
 // Source rows from `rows` on are not read and count as zero; they are `step` elements apart and need no alignment.
 // put(j, i, part) receives the native vector src[i … i + n][j] for every j in [0, L) and i = 0, n, 2n, … < L. What lies at a
-// place is what read(place) says.
+// place is what read(place, j) says.
 template <class S, class Read, class Put>
 GRASP_SPARSE_INLINE void transpose_parts(const S* src, int64_t step, int rows, const Read& read, const Put& put) {
   using T = Compute<S>;
@@ -49,11 +49,11 @@ GRASP_SPARSE_INLINE void transpose_parts(const S* src, int64_t step, int rows, c
       Native<T> block[n];
       if (i0 + n <= rows) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) block[i] = read(src + (i0 + i) * step + j0);
+        for (int i = 0; i < n; ++i) block[i] = read(src + (i0 + i) * step + j0, j0);
       } else {
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) {
-          block[i] = i0 + i < rows ? read(src + (i0 + i) * step + j0) : Native<T>{};
+          block[i] = i0 + i < rows ? read(src + (i0 + i) * step + j0, j0) : Native<T>{};
         }
       }
       Butterfly<T, 1>::run(block);

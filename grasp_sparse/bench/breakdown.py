@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.profiler import ProfilerActivity, profile
 
 CATEGORIES = ("conv and linear", "norm", "activation", "pooling", "optimizer", "other")
-# The first match counts, of the operator or else of the operator that called it; parts of lower-case operator names.
+# A sparse convolution that does the norm behind it, one operation, is a convolution. The first match counts, of the operator or else of the operator that called it; parts of lower-case operator names.
 _PARTS = (
     ("optimizer", ("optimizer", "fused_sgd", "fused_adam")),
     ("norm", ("batch_norm", "batchnorm", "layer_norm", "layernorm", "group_norm", "groupnorm")),

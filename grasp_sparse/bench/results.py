@@ -16,6 +16,7 @@ from grasp_sparse.timing import Timing
 from grasp_sparse.train.errors import UserError
 
 DENSE, SPARSE = "dense", "sparse"  # first word of an arm's name
+REFITTED = "refitted"  # likewise: the dense network with the norms, activations and poolings that a sparse one has; in profiles only
 # glibc keeps its memory instead of giving every large tensor back to the kernel; the same for dense and sparse arms.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456",
@@ -35,7 +36,7 @@ def machine() -> Row:
 
 
 def kind_of(arm: str) -> str:
-    """"dense" or "sparse": the first word of the arm's name."""
+    """"dense", "sparse" or "refitted": the first word of the arm's name."""
     return arm.split()[0]
 
 

@@ -59,6 +59,7 @@ def plot_steps(rows: Rows, path: Path) -> None:
 
 def plot_breakdown(rows: Rows, path: Path) -> None:
     """Stacked bars, a panel a model: where the time of the fastest dense and of the fastest sparse step goes."""
+    rows = [row for row in rows if kind_of(row["arm"]) in (DENSE, SPARSE)]
     models = list(dict.fromkeys(row["model"] for row in rows))
     bars = {model: _bars([row for row in rows if row["model"] == model]) for model in models}
     columns = 1 if len(models) <= 2 else 2

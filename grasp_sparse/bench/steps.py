@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grasp_sparse.bench.arms import LAYOUTS, OneDnnLinear, WrongResultError
 from grasp_sparse.bench.layer_checks import check_layers
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
+from grasp_sparse.fusion import fuse_
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.nn import SparseLayer
 from grasp_sparse.poison import poisoned_memory
@@ -91,6 +92,13 @@ def dense_steps(masked: nn.Module, batch: Batch) -> dict[str, Step]:
             onednn.set_submodule(name, OneDnnLinear(onednn.get_submodule(name)))
         steps[f"{DENSE} oneDNN"] = _step(onednn, batch, "rows")
     return steps
+
+
+def refitted_step(masked: nn.Module, batch: Batch, layout: str) -> Step:
+    """A step of a copy of `masked` with the norms, activations and poolings of this package, as they are next to sparse layers."""
+    model = copy.deepcopy(masked)
+    fuse_(model)
+    return _step(model, batch, layout)
 
 
 def sparse_steps(

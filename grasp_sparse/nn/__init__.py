@@ -2,6 +2,7 @@
 and a sequence of layers that fuse the ReLU, and pooling that keeps the layout."""
 
 from grasp_sparse.nn.conv import SparseConv2d
+from grasp_sparse.nn.conv_norm import conv_norm_relu
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.masked import MaskedConv2d, MaskedLinear
 from grasp_sparse.nn.norm import BatchNorm2d, norm_relu
@@ -11,5 +12,5 @@ from grasp_sparse.nn.sparse import SparseLayer
 
 __all__ = [
     "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm2d", "FusedSequential", "MaskedConv2d", "MaskedLinear", "MaxPool2d",
-    "SparseConv2d", "SparseLayer", "SparseLinear", "norm_relu",
+    "SparseConv2d", "SparseLayer", "SparseLinear", "conv_norm_relu", "norm_relu",
 ]  # fmt: skip

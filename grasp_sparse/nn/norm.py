@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from grasp_sparse.nn.relu import may_fuse
 from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.dtypes import compute_dtype
+
+
+FUSED_ON_CPU = (torch.float32, torch.float64, torch.bfloat16)  # of images
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -31,16 +36,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             return F.relu(y) if relu else y
         x = input
         self._check_input_dim(x)
-        momentum = self._count_batch()
-        running = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
+        momentum = self.count_batch()
+        running = self._running()
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         if not batch_statistics and self._differentiated(x, residual):
             # autograd keeps them until the backward, before which a training step may have moved on
             running = tuple(None if statistic is None else statistic.clone() for statistic in running)
-        if self._fusible(x, residual, running):
+        if x.numel() > 0 and runs_here(x, FUSED_ON_CPU) and self.takes(x.dtype, x.shape, residual):
             if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
                 y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, relu)
-                self._follow(running, momentum, mean, var, x.numel() // x.shape[1])
+                self.follow(momentum, mean, var, x.numel() // x.shape[1])
                 return y
             if not batch_statistics and (x.is_cuda or not self._differentiated(x, residual)):
                 return call("batch_norm_eval", x, residual, self.weight, self.bias, *running, self.eps, relu)
@@ -49,31 +54,35 @@ class BatchNorm2d(nn.BatchNorm2d):
             y += residual  # in place, as residual networks do: batch norm does not keep its output
         return F.relu(y, inplace=True) if relu else y
 
-    def _count_batch(self) -> float:
+    def count_batch(self) -> float:
         """How much of the running statistics this batch replaces; counts it."""
         if not self.training or not self.track_running_stats or self.num_batches_tracked is None:
             return self.momentum or 0.0
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _fusible(self, x: Tensor, residual: Tensor | None, running: tuple[Tensor | None, Tensor | None]) -> bool:
-        if x.numel() == 0 or not runs_here(x, cpu=(torch.float32, torch.float64, torch.bfloat16)):
-            return False
-        computed = compute_dtype(x.dtype)
+    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+        """The statistics that a call reads or moves."""
+        return (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
+
+    def takes(self, dtype: torch.dtype, shape: Sequence[int], residual: Tensor | None) -> bool:
+        """Whether a fused operation is right for images of this dtype and shape: by the dtypes that are computed in, and the residual."""
+        computed, running = compute_dtype(dtype), self._running()
         if any(t is not None and t.dtype != computed for t in (self.weight, self.bias, *running)):
             return False
         if (running[0] is None) != (running[1] is None):
             return False
-        return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+        return residual is None or (residual.shape == shape and residual.dtype == dtype)
 
     def _differentiated(self, *images: Tensor | None) -> bool:
         """Whether a gradient of this call is wanted. By given statistics it is several operations here, and one kernel in torch."""
         wanted = any(t is not None and t.requires_grad for t in (*images, self.weight, self.bias))
         return wanted and torch.is_grad_enabled()
 
-    @staticmethod
     @torch.no_grad()
-    def _follow(running: tuple[Tensor | None, Tensor | None], momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
+    def follow(self, momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
+        """The running statistics, if there are any, follow those of a batch of ``count`` values per channel."""
+        running = self._running()
         if running[0] is None or running[1] is None:
             return
         torch.ops.grasp_sparse.batch_norm_follow_(*running, mean, var, momentum, count)

@@ -1,4 +1,4 @@
-"""``nn.Sequential`` whose layers apply the ReLU behind them where nobody sees the difference."""
+"""``nn.Sequential`` whose layers do what is behind them on the way, where nobody sees the difference: a norm, a ReLU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from torch import Tensor, nn
 
 from grasp_sparse.nn.conv import SparseConv2d
+from grasp_sparse.nn.conv_norm import conv_norm, fits
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.norm import BatchNorm2d
 from grasp_sparse.nn.relu import may_fuse
@@ -14,9 +15,10 @@ from grasp_sparse.nn.symbolic import is_symbolic
 
 
 class FusedSequential(nn.Sequential):
-    """``nn.Sequential``: the same layers, the same results; a layer that can apply the ``nn.ReLU`` right behind it does.
+    """``nn.Sequential``: the same layers, the same results; a layer that can apply the ``nn.ReLU`` right behind it does, and a sparse
+    convolution and the norm behind it are one operation where :func:`~grasp_sparse.nn.conv_norm.conv_norm` says so.
 
-    These are :class:`~grasp_sparse.nn.BatchNorm2d`, :class:`~grasp_sparse.nn.SparseLinear`, and
+    The former are :class:`~grasp_sparse.nn.BatchNorm2d`, :class:`~grasp_sparse.nn.SparseLinear`, and
     :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks. Each call decides anew, so layers may be replaced, hooked, sliced or
     called one by one: a layer, called alone, applies no ReLU, and where it or the ReLU has a hook or a ``forward`` of its own
     both are called.
@@ -27,14 +29,18 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if is_symbolic(input):
             return super().forward(input)
-        layers = [*self]
-        applied = False
-        for layer, following in zip(layers, [*layers, None][1:], strict=True):
-            if applied:
-                applied = False
-                continue
-            applied = type(following) is nn.ReLU and applies_relu(layer) and may_fuse(layer, following)
-            input = layer(input, relu=True) if applied else layer(input)
+        left = [*self]
+        while left:
+            layer = left.pop(0)
+            norm = left.pop(0) if left and fits(layer, left[0]) else None
+            last = layer if norm is None else norm
+            relu = bool(left) and type(left[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, left[0])
+            if relu:
+                del left[0]
+            if norm is not None:
+                input = conv_norm(layer, norm, input, relu=relu)
+            else:
+                input = layer(input, relu=True) if relu else layer(input)
         return input
 
 

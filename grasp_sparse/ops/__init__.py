@@ -12,7 +12,7 @@ from grasp_sparse.ops import (
     reference_update,
     triton,
 )
-from grasp_sparse.ops.functional import bsr_conv2d, bsr_linear, csr_conv2d, csr_linear
+from grasp_sparse.ops.functional import bsr_conv2d, bsr_linear, csr_conv2d, csr_conv2d_batch_norm, csr_linear
 
 __all__ = [
     "autograd",
@@ -20,6 +20,7 @@ __all__ = [
     "bsr_conv2d",
     "bsr_linear",
     "csr_conv2d",
+    "csr_conv2d_batch_norm",
     "csr_linear",
     "fake",
     "flops",

@@ -203,6 +203,42 @@ def _batch_norm_backward(ctx, grad, _mean, _var):
     )
 
 
+def _setup_conv_norm(ctx, inputs, output):
+    values, *indices, bias, x, residual, weight, norm_bias, ctx.eps, ctx.relu = inputs[:13]
+    ctx.window = inputs[13:]
+    y, z, mean, var = output
+    ctx.mark_non_differentiable(z, mean, var)
+    ctx.set_materialize_grads(False)
+    gate = y if ctx.relu and residual is not None else None
+    ctx.save_for_backward(values, *indices, bias, x, z, gate, weight, norm_bias, mean, var)
+
+
+def _conv_norm_backward(ctx, grad, _z, _mean, _var):
+    if grad is None:
+        return (None,) * 17
+    values, *indices, bias, x, z, y, weight, norm_bias, mean, var = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        z = calls.csr_conv2d_fprop(values, *indices, bias, x, *ctx.window)
+        var, mean = torch.var_mean(computed(z), (0, 2, 3), correction=0)
+        gz, g_residual, g_weight, g_norm_bias = reference.batch_norm_backward(grad, z, y, weight, norm_bias, mean, var, ctx.eps, ctx.relu)
+        dx, dvalues, dbias = calls.csr_conv2d_backward(values, *indices, gz, x, *ctx.window)
+    else:
+        dx, dvalues, dbias, g_residual, g_weight, g_norm_bias = _ops.csr_conv2d_norm_backward(
+            values, *indices, grad, x, z, y, weight, norm_bias, mean, var, ctx.eps, ctx.relu, *ctx.window, needs[7]
+        )
+    return (
+        dvalues if needs[0] else None,
+        *_NO_INDEX_GRADS,
+        dbias if needs[6] else None,
+        dx if needs[7] else None,
+        (grad if y is None else g_residual) if needs[8] else None,
+        g_weight if needs[9] else None,
+        g_norm_bias if needs[10] else None,
+        *(None,) * 6,
+    )
+
+
 def _setup_batch_norm_eval(ctx, inputs, output):
     x, residual, weight, bias, mean, var, ctx.eps, relu = inputs
     ctx.save_for_backward(x, output if relu else None, weight, mean, var)
@@ -240,6 +276,7 @@ for _name, _backward, _setup in (
     ("csr_conv2d_wgrad", _wgrad_backward, _setup_wgrad),
     ("csr_conv2d_backward", _conv_backward_backward, _setup_conv_backward),
     ("batch_norm_train", _batch_norm_backward, _setup_batch_norm),
+    ("csr_conv2d_norm_train", _conv_norm_backward, _setup_conv_norm),
     ("batch_norm_eval", _batch_norm_eval_backward, _setup_batch_norm_eval),
 ):
     differentiable(_name, _backward, _setup)

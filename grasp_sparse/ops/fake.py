@@ -136,6 +136,29 @@ def _(g, x, y, weight, bias, mean, var, eps, relu):
     return empty_images(x, x.shape), residual, _per_channel(x), _per_channel(x)
 
 
+@_register("grasp_sparse::csr_conv2d_norm_train")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, residual, norm_weight, norm_bias, eps, relu,
+    kernel_size, stride, padding, dilation,
+):  # fmt: skip
+    torch._check(x.dim() == 4, lambda: f"csr_conv2d_norm_train: Expected x [N, C, H, W], got {x.dim()}-D")
+    size = x.shape[0], crow_indices.shape[0] - 1, *output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    z = empty_images(x, size)
+    return empty_images(x, size), z, _per_channel(z), _per_channel(z)
+
+
+@_register("grasp_sparse::csr_conv2d_norm_backward")
+def _(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, z, y, norm_weight, norm_bias, mean, var, eps, relu,
+    kernel_size, stride, padding, dilation, input_grad=True,
+):  # fmt: skip
+    torch._check(g.shape == z.shape, lambda: f"csr_conv2d_norm_backward: Expected g {tuple(z.shape)}, got {tuple(g.shape)}")
+    dx = empty_images(z, x.shape) if input_grad else x.new_empty(0)
+    residual = x.new_empty(0) if y is None else empty_images(z, z.shape)
+    dvalues = x.new_empty(1, col_indices.shape[0], dtype=compute_dtype(x.dtype))
+    return dx, dvalues, _per_channel(z), residual, _per_channel(z), _per_channel(z)
+
+
 @_register("grasp_sparse::max_pool2d")
 def _(x, kernel_size, stride, padding, dilation, ceil_mode):
     torch._check(x.dim() == 4, lambda: f"max_pool2d: Expected x [N, C, H, W], got {x.dim()}-D")

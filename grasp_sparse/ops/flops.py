@@ -46,6 +46,20 @@ def _conv_backward_flops(values, crow, col, ccol, row, permutation, g, *_, **__)
     return 4 * col[0] * g[0] * math.prod(g[2:])
 
 
+@register_flop_formula(_ops.csr_conv2d_norm_train)
+def _conv_norm_flops(values, crow, col, *_, out_shape=None, **__):
+    y = out_shape[0]
+    return 2 * col[0] * y[0] * math.prod(y[2:])
+
+
+@register_flop_formula(_ops.csr_conv2d_norm_backward)
+def _conv_norm_backward_flops(
+    values, crow, col, ccol, row, permutation, g, x, z, y, norm_weight, norm_bias, mean, var, eps, relu, kernel_size, stride, padding,
+    dilation, input_grad=True, **_,
+):  # fmt: skip
+    return (4 if input_grad else 2) * col[0] * g[0] * math.prod(g[2:])
+
+
 @register_flop_formula([_ops.bsr_spmm, _ops.bsr_spmm_t])
 def _block_product_flops(values, crow, col, ccol, row, permutation, *_, out_shape=None, **__):
     return 2 * math.prod(values) * out_shape[0]

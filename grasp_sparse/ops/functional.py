@@ -99,6 +99,43 @@ def csr_conv2d(
     return y if y.dtype == result else y.to(result)
 
 
+def csr_conv2d_batch_norm(
+    x: Tensor,
+    values: Tensor,
+    indices: CsrIndices,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`csr_conv2d` and behind it batch norm by the statistics of the batch, plus ``residual`` if given, then ReLU if ``relu``.
+
+    Args:
+        x: ``[N, in_channels, H, W]``; float16 is not taken on the CPU.
+        residual: of the shape and dtype of the result, or None.
+        norm_weight, norm_bias: ``[out_channels]`` or None.
+
+    Returns:
+        The result, and mean and (biased) variance ``[out_channels]`` of what the convolution gave.
+
+    Raises:
+        ValueError: as there.
+    """
+    channels = indices.shape[1] // (kernel_size[0] * kernel_size[1])
+    _check_images(x, channels, kernel_size, padding, dilation)
+    (x, values, bias), _ = _compute_dtype(x, values, bias)
+    window = (list(kernel_size), list(stride), list(padding), list(dilation))
+    affine = (norm_weight, norm_bias)
+    y, _, mean, var = call("csr_conv2d_norm_train", values, *indices, bias, x, residual, *affine, eps, relu, *window)
+    return y, mean, var
+
+
 def bsr_conv2d(
     x: Tensor,
     values: Tensor,

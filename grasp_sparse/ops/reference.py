@@ -14,7 +14,7 @@ from torch import Tensor
 from grasp_sparse.formats import CsrIndices, gather_values, scatter_values
 from grasp_sparse.ops import dense
 from grasp_sparse.ops.layout import empty_images
-from grasp_sparse.ops.schema import NORM_SCHEMAS, SCHEMAS
+from grasp_sparse.ops.schema import CONV_NORM_SCHEMAS, NORM_SCHEMAS, SCHEMAS
 
 
 def csr_spmm(values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, relu=False):
@@ -113,6 +113,26 @@ def batch_norm_backward(g, x, y, weight, bias, mean, var, eps, relu):
     return empty_images(like, x.shape).copy_(gx), residual, g_weight, g_bias
 
 
+def csr_conv2d_norm_train(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, bias, x, residual, norm_weight, norm_bias, eps, relu,
+    kernel_size, stride, padding, dilation,
+):  # fmt: skip
+    indices = (crow_indices, col_indices, ccol_indices, row_indices, permutation)
+    z = csr_conv2d_fprop(values, *indices, bias, x, kernel_size, stride, padding, dilation)
+    y, mean, var = batch_norm_train(z, residual, norm_weight, norm_bias, eps, relu)
+    return y, z, mean, var
+
+
+def csr_conv2d_norm_backward(
+    values, crow_indices, col_indices, ccol_indices, row_indices, permutation, g, x, z, y, norm_weight, norm_bias, mean, var, eps, relu,
+    kernel_size, stride, padding, dilation, input_grad=True,
+):  # fmt: skip
+    indices, window = (crow_indices, col_indices, ccol_indices, row_indices, permutation), (kernel_size, stride, padding, dilation)
+    gz, *g_norm = batch_norm_backward(g, z, y, norm_weight, norm_bias, mean, var, eps, relu)
+    dx, dvalues, dbias = csr_conv2d_backward(values, *indices, gz, x, *window)
+    return dx if input_grad else x.new_empty(0), dvalues, dbias, *g_norm
+
+
 def _columns(vector: Tensor) -> Tensor:
     """``[C]`` as it broadcasts against ``[N, C, H, W]``."""
     return vector[:, None, None]
@@ -149,5 +169,5 @@ def without_autocast(function: Callable) -> Callable:
 
 
 _library = torch.library.Library("grasp_sparse", "IMPL")
-for _name in SCHEMAS | NORM_SCHEMAS:
+for _name in SCHEMAS | NORM_SCHEMAS | CONV_NORM_SCHEMAS:
     _library.impl(_name, without_autocast(globals()[_name]), "CompositeExplicitAutograd")

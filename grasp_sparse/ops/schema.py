@@ -34,6 +34,10 @@ And batch norm by the statistics of the batch, with what follows it in a network
 On CUDA x may be bfloat16 or float16 beside float32 statistics, w and b. ``y`` is given to the backward where a residual was added before a ReLU; only then is there a gradient of the residual to
 compute (otherwise it is g, and an empty tensor is returned).
 
+A convolution of single weights and the batch norm behind it are ``csr_conv2d_norm_train``, z = conv2d(x, W) + bias and y of it as above,
+and ``csr_conv2d_norm_backward``, which gives (dx, dvalues, dbias) and the gradients of residual, w and b: the same numbers as of the two
+operations, for which less goes through memory where the channels of an image lie side by side.
+
 Max pooling is ``max_pool2d``, with one byte a window for its backward where torch keeps eight; ``padding`` there is (height, width).
 
 ``padding`` is (top, bottom, left, right), zeros. Activations come out in the layout they came in: row-major or
@@ -75,6 +79,15 @@ NORM_SCHEMAS = {
     "batch_norm_follow_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()",
 }
 
+# (y, z, mean, var), and (dx, dvalues, dbias, residual's, norm_weight's, norm_bias's); without `input_grad` dx is empty.
+_NORM = "Tensor? norm_weight, Tensor? norm_bias"
+CONV_NORM_SCHEMAS = {
+    "csr_conv2d_norm_train": f"(Tensor values, {_INDICES}, Tensor? bias, Tensor x, Tensor? residual, {_NORM}, float eps, bool relu, "
+    f"{_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "csr_conv2d_norm_backward": f"(Tensor values, {_INDICES}, Tensor g, Tensor x, Tensor z, Tensor? y, {_NORM}, Tensor mean, Tensor var, "
+    f"float eps, bool relu, {_WINDOW}, bool input_grad=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
 # `places`, uint8 in the layout of y: which tap of its window each result came from, row by row; as torch picks it, the first of
 # several largest ones, or the last NaN. At most 255 taps. Where no tap lies inside, y is -inf and places 255.
 _POOL_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode"
@@ -110,5 +123,5 @@ UPDATE_SCHEMAS = {
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, tag))
 
 _library = torch.library.Library("grasp_sparse", "DEF")
-for _name, _schema in (SCHEMAS | BLOCK_SCHEMAS | NORM_SCHEMAS | POOL_SCHEMAS | UPDATE_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | BLOCK_SCHEMAS | NORM_SCHEMAS | CONV_NORM_SCHEMAS | POOL_SCHEMAS | UPDATE_SCHEMAS).items():
     _library.define(_name + _schema, tags=_TAGS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.nn import norm_relu
+from grasp_sparse.nn import conv_norm_relu
 from grasp_sparse.train.errors import UserError
 
 
@@ -89,8 +89,8 @@ class _BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(y), self.shortcut(x))
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        return conv_norm_relu(self.conv2, self.bn2, y, self.shortcut(x))
 
 
 class ResNet32(nn.Module):
@@ -111,7 +111,7 @@ class ResNet32(nn.Module):
         _paper_init_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(norm_relu(self.bn1, self.conv1(x)))
+        x = self.stages(conv_norm_relu(self.conv1, self.bn1, x))
         return self.classifier(self.pool(x).flatten(1))
 
 

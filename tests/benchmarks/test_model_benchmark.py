@@ -66,7 +66,8 @@ def test_steps_and_breakdown_are_written_and_resumed(tmp_path: Path, monkeypatch
     for part in parts:
         case = tuple(part[key] for key in ("model", "budget", "sparsity", "arm"))
         shares[case] = shares.get(case, 0) + float(part["share"])
-    assert len(shares) == 8 and all(total == pytest.approx(1, abs=1e-2) for total in shares.values())
+    assert [arm.split()[0] for model, *_, arm in shares if model == "resnet32"] == ["dense", "sparse", "refitted"] * 2
+    assert len(shares) == 10 and all(total == pytest.approx(1, abs=1e-2) for total in shares.values())
     assert {part["category"] for part in parts} == set(CATEGORIES)
 
     monkeypatch.setattr(models, "measure", None)  # nothing is left to measure

@@ -62,6 +62,8 @@ def test_what_own_norms_bring_is_taken_from_the_profiles(monkeypatch: pytest.Mon
     rows = [case | {"arm": arm, "category": kind, "seconds": f"{of}"} for arm, kinds in seconds.items() for kind, of in kinds.items()]
     monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
     assert speed_figures.without_own_norms("Zen 4") == [pytest.approx(0.9)]
+    rows += [case | {"arm": "refitted nchw", "category": kind, "seconds": f"{of}"} for kind, of in (("norm", 0.5), ("other", 8))]
+    assert speed_figures.without_own_norms("Zen 4") == [pytest.approx(0.85)]  # measured, where it was
 
 
 def test_which_steps_take_denormals_for_zero_is_what_their_rows_say() -> None:

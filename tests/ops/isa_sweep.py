@@ -165,6 +165,35 @@ def sweep_batch_norm() -> None:
             close(got, want, case)
 
 
+def sweep_conv_norm() -> None:
+    """Where channels lie side by side: rows in a ring, several rows in a tile, rests of channels and lanes, blocks of channels."""
+    geometries = ("1x1", "1x1-whole-vectors", "3x3", "3x3-stride2", "3x3-on-1x40")
+    sizes = ((3, 5, 16), (33, 20, 37), (17, 700, 24))
+    for dtype, window, (batch, channels, filters), (residual, relu, affine) in product(STORED, geometries, sizes, NORM_CASES[::3]):
+        *geometry, image = WINDOWS[window]
+        stored, computed, lay = STORED[dtype], compute_dtype(STORED[dtype]), IMAGE_LAYOUTS["channels_last"][0]
+        case = f"conv and norm, {dtype} {window} {batch} x {channels} -> {filters} residual {residual} relu {relu} affine {affine}"
+        values, indices, _ = sparse_matrix(filters, channels * geometry[0][0] * geometry[0][1], 0.2, computed)
+        x, bias = lay(torch.randn(batch, channels, *image).to(stored)), torch.randn(filters).to(computed)
+        size = ops.csr_conv2d_fprop(values, *indices, None, x, *geometry).shape
+        r = lay(torch.randn(size).to(stored)) if residual else None
+        weight, shift = (torch.randn(filters).to(computed) if affine else None for _ in range(2))
+        arguments = (values, *indices, bias, x, r, weight, shift, 1e-5, relu, *geometry)
+        y, z, mean, var = both_threads("csr_conv2d_norm_train", case, arguments)
+        exact = [t.double() if isinstance(t, Tensor) else t for t in (z, r, weight, shift)]
+        for got, want in zip((y, mean, var), reference.batch_norm_train(*exact, 1e-5, relu), strict=True):
+            close(got, want, case)
+        g, gate = lay(torch.randn(size).to(stored)), y if residual and relu else None
+        saved = (g, x, z, gate, weight, shift, mean, var)
+        exact = [t.double() if isinstance(t, Tensor) else t for t in (values, *saved)]
+        wanted = reference.csr_conv2d_norm_backward(exact[0], *indices, *exact[1:], 1e-5, relu, *geometry)
+        found = both_threads("csr_conv2d_norm_backward", case, (values, *indices, *saved, 1e-5, relu, *geometry))
+        between = reference.batch_norm_backward(exact[1], *exact[3:], 1e-5, relu)[0].abs().sum().clamp_min(1e-3)  # of which the bias's is all rounding
+        for place, (got, want) in enumerate(zip(found, wanted, strict=True)):
+            scale = between if place == 2 else max(1e-3, float(want.abs().max())) if want.numel() else 1.0
+            close((got.double() / scale).to(got.dtype), want / scale, case)
+
+
 def sweep_max_pool() -> None:
     windows = (((2, 2), (2, 2), (0, 0), (1, 1), False), ((3, 3), (2, 2), (1, 1), (1, 1), True), ((3, 2), (1, 3), (1, 1), (2, 1), False))
     shapes = ((2, 3, 7, 9), (17, 33, 6, 5))
@@ -187,5 +216,6 @@ if __name__ == "__main__":
     sweep_blocks()
     sweep_large()
     sweep_batch_norm()
+    sweep_conv_norm()
     sweep_max_pool()
     print(_extension.status().isa)

@@ -9,7 +9,7 @@ import torch
 from op_cases import block_matrix, sparse_matrix
 from torch.utils.data import DataLoader, Dataset
 
-from grasp_sparse.nn import BatchNorm2d, SparseConv2d, SparseLinear
+from grasp_sparse.nn import BatchNorm2d, FusedSequential, SparseConv2d, SparseLinear
 
 THREADS = 4
 WINDOW = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
@@ -72,6 +72,8 @@ def _layers_of_many_tasks() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
         "blocks": (_BlockConv(20), torch.randn(128, 20, 9, 8)),
         "norm": (BatchNorm2d(40), torch.randn(128, 40, 20, 12)),
     }
+    trained = SparseConv2d.from_dense(conv, torch.rand_like(conv.weight) < 0.1), BatchNorm2d(24), torch.nn.ReLU()
+    cases["conv and norm in channels_last"] = FusedSequential(*trained), torch.randn(128, 40, 20, 12).to(memory_format=torch.channels_last)
     for name in ("conv", "norm"):
         layer, x = cases[name]
         cases[f"{name} in channels_last"] = layer, x.to(memory_format=torch.channels_last)
