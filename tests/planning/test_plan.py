@@ -38,6 +38,20 @@ class TestDecision:
         stopwatch.set(lambda layer, kept, given: Times(1e-3, 1e-3, sparse))
         assert set(gs.plan(net, masks_of(net), X).values()) == {runs}
 
+    @pytest.mark.parametrize("head, runs", [((2e-6, 1.5e-6), "masked"), ((2e-6, 1e-6), "sparse"), ((6e-6, 4.2e-6), "sparse")])
+    def test_a_small_gain_has_to_be_clear(self, net, stopwatch, head, runs):
+        """Of convolutions that take a millisecond and a half and a head: nobody sees a thousandth of all, unless it wins by half."""
+        stopwatch.set(lambda layer, *_: Times(1e-3, 1e-3, 0.5e-3) if isinstance(layer, nn.Conv2d) else Times(head[0], *head))
+        *others, row = gs.plan(net, masks_of(net), X).rows
+        assert row.runs == runs and {other.runs for other in others} == {"sparse"}
+        assert ("too little of the whole to be sure of" in row.reason) == (runs == "masked")
+
+    def test_small_gains_are_left_out_only_as_far_as_all_of_them_do_not_show(self, stopwatch):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(1000)))
+        stopwatch.set(lambda *_: Times(1e-3, 1e-3, 0.8e-3))
+        runs = Counter(gs.plan(model, masks_of(model), torch.randn(3, 8)).values())
+        assert runs["masked"] <= 4 and runs["sparse"] >= 996
+
     def test_calls_and_layers_of_one_weight_are_added_up(self, stopwatch):
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         model[2].weight = model[0].weight
