@@ -38,7 +38,7 @@ struct PackArgs {
   int64_t channel_size;  // elements of one packed channel
   bool zero_first;       // some packed places have no source (padding)
   const S* gate;         // zeros are packed where the element here, of the same place, is not positive; or null
-  NormGradient<S> norm;  // if there is one, what it makes of src is packed; channels lie side by side then, kLanes of them at least
+  NormGradient<S> norm;  // if there is one, what it makes of src is packed; channels lie side by side then
 };
 
 // Copies packed pixels [channel][row][column][L], rows and columns without gaps, into an output whose columns lie side by side.

@@ -35,7 +35,19 @@ struct Normed {
     if constexpr (Relu) g = positive<T>(d * scale + load_native(norm.bias + c), g);
     return g * scale - load_native(norm.offset + c) - d * load_native(norm.slope + c);
   }
+  GRASP_SPARSE_INLINE T one(const S* at) const {
+    const T scale = norm.scale[channel], d = to_compute(*x_of(at)) - norm.mean[channel];
+    T g = to_compute(*at);
+    if constexpr (Relu) g = d * scale + norm.bias[channel] <= T(0) ? T(0) : g;
+    return g * scale - norm.offset[channel] - d * norm.slope[channel];
+  }
 };
+
+// Whether elements that are read together may be of one channel; Normed reads neighbouring channels.
+template <class Read>
+constexpr bool kReadsLanes = true;
+template <class S, bool Relu>
+constexpr bool kReadsLanes<Normed<S, Relu>> = false;
 
 template <class Read>
 GRASP_SPARSE_INLINE Read beginning_at(const Read& read, int) { return read; }
@@ -154,6 +166,7 @@ void pack_lanes(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int c = 0; c < p.channels; ++c) {
+    const Read here = beginning_at(read, c);
     for (int row = p.row_begin; row < p.row_end; ++row) {
       const int64_t row_place = p.row_place[row - p.row_begin];
       if (row_place < 0) continue;
@@ -161,13 +174,13 @@ void pack_lanes(const PackArgs<S>& p, const Read& read) {
         if (p.col_place[col] < 0) continue;
         const S* src = p.src + c * p.sc + row * p.sh + col * p.sw;
         T* dst = p.dst + c * p.channel_size + row_place + p.col_place[col];
-        if (p.sn == 1 && p.lanes == L) {
+        if (kReadsLanes<Read> && p.sn == 1 && p.lanes == L) {
           Vec<T> v;
 #pragma GCC unroll 4
-          for (int i = 0; i < kNatives; ++i) v.part[i] = read(src + i * kNativeLanes<T>, 0);
+          for (int i = 0; i < kNatives; ++i) v.part[i] = here(src + i * kNativeLanes<T>, 0);
           store(dst, v);
         } else {
-          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? read.one(src + l * p.sn) : T(0);
+          for (int l = 0; l < L; ++l) dst[l] = l < p.lanes ? here.one(src + l * p.sn) : T(0);
         }
       }
     }
@@ -193,7 +206,8 @@ void pack_with(const PackArgs<S>& p, const Read& read) {
 template <class S, bool Relu>
 void pack_normed(const PackArgs<S>& p) {
   if (p.zero_first) std::memset(p.dst, 0, sizeof(Compute<S>) * p.channel_size * p.channels);
-  pack_channel_runs(p, Normed<S, Relu>{p.norm, p.src, 0});
+  const Normed<S, Relu> read{p.norm, p.src, 0};
+  p.channels >= kLanes<Compute<S>> ? pack_channel_runs(p, read) : pack_lanes(p, read);  // threads may share the channels of an image
 }
 
 template <class S>

@@ -30,8 +30,13 @@ def conv_norm_relu(
 
 
 def fits(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether the two are layers that :func:`conv_norm` takes. Subclasses with a forward of their own promise nothing."""
-    return getattr(type(conv), "forward", None) is SparseConv2d.forward and getattr(type(norm), "forward", None) is BatchNorm2d.forward
+    """Whether the two are layers that :func:`conv_norm` takes. Subclasses with a forward or a call of their own promise nothing."""
+    return _is(conv, SparseConv2d) and _is(norm, BatchNorm2d)
+
+
+def _is(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    of = type(layer)
+    return isinstance(layer, kind) and of.forward is kind.forward and of.__call__ is nn.Module.__call__
 
 
 def conv_norm(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -51,7 +56,7 @@ def conv_norm(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor
 
 
 def _together(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
-    if not (norm.training and conv.values.requires_grad and torch.is_grad_enabled() and may_fuse(conv) and may_fuse(norm)):
+    if not (norm.training and may_fuse(conv) and may_fuse(norm)):  # also where no gradient is wanted: the same bits
         return False
     if conv.block_size is not None or conv.padding_mode != "zeros" or conv.out_channels * conv.values.element_size() < _LANES_BYTES:
         return False

@@ -109,17 +109,21 @@ def _setup_fprop(ctx, inputs, output):
 
 
 def _fprop_backward(ctx, grad):
-    values, *indices, x = ctx.saved_tensors
+    return *_fprop_gradients(ctx, *ctx.saved_tensors, grad), *(None,) * 4
+
+
+def _fprop_gradients(ctx, values, *rest):
+    """Those of values, no indices, bias and x, as far as they are asked for."""
+    *indices, x, grad = rest
     needs = ctx.needs_input_grad
     if needs[0] and needs[7]:
         dx, dvalues, dbias = calls.csr_conv2d_backward(values, *indices, grad, x, *ctx.window)
-        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx, *(None,) * 4
+        return dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx
     return (
         calls.csr_conv2d_wgrad(*indices, grad, x, *ctx.window) if needs[0] else None,
         *_NO_INDEX_GRADS,
         grad.sum((0, 2, 3), dtype=values.dtype) if needs[6] else None,
         calls.csr_conv2d_dgrad(values, *indices, grad, x.shape[2:], *ctx.window) if needs[7] else None,
-        *(None,) * 4,
     )
 
 
@@ -218,20 +222,20 @@ def _conv_norm_backward(ctx, grad, _z, _mean, _var):
         return (None,) * 17
     values, *indices, bias, x, z, y, weight, norm_bias, mean, var = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if torch.is_grad_enabled():
-        z = calls.csr_conv2d_fprop(values, *indices, bias, x, *ctx.window)
-        var, mean = torch.var_mean(computed(z), (0, 2, 3), correction=0)
-        gz, g_residual, g_weight, g_norm_bias = reference.batch_norm_backward(grad, z, y, weight, norm_bias, mean, var, ctx.eps, ctx.relu)
-        dx, dvalues, dbias = calls.csr_conv2d_backward(values, *indices, gz, x, *ctx.window)
-    else:
+    if needs[0] and not torch.is_grad_enabled():
         dx, dvalues, dbias, g_residual, g_weight, g_norm_bias = _ops.csr_conv2d_norm_backward(
             values, *indices, grad, x, z, y, weight, norm_bias, mean, var, ctx.eps, ctx.relu, *ctx.window, needs[7]
         )
+        of_conv = dvalues, *_NO_INDEX_GRADS, dbias if needs[6] else None, dx if needs[7] else None
+    else:
+        backward = _ops.batch_norm_backward
+        if torch.is_grad_enabled():
+            backward, z = reference.batch_norm_backward, calls.csr_conv2d_fprop(values, *indices, bias, x, *ctx.window)
+            var, mean = torch.var_mean(computed(z), (0, 2, 3), correction=0)
+        gz, g_residual, g_weight, g_norm_bias = backward(grad, z, y, weight, norm_bias, mean, var, ctx.eps, ctx.relu)
+        of_conv = _fprop_gradients(ctx, values, *indices, x, gz)
     return (
-        dvalues if needs[0] else None,
-        *_NO_INDEX_GRADS,
-        dbias if needs[6] else None,
-        dx if needs[7] else None,
+        *of_conv,
         (grad if y is None else g_residual) if needs[8] else None,
         g_weight if needs[9] else None,
         g_norm_bias if needs[10] else None,

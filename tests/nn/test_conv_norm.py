@@ -70,10 +70,6 @@ def _evaluation(conv, norm):
     norm.eval()
 
 
-def _frozen(conv, norm):
-    conv.values.requires_grad_(False)
-
-
 def _hooked(conv, norm):
     norm.register_forward_pre_hook(lambda *_: None)
 
@@ -82,8 +78,12 @@ def _own_forward(conv, norm):
     conv.forward = conv.forward
 
 
+def _own_call(conv, norm):
+    conv.__class__ = type("Own", (SparseConv2d,), {"__call__": lambda self, x: super(SparseConv2d, self).__call__(x)})
+
+
 @together
-@pytest.mark.parametrize("change", [_evaluation, _frozen, _hooked, _own_forward])
+@pytest.mark.parametrize("change", [_evaluation, _hooked, _own_forward, _own_call])
 def test_it_is_two_where_that_is_better_or_somebody_looks(change):
     conv, norm = layers(torch.float32)
     change(conv, norm)
@@ -135,6 +135,24 @@ def test_refusals_change_nothing():
     with pytest.raises(RuntimeError, match="index buffers of a sparse layer"):
         conv_norm_relu(conv, norm, images())
     assert norm.num_batches_tracked <= 1
+
+
+@pytest.mark.parametrize("frozen", [("values",), ("values", "bias"), ("values", "bias", "x"), ("bias",), ("x",)], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_the_bits_stay(frozen):
+    conv, norm = layers(torch.float32)
+    x = images(torch.float32).requires_grad_()
+    given = {"values": conv.values, "bias": conv.bias, "x": x, "weight": norm.weight}
+    expected = conv_norm_relu(conv, norm, x)
+    gradients = dict(zip(given, torch.autograd.grad(expected.square().sum(), list(given.values())), strict=True))
+    for name in frozen:
+        given.pop(name).requires_grad_(False)
+    y = conv_norm_relu(conv, norm, x)
+    got = torch.autograd.grad(y.square().sum(), list(given.values()))
+    with torch.no_grad():
+        assert torch.equal(y, expected) and torch.equal(conv_norm_relu(conv, norm, x), expected)
+    scale = gradients["values"].abs().max()
+    for name, gradient in zip(given, got, strict=True):
+        torch.testing.assert_close(gradient / scale, gradients[name] / scale, rtol=1e-5, atol=1e-5)
 
 
 def test_second_derivatives():

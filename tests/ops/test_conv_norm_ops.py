@@ -180,12 +180,18 @@ def test_nan_and_infinity_go_where_the_two_operations_let_them():
 
 
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
-@pytest.mark.parametrize("window, batch", [("1x1-whole-vectors", 33), ("3x3", 1), ("3x3", 40), ("3x3-stride2", 17), ("3x3-on-1x40", 3)])
-def test_same_bits_for_any_number_of_threads(window, batch, dtype):
-    arguments = _leaves(_case(window, (True, True, True), batch, 30, 50, dtype, IMAGE_LAYOUTS["channels_last"][0]))
+@pytest.mark.parametrize("filters", [16, 50])
+@pytest.mark.parametrize("image", [True, False], ids=["", "no gradient of x"])
+@pytest.mark.parametrize("window, batch", [
+    ("1x1-whole-vectors", 33), ("3x3", 1), ("3x3", 40), ("3x3-stride2", 17), ("3x3-on-1x40", 3), ("padding-beyond-kernel", 4),
+])  # fmt: skip
+def test_same_bits_for_any_number_of_threads(window, batch, image, filters, dtype):
+    """Also of so many that each has few channels."""
+    arguments = _leaves(_case(window, (True, True, True), batch, 30, filters, dtype, IMAGE_LAYOUTS["channels_last"][0]))
+    arguments[7].requires_grad_(image)
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 5):
+        for count in (1, 2, 5, 16):
             torch.set_num_threads(count)
             y, *rest = ops.csr_conv2d_norm_train(*arguments)
             torch.manual_seed(0)
