@@ -1,4 +1,4 @@
-// What a batch norm has to know of the pixels of a tile while that is in L1: to read them from memory once more takes five times as long.
+// What a batch norm has to know of the pixels of a tile, taken while that is in L1, so that nobody reads them from memory once more for it.
 #pragma once
 
 #include "sampled.h"
