@@ -11,7 +11,7 @@ one with zeros where pruned; both run in both memory formats, in turns in one pr
 weights and each sparse layer alone were found equal on memory poisoned with NaN. A measured step follows an unmeasured one of the
 same network, as it does in training; denormal numbers count as zero. Writes benchmarks/results/models.csv, and models-breakdown.csv
 with where the time goes in the fastest dense and the fastest sparse step, and in the dense one with the norms, activations and
-poolings that a sparse one has, after every case.
+poolings that a sparse one has (tests/test_fusion.py compares such networks, not this), after every case.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(network: Network, images: Images, masks: MaskSet, case: Row, seconds
     dense = fastest(times, DENSE)
     layout = steps[dense].layout
     profiled = {name: steps[name] for name in (dense, fastest(times, SPARSE))}
-    if layout != "rows":  # what linear layers lie between is torch's own in any case
+    if layout != "rows":  # a network of dense linear layers has nothing to refit
         profiled[f"{REFITTED} {layout}"] = refitted_step(masked, batch, layout)
     for name, step in profiled.items():
         found = breakdown(step)

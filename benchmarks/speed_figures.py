@@ -69,21 +69,26 @@ def step_speeds(machine: str) -> dict[tuple[str, str, str], Speed]:
     }  # fmt: skip
 
 
-def without_own_norms(machine: str) -> list[float]:
-    """Of each case, what is left of the speed of a step if the dense one has the norms, activations and poolings of a sparse one, as a
-    share of it: from the profiles of both, or, where no such network was profiled, from what these take in the sparse one's."""
+def without_own_norms(machine: str) -> tuple[list[float], bool]:
+    """What is left of the speed of a step, as a share of it, if the dense one has the norms, activations and poolings of a sparse one.
+
+    Of the cases for which such a network was profiled, and True; or, where there is none, of all that have norms, from what these take
+    in the sparse one's profile, and False.
+    """
     cases: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     for row in rows_of(f"models{MACHINES[machine]}-breakdown"):
         own = cases.setdefault((row["model"], row["budget"], row["sparsity"]), {}).setdefault(kind_of(row["arm"]), {})
         own[row["category"]] = float(row["seconds"])
 
-    def left(found: Mapping[str, Mapping[str, float]]) -> float:
-        dense = sum(found[DENSE].values())
-        if REFITTED in found:
-            return sum(found[REFITTED].values()) / dense
-        return 1 - sum(found[DENSE].get(kind, 0.0) - found[SPARSE].get(kind, 0.0) for kind in _FUSED) / dense
-
-    return [left(found) for found in cases.values()]
+    profiled = [sum(found[REFITTED].values()) / sum(found[DENSE].values()) for found in cases.values() if REFITTED in found]
+    if profiled:
+        return profiled, True
+    gains = [
+        sum(found[DENSE].get(kind, 0.0) - found[SPARSE].get(kind, 0.0) for kind in _FUSED) / sum(found[DENSE].values())
+        for found in cases.values()
+        if found[DENSE].get("norm")
+    ]
+    return [1 - gain for gain in gains], False
 
 
 def layer_speeds(name: str, group: str) -> dict[float, float]:

@@ -128,8 +128,10 @@ def _flushed(rows: Iterable[Mapping[str, str]]) -> str:
 def norm_list() -> str:
     lines = []
     for machine in ("Zen 4", "Xeon"):
-        left = sorted(without_own_norms(machine))
-        lines.append(f"- {machine}: {left[0] - 1:+.0%} to {left[-1] - 1:+.0%}, the median {left[len(left) // 2] - 1:+.0%}.")
+        left, profiled = without_own_norms(machine)
+        left.sort()
+        how = f"{len(left)} such networks profiled" if profiled else "estimated from what they take in the sparse network's profile"
+        lines.append(f"- {machine}, {how}: {left[0] - 1:+.0%} to {left[-1] - 1:+.0%}, the median {left[len(left) // 2] - 1:+.0%}.")
     return "\n".join(lines)
 
 

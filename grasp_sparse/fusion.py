@@ -15,7 +15,7 @@ from itertools import pairwise
 from torch import nn
 
 from grasp_sparse.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, FusedSequential, MaxPool2d
-from grasp_sparse.nn.conv_norm import fits
+from grasp_sparse.nn.conv_norm import is_pair
 from grasp_sparse.nn.sequential import applies_relu, fused_kind
 
 
@@ -42,9 +42,10 @@ def fuse_(model: nn.Module) -> list[str]:
     """Replaces every plain ``nn.BatchNorm2d`` and pooling layer in ``model``; returns the names of the norms.
 
     In torchvision's ResNet and in modules that call :func:`grasp_sparse.nn.conv_norm_relu` or :func:`grasp_sparse.nn.norm_relu` a
-    norm then does the ReLU behind it and the add before that; in ``nn.Sequential``, which becomes a :class:`~grasp_sparse.nn.FusedSequential`, a ReLU is done by the norm,
-    the :class:`~grasp_sparse.nn.SparseLinear` or the :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks before it. Each call
-    decides, by the layers that are there, and not where a hook or a ``forward`` set on an instance sees the difference.
+    norm then does the ReLU behind it and the add before that. In ``nn.Sequential``, which becomes a
+    :class:`~grasp_sparse.nn.FusedSequential`, a ReLU is done by the norm, the :class:`~grasp_sparse.nn.SparseLinear` or the
+    :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks before it. Each call decides, by the layers that are there, and not where a
+    hook or a ``forward`` set on an instance sees the difference.
 
     Subclasses of ``nn.BatchNorm2d``, other norms and subclasses of ``nn.Sequential`` with a forward of their own are left alone.
     """
@@ -78,7 +79,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
 def _has_pair(layers: nn.Sequential) -> bool:
     """Whether a layer that can apply a ReLU stands before one, or a sparse convolution before a norm."""
     return any(
-        (type(following) is nn.ReLU and applies_relu(layer)) or fits(layer, following)
+        (type(following) is nn.ReLU and applies_relu(layer)) or is_pair(layer, following)
         for layer, following in pairwise(layers._modules.values())
     )
 

@@ -26,22 +26,12 @@ constexpr int64_t kStepBytes = 256 << 10;  // of x, in one call of a loop of the
 
 // What a pass knows about a channel; the loops want it once per column.
 template <class T>
-struct Columns {
-  T *mean, *scale, *bias, *offset, *slope;
+using Columns = NormCoefficients<T>;
 
-  Columns(AlignedBuffer& buffer, int64_t cols) {
-    mean = buffer.reserve<T>(5 * cols);
-    scale = mean + cols, bias = scale + cols, offset = bias + cols, slope = offset + cols;
-  }
-  template <class S>
-  void point(NormArgs<S>& args) const {
-    args.mean = mean, args.scale = scale, args.bias = bias, args.offset = offset, args.slope = slope;
-  }
-  template <class F>
-  void each(const F& f) const {
-    for (T* of : {mean, scale, bias, offset, slope}) f(of);
-  }
-};
+template <class T>
+Columns<T> reserve_columns(AlignedBuffer& buffer, int64_t cols) {
+  return Columns<T>::in(buffer.reserve<T>(Columns<T>::kCount * cols), cols);
+}
 
 float value_of(Bf16 element) {
   const uint32_t bits = static_cast<uint32_t>(element.bits) << 16;
@@ -60,7 +50,7 @@ struct Norm {
   const T *weight, *bias, *mean, *var;
   S *out, *g_residual;
   T *mean_out, *var_out, *g_weight, *g_bias;
-  T* coefficients;  // [5][channels], in the order of Columns; null: the gradient of x is wanted
+  NormCoefficients<T> coefficients;  // of channels, to be written instead of the gradient of x; or nulls
   double eps;
   bool relu;
 
@@ -72,7 +62,8 @@ struct Norm {
 template <class S>
 NormArgs<S> on_sheet(const Norm<S>& norm, const Columns<Compute<S>>& columns, const Sheet& sheet) {
   NormArgs<S> args{};
-  columns.point(args);
+  args.mean = columns.mean, args.scale = columns.scale, args.bias = columns.bias;
+  args.offset = columns.offset, args.slope = columns.slope;
   args.rows = sheet.rows, args.cols = sheet.cols, args.stride = sheet.stride;
   args.x = norm.x + sheet.offset;
   return args;
@@ -99,7 +90,7 @@ struct Sums {
 template <class T, class Prepare, class Pass, class Finish, class Write>
 void channels_apart(const Cut& cut, const Prepare& prepare, const Pass& pass, const Finish& finish, const Write& write) {
   share_tasks(ceil_div(cut.channels, cut.group), [&](auto&& next) {
-    const Columns<T> columns(TaskScratch::mine().packed, cut.cols);
+    const Columns<T> columns = reserve_columns<T>(TaskScratch::mine().packed, cut.cols);
     double* totals = TaskScratch::mine().packed_g.reserve<double>(2 * cut.cols);
     const auto spread = [&](int64_t at) { columns.each([&](T* of) { std::fill_n(of + at, cut.width, of[at]); }); };
     for (int64_t group; (group = next()) >= 0;) {
@@ -123,7 +114,7 @@ void channels_apart(const Cut& cut, const Prepare& prepare, const Pass& pass, co
 
 template <class T, class Prepare, class Pass, class Finish, class Write>
 void channels_together(const Cut& cut, const Prepare& prepare, const Pass& pass, const Finish& finish, const Write& write) {
-  const Columns<T> columns(CallScratch::mine().values, cut.cols);
+  const Columns<T> columns = reserve_columns<T>(CallScratch::mine().values, cut.cols);
   const auto spread = [&] {
     columns.each([&](T* of) {
       for (int64_t col = cut.channels; col < cut.cols; ++col) of[col] = of[col - cut.channels];
@@ -234,10 +225,11 @@ void backward(const Cut& cut, const Norm<S>& norm) {
     norm.g_bias[c] = static_cast<T>(sums.first), norm.g_weight[c] = static_cast<T>(sums.second * inverse);
     columns.offset[col] = static_cast<T>(scale * sums.first / n);
     columns.slope[col] = static_cast<T>(scale * sums.second * inverse * inverse / n);
-    T* to = norm.coefficients ? norm.coefficients + c : nullptr;
-    if (to) columns.each([&](const T* of) { *to = of[col], to += cut.channels; });
+    if (!norm.coefficients.mean) return;
+    const NormCoefficients<T> to = norm.coefficients.from(c), from = columns.from(col);
+    *to.mean = *from.mean, *to.scale = *from.scale, *to.bias = *from.bias, *to.offset = *from.offset, *to.slope = *from.slope;
   };
-  if (norm.coefficients) return two_passes<T>(cut, normalised, reduce, finish, nullptr);
+  if (norm.coefficients.mean) return two_passes<T>(cut, normalised, reduce, finish, nullptr);
   const auto input_grad = [&](const Columns<T>& columns, const Sheet& sheet) {
     NormArgs<S> args = on_sheet(norm, columns, sheet);
     args.g = (norm.y ? norm.g_residual : norm.g) + sheet.offset;
@@ -310,11 +302,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
 Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
   check_images(x);
-  return norm_by(x, residual, weight, bias, *per_channel(mean, x, "mean"), *per_channel(var, x, "var"), eps, relu);
+  return normalise_given(x, residual, weight, bias, *per_channel(mean, x, "mean"), *per_channel(var, x, "var"), eps, relu);
 }
 
-Tensor norm_by(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
-               const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
+Tensor normalise_given(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool relu) {
   return normalise(x, residual, weight, bias, mean, var, true, eps, relu);
 }
 
@@ -343,10 +335,11 @@ NormGradients norm_gradients(const Tensor& g, const Tensor& x, const std::option
     norm.out = mutable_data<S>(gx), norm.g_residual = mutable_data<S>(g_residual);
     norm.g_weight = mutable_data<T>(g_weight), norm.g_bias = mutable_data<T>(g_bias);
     norm.eps = eps, norm.relu = relu;
-    if (!input_grad) coefficients = norm.coefficients = CallScratch::mine().moments.reserve<T>(5 * x.size(1));
+    if (!input_grad) norm.coefficients = reserve_columns<T>(CallScratch::mine().moments, x.size(1));
+    coefficients = norm.coefficients.mean;
     backward(Cut(x, layout), norm);
   });
-  return {gx, g_residual, g_weight, g_bias, y ? g_residual : grad, in, coefficients};
+  return {gx, g_residual, g_weight, g_bias, y ? g_residual : grad, in, coefficients, relu && !y};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(

@@ -83,7 +83,7 @@ __attribute__((noinline)) void block_tile(const BlockTile<T>& t) {
       Vec<T>& sum = acc[g * P + c];
       if (t.relu) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kNatives; ++n) sum.part[n] = positive<T>(sum.part[n], sum.part[n]);
+        for (int n = 0; n < kNatives; ++n) sum.part[n] = positive(sum.part[n], sum.part[n]);
       }
       store(t.tile + g * t.output_size + c * L, sum);
     }

@@ -17,13 +17,9 @@ class ChannelMoments {
 
   // Takes what a task has summed of so many values of each channel.
   void add(int64_t task, int64_t values) {
-    const Moments part = of(task), all = at(total_, false);
-    for (int64_t c = 0; c < channels_; ++c) {
-      if (!count_) all.pivot[c] = part.pivot[c], all.first[c] = all.second[c] = 0;
-      const double n = static_cast<double>(values), shift = part.pivot[c] - all.pivot[c];
-      all.first[c] += part.first[c] + n * shift;
-      all.second[c] += part.second[c] + shift * (2 * part.first[c] + n * shift);
-    }
+    const Moments part = of(task), all = at(total_, count_ == 0);
+    for (int64_t c = 0; c < channels_; ++c)
+      all.add(c, static_cast<double>(values), part.pivot[c], part.first[c], part.second[c]);
     count_ += values;
   }
 

@@ -6,12 +6,8 @@
 
 namespace grasp_sparse {
 
-namespace {
-
-int64_t channels_of(const Tensor& t) { return t.dim() == 4 ? t.size(1) : 0; }
-
-Tensor fprop(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
-             int64_t outputs, const Window& window, bool relu) {
+Tensor conv2d_fprop(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
+                    int64_t outputs, const Window& window, bool relu, ChannelMoments* moments) {
   check_values(values, csr, compute_type(x));
   check_bias(bias, outputs, compute_type(x));
   const Tensor v = dense(values), b = bias ? dense(*bias) : v;
@@ -21,12 +17,43 @@ Tensor fprop(const char* op, const CsrView& csr, const Tensor& values, const std
     using T = Compute<S>;
     const T* biases = bias ? const_data<T>(b) : nullptr;
     const auto pass = [&](const Window& window, bool, const Image<const S>& x, const Image<S>& y) {
-      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y, relu);
+      image_fprop<S>(csr, const_data<T>(v), biases, x, window, y, relu, moments);
     };
     in_pieces(window, pass, image_of(const_data<S>(x), x), image_of(mutable_data<S>(y), y));
   });
   return y;
 }
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_gradients(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g,
+                                                    const Tensor& x, const Window& window, bool input_grad,
+                                                    const NormGradients* norm) {
+  check_values(values, csr, compute_type(x));
+  const Tensor v = dense(values), dx = input_grad ? empty_images(g, x.size(1), x.size(2), x.size(3)) : empty_strided(x, {0}, {1});
+  const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
+  for_storage(x, op, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = Compute<S>;
+    Image<const S> gradient = image_of(const_data<S>(g), g);
+    if (norm) {
+      const auto coefficients = NormCoefficients<const T>::in(static_cast<const T*>(norm->coefficients), csr.rows);
+      gradient.norm = {const_data<S>(norm->input), coefficients, norm->relu};
+    }
+    const Image<const S> image = image_of(const_data<S>(x), x);
+    T *const weights = mutable_data<T>(sums), *const biases = mutable_data<T>(bias_sums);
+    const auto some = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x) {
+      image_wgrad<S>(csr, g, x, window, weights, biases, add);
+    };
+    const auto all = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x, const Image<S>& dx) {
+      image_backward<S>(csr, const_data<T>(v), g, x, window, dx, weights, biases, add);
+    };
+    input_grad ? in_pieces(window, all, gradient, image, image_of(mutable_data<S>(dx), dx)) : in_pieces(window, some, gradient, image);
+  });
+  return {dx, sums, bias_sums};
+}
+
+namespace {
+
+int64_t channels_of(const Tensor& t) { return t.dim() == 4 ? t.size(1) : 0; }
 
 Tensor dgrad(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g, int64_t inputs, const Window& window) {
   check_values(values, csr, compute_type(g));
@@ -72,7 +99,7 @@ Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   const CsrView& csr = indices.view();
   check_images(x, input_channels(csr.cols, kernel_size), "x");
   const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  return fprop("csr_conv2d_fprop", csr, values, bias, x, csr.rows, window, false);
+  return conv2d_fprop("csr_conv2d_fprop", csr, values, bias, x, csr.rows, window, false);
 }
 
 Tensor csr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
@@ -102,7 +129,7 @@ Tensor bsr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& 
   const Indices indices(crow, col, ccol, row, permutation);
   const CsrView csr = indices.view_of_blocks(block_size_of(values), out_channels, x.size(1), taps_of(kernel_size));
   const Window window = window_of<Window>(x.size(2), x.size(3), kernel_size, stride, padding, dilation);
-  return fprop("bsr_conv2d_fprop", csr, values, bias, x, out_channels, window, relu);
+  return conv2d_fprop("bsr_conv2d_fprop", csr, values, bias, x, out_channels, window, relu);
 }
 
 Tensor bsr_conv2d_dgrad(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
@@ -131,18 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
   const CsrView& csr = indices.view();
   const int64_t inputs = input_channels(csr.cols, kernel_size);
   const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
-  check_values(values, csr, compute_type(x));
-  const Tensor v = dense(values), dx = empty_images(g, x.size(1), x.size(2), x.size(3));
-  const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
-  for_storage(x, "csr_conv2d_backward", [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    using T = Compute<S>;
-    const auto pass = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x, const Image<S>& dx) {
-      image_backward<S>(csr, const_data<T>(v), g, x, window, dx, mutable_data<T>(sums), mutable_data<T>(bias_sums), add);
-    };
-    in_pieces(window, pass, image_of(const_data<S>(g), g), image_of(const_data<S>(x), x), image_of(mutable_data<S>(dx), dx));
-  });
-  return {dx, sums, bias_sums};
+  return conv2d_gradients("csr_conv2d_backward", csr, values, g, x, window, true);
 }
 
 }  // namespace grasp_sparse

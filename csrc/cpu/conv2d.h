@@ -1,6 +1,7 @@
 // What the operations on images share: conv2d.cpp, and conv2d_norm.cpp, whose convolutions stand before a norm.
 #pragma once
 
+#include "batch_norm.h"
 #include "geometry.h"
 
 namespace grasp_sparse {
@@ -23,8 +24,13 @@ inline Window check_pair_of_images(const Tensor& g, int64_t outputs, const Tenso
   return window;
 }
 
-Tensor csr_conv2d_fprop(const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& ccol, const Tensor& row,
-                        const Tensor& permutation, const std::optional<Tensor>& bias, const Tensor& x, Sizes kernel_size,
-                        Sizes stride, Sizes padding, Sizes dilation);
+// max(y, 0) with `relu`; `moments`, if asked for, of y (image.h).
+Tensor conv2d_fprop(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
+                    int64_t outputs, const Window& window, bool relu, ChannelMoments* moments = nullptr);
+
+// Of x (empty without `input_grad`), of values and of the bias. With `norm`, g is read through it.
+std::tuple<Tensor, Tensor, Tensor> conv2d_gradients(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g,
+                                                    const Tensor& x, const Window& window, bool input_grad,
+                                                    const NormGradients* norm = nullptr);
 
 }  // namespace grasp_sparse

@@ -5,11 +5,9 @@
 #include "channel_moments.h"
 #include "packed_input.h"
 #include "scratch.h"
+#include "sum_groups.h"
 
 namespace grasp_sparse {
-
-// Where sums have an order bands are cut for so many threads, whatever their number is.
-constexpr int64_t kAssumedThreads = 16;
 
 template <class S>
 void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>* bias, const Image<const S>& x, const Window& window,
@@ -21,7 +19,7 @@ void image_product(const Walk& walk, const Compute<S>* values, const Compute<S>*
   PackedInput<T> input(x, blocks.size, window);
   const int64_t slices = ceil_div(y.n, L);
   input.read_in_place(x);
-  const int64_t rows = input.choose_band(slices, moments ? kAssumedThreads : num_threads()), bands = ceil_div(y.h, rows);
+  const int64_t rows = input.choose_band(slices, moments ? kOrderedThreads : num_threads()), bands = ceil_div(y.h, rows);
   CallScratch& call = CallScratch::mine();
   const Entries entries = input.entries(walk, call.offsets);
   if (!walk.has_blocks)

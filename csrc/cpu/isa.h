@@ -112,7 +112,15 @@ struct Moments {
   double *pivot, *first, *second;  // [channels]; null: not wanted
   bool start;                      // there is no value yet: the first pixel becomes it, and the sums are written
 
-  Moments from(int channel) const { return {pivot + channel, first + channel, second + channel, start}; }
+  Moments from(int channel, bool first_of_all) const {
+    return {pivot + channel, first + channel, second + channel, start && first_of_all};
+  }
+
+  // Takes `count` values of a channel, given by their sums about `near`.
+  void add(int64_t channel, double count, double near, double sum, double squares) const {
+    if (start) pivot[channel] = near, first[channel] = second[channel] = 0;
+    add_about(near - pivot[channel], count, sum, squares, first[channel], second[channel]);
+  }
 };
 
 // out[channel][row][column] = bias + sum over the channel's weights of value * packed[place of the entry + place of the pixel].

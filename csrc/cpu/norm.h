@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "norm_args.h"
+#include "norm_gradient.h"
 #include "vec.h"
 
 namespace grasp_sparse {
@@ -134,9 +135,8 @@ void norm_moments(const NormArgs<S>& p) {
       },
       [&](int rows, int64_t col, int64_t cols, const T* first, const T* second) {
         for (int64_t i = 0; i < cols; ++i) {
-          const double shift = static_cast<double>(pivots[i]) - p.mean[col + i], sum = first[i];
-          p.first[col + i] += sum + rows * shift;
-          p.second[col + i] += second[i] + shift * (2 * sum + rows * shift);
+          const double shift = static_cast<double>(pivots[i]) - p.mean[col + i];
+          add_about(shift, rows, first[i], second[i], p.first[col + i], p.second[col + i]);
         }
       });
 }
@@ -155,7 +155,7 @@ void norm_apply_loop(const NormArgs<S>& p) {
       for (int k = 0; k < K; ++k) {
         Native<T> v = (lanes.load(p.x + at + k * n) - mean[k]) * scale[k] + bias[k];
         if constexpr (Residual) v += lanes.load(p.residual + at + k * n);
-        if constexpr (Relu) v = positive<T>(v, v);
+        if constexpr (Relu) v = positive(v, v);
         lanes.template store<Stream>(p.out + at + k * n, v);
       }
     }
@@ -182,9 +182,9 @@ void norm_sums_loop(const NormArgs<S>& p) {
           for (int k = 0; k < K; ++k) {
             const Native<T> d = lanes.load(p.x + at + k * n) - mean[k];
             Native<T> g = lanes.load(p.g + at + k * n);
-            if constexpr (Masked == Mask::from_x) g = positive<T>(d * scale[k] + bias[k], g);
+            if constexpr (Masked == Mask::from_x) g = positive(d * scale[k] + bias[k], g);
             if constexpr (Masked == Mask::from_y) {
-              g = positive<T>(lanes.load(p.y + at + k * n), g);
+              g = positive(lanes.load(p.y + at + k * n), g);
               lanes.template store<Stream>(p.out + at + k * n, g);
             }
             first[k] += g;
@@ -205,7 +205,7 @@ void norm_input_grad_loop(const NormArgs<S>& p) {
   constexpr int n = kNativeLanes<T>;
   for_blocks(p, [&](auto vectors, const auto& lanes, int64_t row, int rows, int64_t col) {
     constexpr int K = decltype(vectors)::value;
-    Native<T> mean[K], scale[K], bias[K], offset[K], slope[K];
+    Native<T> mean[K], scale[K], bias[K]{}, offset[K], slope[K];
     load_columns(mean, lanes, p.mean + col), load_columns(scale, lanes, p.scale + col);
     load_columns(offset, lanes, p.offset + col), load_columns(slope, lanes, p.slope + col);
     if constexpr (Relu) load_columns(bias, lanes, p.bias + col);
@@ -213,10 +213,8 @@ void norm_input_grad_loop(const NormArgs<S>& p) {
       const int64_t at = (row + i) * p.stride + col;
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        const Native<T> d = lanes.load(p.x + at + k * n) - mean[k];
-        Native<T> g = lanes.load(p.g + at + k * n);
-        if constexpr (Relu) g = positive<T>(d * scale[k] + bias[k], g);
-        lanes.template store<Stream>(p.out + at + k * n, g * scale[k] - offset[k] - d * slope[k]);
+        const Native<T> g = lanes.load(p.g + at + k * n), d = lanes.load(p.x + at + k * n) - mean[k];
+        lanes.template store<Stream>(p.out + at + k * n, input_grad_of<Relu>(g, d, scale[k], bias[k], offset[k], slope[k]));
       }
     }
   });

@@ -25,20 +25,42 @@ struct NormArgs {
   bool stream;                   // write past the cache; out, and every row of it, must start on a line
 };
 
-// What a batch norm does to gradients, element by element: from that of its result g, that of x is scale * g - offset - slope * (x - mean),
-// as above. Who reads an image of g by this writes down none of the other.
-template <class S>
-struct NormGradient {
-  using T = Compute<S>;
-  const S* x;  // in the strides of g; null: there is no norm
-  const T *mean, *scale, *bias, *offset, *slope;  // [channels]
-  bool relu;                                      // mask g where the normalised x is not positive
+// What NormArgs says of every column, of every channel; [5][channels] where one buffer holds it.
+template <class T>
+struct NormCoefficients {
+  static constexpr int64_t kCount = 5;
+  T *mean, *scale, *bias, *offset, *slope;
 
-  NormGradient from(int64_t elements, int64_t channels) const {
-    if (!x) return {};
-    return {x + elements, mean + channels, scale + channels, bias + channels, offset + channels, slope + channels, relu};
+  static NormCoefficients in(T* buffer, int64_t channels) {
+    return {buffer, buffer + channels, buffer + 2 * channels, buffer + 3 * channels, buffer + 4 * channels};
+  }
+  NormCoefficients from(int64_t channel) const {
+    return {mean + channel, scale + channel, bias + channel, offset + channel, slope + channel};
+  }
+  template <class F>
+  void each(const F& f) const {
+    for (T* of : {mean, scale, bias, offset, slope}) f(of);
   }
 };
+
+// A norm through which an image of gradients is read: g there stands for the gradient of x, as above, which nobody writes down.
+template <class S>
+struct NormGradient {
+  const S* x;  // in the strides of g; null: there is no norm
+  NormCoefficients<const Compute<S>> channels;
+  bool relu;  // mask g where the normalised x is not positive
+
+  NormGradient from(int64_t element, int64_t channel) const {
+    if (!x) return {};
+    return {x + element, channels.from(channel), relu};
+  }
+};
+
+// Adds to the sums of values about one number, and of their squares, those of `count` more, which are about another, `shift` above it.
+inline void add_about(double shift, double count, double sum, double squares, double& first, double& second) {
+  first += sum + count * shift;
+  second += squares + shift * (2 * sum + count * shift);
+}
 
 template <class S>
 struct NormKernels {

@@ -3,6 +3,7 @@
 // for the rest.
 #pragma once
 
+#include "norm_gradient.h"
 #include "transpose.h"
 
 namespace grasp_sparse {
@@ -16,8 +17,9 @@ struct Gated {
   GRASP_SPARSE_INLINE const S* gate_of(const S* at) const {
     return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(at) + gate);
   }
-  GRASP_SPARSE_INLINE Native<T> operator()(const S* at, int) const { return positive<T>(load_native(gate_of(at)), load_native(at)); }
-  GRASP_SPARSE_INLINE T one(const S* at) const { return to_compute(*gate_of(at)) <= T(0) ? T(0) : to_compute(*at); }
+  GRASP_SPARSE_INLINE Native<T> operator()(const S* at, int) const { return positive(load_native(gate_of(at)), load_native(at)); }
+  GRASP_SPARSE_INLINE T one(const S* at) const { return positive(to_compute(*gate_of(at)), to_compute(*at)); }
+  GRASP_SPARSE_INLINE Gated from(int) const { return *this; }
 };
 
 // What a batch norm makes of the gradient there, of channels that lie side by side.
@@ -29,30 +31,16 @@ struct Normed {
   int channel;  // where the transpose begins
   GRASP_SPARSE_INLINE const S* x_of(const S* at) const { return norm.x + (at - src); }
   GRASP_SPARSE_INLINE Native<T> operator()(const S* at, int column) const {
-    const int c = channel + column;
-    const Native<T> scale = load_native(norm.scale + c), d = load_native(x_of(at)) - load_native(norm.mean + c);
-    Native<T> g = load_native(at);
-    if constexpr (Relu) g = positive<T>(d * scale + load_native(norm.bias + c), g);
-    return g * scale - load_native(norm.offset + c) - d * load_native(norm.slope + c);
+    const auto of = norm.channels.from(channel + column);
+    const Native<T> g = load_native(at), d = load_native(x_of(at)) - load_native(of.mean);
+    return input_grad_of<Relu>(g, d, load_native(of.scale), load_native(of.bias), load_native(of.offset), load_native(of.slope));
   }
   GRASP_SPARSE_INLINE T one(const S* at) const {
-    const T scale = norm.scale[channel], d = to_compute(*x_of(at)) - norm.mean[channel];
-    T g = to_compute(*at);
-    if constexpr (Relu) g = d * scale + norm.bias[channel] <= T(0) ? T(0) : g;
-    return g * scale - norm.offset[channel] - d * norm.slope[channel];
+    const auto of = norm.channels.from(channel);
+    return input_grad_of<Relu>(to_compute(*at), to_compute(*x_of(at)) - *of.mean, *of.scale, *of.bias, *of.offset, *of.slope);
   }
+  GRASP_SPARSE_INLINE Normed from(int channel) const { return {norm, src, channel}; }
 };
-
-// Whether elements that are read together may be of one channel; Normed reads neighbouring channels.
-template <class Read>
-constexpr bool kReadsLanes = true;
-template <class S, bool Relu>
-constexpr bool kReadsLanes<Normed<S, Relu>> = false;
-
-template <class Read>
-GRASP_SPARSE_INLINE Read beginning_at(const Read& read, int) { return read; }
-template <class S, bool Relu>
-GRASP_SPARSE_INLINE Normed<S, Relu> beginning_at(const Normed<S, Relu>& read, int channel) { return {read.norm, read.src, channel}; }
 
 // Asks for what lies at `src` in every lane, into L2: into L1 there was less to gain. It may lie past the image and is not read.
 template <class S>
@@ -131,7 +119,7 @@ void pack_channel_runs(const PackArgs<S>& p, const Read& read) {
         const int first = c + L <= p.channels ? c : p.channels - L;
         T* to = dst + first * p.channel_size;
         ask_for(p, read, src + first + ahead);
-        transpose(src + first, p.sn, p.lanes, beginning_at(read, first), [&](int i) { return to + i * p.channel_size; });
+        transpose(src + first, p.sn, p.lanes, read.from(first), [&](int i) { return to + i * p.channel_size; });
       }
     }
   }
@@ -166,7 +154,7 @@ void pack_lanes(const PackArgs<S>& p, const Read& read) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int c = 0; c < p.channels; ++c) {
-    const Read here = beginning_at(read, c);
+    const Read here = read.from(c);
     for (int row = p.row_begin; row < p.row_end; ++row) {
       const int64_t row_place = p.row_place[row - p.row_begin];
       if (row_place < 0) continue;
@@ -174,7 +162,7 @@ void pack_lanes(const PackArgs<S>& p, const Read& read) {
         if (p.col_place[col] < 0) continue;
         const S* src = p.src + c * p.sc + row * p.sh + col * p.sw;
         T* dst = p.dst + c * p.channel_size + row_place + p.col_place[col];
-        if (kReadsLanes<Read> && p.sn == 1 && p.lanes == L) {
+        if (p.sn == 1 && p.lanes == L) {
           Vec<T> v;
 #pragma GCC unroll 4
           for (int i = 0; i < kNatives; ++i) v.part[i] = here(src + i * kNativeLanes<T>, 0);
@@ -207,7 +195,8 @@ template <class S, bool Relu>
 void pack_normed(const PackArgs<S>& p) {
   if (p.zero_first) std::memset(p.dst, 0, sizeof(Compute<S>) * p.channel_size * p.channels);
   const Normed<S, Relu> read{p.norm, p.src, 0};
-  p.channels >= kLanes<Compute<S>> ? pack_channel_runs(p, read) : pack_lanes(p, read);  // threads may share the channels of an image
+  // Of an image whose channels several threads share each may have few; lanes lie apart in it, so pack_lanes reads one by one.
+  p.channels >= kLanes<Compute<S>> ? pack_channel_runs(p, read) : pack_lanes(p, read);
 }
 
 template <class S>

@@ -29,7 +29,7 @@ inline int64_t vectors_in_row(int64_t vectors) {
   return best;
 }
 
-// The image in pieces whose lanes are pixels, and one with the pixels left over, whose lanes are images. Images of equal sizes
+// Without gate and norm, which nobody sets on an image that lies so. The image in pieces whose lanes are pixels, and one with the pixels left over, whose lanes are images. Images of equal sizes
 // come in equal pieces.
 template <class T>
 std::vector<Image<T>> pixel_pieces(const Image<T>& i) {

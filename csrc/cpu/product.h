@@ -57,7 +57,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs<S>& p, const T* pa
 #pragma GCC unroll 16
     for (int i = 0; i < R * C; ++i) {
 #pragma GCC unroll 4
-      for (int n = 0; n < kNatives; ++n) acc[i].part[n] = positive<T>(acc[i].part[n], acc[i].part[n]);
+      for (int n = 0; n < kNatives; ++n) acc[i].part[n] = positive(acc[i].part[n], acc[i].part[n]);
     }
   }
 #pragma GCC unroll 16
@@ -98,7 +98,7 @@ GRASP_SPARSE_INLINE void product_channels(const ProductArgs<S>& p, const T* pack
     for (int channel = p.channel_begin; channel < p.channel_end; channel += kGroup) {
       const int count = p.channel_end - channel < kGroup ? p.channel_end - channel : kGroup;
       for (int i = 0; i < count; ++i) fill(channel + i, tiles + i * kTile);
-      if (p.moments.first) tile_moments<T>(tiles, R * C, count, p.lanes, first && p.moments.start, p.moments.from(channel));
+      if (p.moments.first) tile_moments<T>(tiles, R * C, count, p.lanes, p.moments.from(channel, first));
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
           unpack_channel_runs<T, Stream>(tiles + (r * C + c) * L, kTile, count, out + channel + r * p.oh + c * p.ow, p.on, p.lanes);

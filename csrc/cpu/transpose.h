@@ -33,6 +33,7 @@ template <class S>
 struct Plain {
   GRASP_SPARSE_INLINE Native<Compute<S>> operator()(const S* at, int) const { return load_native(at); }
   GRASP_SPARSE_INLINE Compute<S> one(const S* at) const { return to_compute(*at); }
+  GRASP_SPARSE_INLINE Plain from(int) const { return *this; }  // the same for any channel
 };
 
 // Source rows from `rows` on are not read and count as zero; they are `step` elements apart and need no alignment.

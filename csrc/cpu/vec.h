@@ -226,10 +226,10 @@ GRASP_SPARSE_INLINE void store_first(Bf16* p, Native<T> v) {
   std::memcpy(p, &halves, sizeof(Bf16) * Count);
 }
 
-// v where `at` is positive (or NaN), zero elsewhere.
-template <class T>
-GRASP_SPARSE_INLINE Native<T> positive(Native<T> at, Native<T> v) {
-  const Native<T> zero{};
+// v where `at` is positive (or NaN), zero elsewhere; vectors or numbers.
+template <class V>
+GRASP_SPARSE_INLINE V positive(V at, V v) {
+  const V zero{};
   return at <= zero ? zero : v;
 }
 

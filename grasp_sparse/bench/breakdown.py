@@ -8,12 +8,13 @@ from collections.abc import Callable
 from torch.profiler import ProfilerActivity, profile
 
 CATEGORIES = ("conv and linear", "norm", "activation", "pooling", "optimizer", "other")
-# A sparse convolution that does the norm behind it, one operation, is a convolution. The first match counts, of the operator or else of the operator that called it; parts of lower-case operator names.
+# The first match counts, of the operator or else of the operator that called it; parts of lower-case operator names.
 _PARTS = (
     ("optimizer", ("optimizer", "fused_sgd", "fused_adam")),
     ("norm", ("batch_norm", "batchnorm", "layer_norm", "layernorm", "group_norm", "groupnorm")),
     ("pooling", ("pool", "aten::mean", "meanbackward")),
     ("activation", ("relu", "gelu", "silu", "hardswish", "sigmoid", "tanh", "threshold", "hardtanh", "clamp_min")),
+    # csr_conv2d_norm_train too: a convolution that does the norm behind it.
     ("conv and linear", ("conv", "linear", "addmm", "aten::mm", "mmbackward", "matmul", "grasp_sparse::", "mkldnn", "csr")),
 )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_sparse.nn.kernels import looked_through, runs_here
-from grasp_sparse.nn.relu import may_fuse
+from grasp_sparse.nn.relu import behaves_as, may_fuse
 from grasp_sparse.nn.symbolic import called, is_symbolic
 from grasp_sparse.ops.differentiable import call
 from grasp_sparse.ops.dtypes import compute_dtype
@@ -37,15 +37,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         x = input
         self._check_input_dim(x)
         momentum = self.count_batch()
-        running = self._running()
+        running = self.running()
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         if not batch_statistics and self._differentiated(x, residual):
             # autograd keeps them until the backward, before which a training step may have moved on
             running = tuple(None if statistic is None else statistic.clone() for statistic in running)
-        if x.numel() > 0 and runs_here(x, FUSED_ON_CPU) and self.takes(x.dtype, x.shape, residual):
+        if x.numel() > 0 and runs_here(x, FUSED_ON_CPU) and self.takes(x.dtype, x.shape, residual, running):
             if batch_statistics and x.numel() > x.shape[1]:  # one value per channel: torch refuses it, in its own words
                 y, mean, var = call("batch_norm_train", x, residual, self.weight, self.bias, self.eps, relu)
-                self.follow(momentum, mean, var, x.numel() // x.shape[1])
+                self.follow(running, momentum, mean, var, x.numel() // x.shape[1])
                 return y
             if not batch_statistics and (x.is_cuda or not self._differentiated(x, residual)):
                 return call("batch_norm_eval", x, residual, self.weight, self.bias, *running, self.eps, relu)
@@ -61,13 +61,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+    def running(self) -> tuple[Tensor | None, Tensor | None]:
         """The statistics that a call reads or moves."""
         return (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
 
-    def takes(self, dtype: torch.dtype, shape: Sequence[int], residual: Tensor | None) -> bool:
+    def takes(
+        self, dtype: torch.dtype, shape: Sequence[int], residual: Tensor | None, running: tuple[Tensor | None, Tensor | None]
+    ) -> bool:
         """Whether a fused operation is right for images of this dtype and shape: by the dtypes that are computed in, and the residual."""
-        computed, running = compute_dtype(dtype), self._running()
+        computed = compute_dtype(dtype)
         if any(t is not None and t.dtype != computed for t in (self.weight, self.bias, *running)):
             return False
         if (running[0] is None) != (running[1] is None):
@@ -79,10 +81,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         wanted = any(t is not None and t.requires_grad for t in (*images, self.weight, self.bias))
         return wanted and torch.is_grad_enabled()
 
+    @staticmethod
     @torch.no_grad()
-    def follow(self, momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
+    def follow(running: tuple[Tensor | None, Tensor | None], momentum: float, mean: Tensor, var: Tensor, count: int) -> None:
         """The running statistics, if there are any, follow those of a batch of ``count`` values per channel."""
-        running = self._running()
         if running[0] is None or running[1] is None:
             return
         torch.ops.grasp_sparse.batch_norm_follow_(*running, mean, var, momentum, count)
@@ -98,7 +100,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: 
     Args:
         relu: the module that is called, or passed over; None applies ``F.relu``.
     """
-    if isinstance(norm, BatchNorm2d) and type(norm).forward is BatchNorm2d.forward and may_fuse(norm, relu) and not is_symbolic(x):
+    if behaves_as(norm, BatchNorm2d) and may_fuse(norm, relu) and not is_symbolic(x):
         return norm(x, residual, relu=True)
     y = norm(x) if residual is None else norm(x) + residual
     return F.relu(y) if relu is None else relu(y)

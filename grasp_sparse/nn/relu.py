@@ -6,6 +6,12 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
+def behaves_as(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether ``layer`` is a ``kind`` that is called, and computes, as one. A subclass with a forward or a call of its own promises nothing."""
+    of = type(layer)
+    return isinstance(layer, kind) and of.forward is kind.forward and of.__call__ is nn.Module.__call__
+
+
 def may_fuse(layer: nn.Module, relu: nn.Module | None = None) -> bool:
     """Whether ``relu`` is an ``nn.ReLU`` (None: a function's) and only the caller can tell if ``layer`` has applied it.
 

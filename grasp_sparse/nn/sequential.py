@@ -7,16 +7,16 @@ import functools
 from torch import Tensor, nn
 
 from grasp_sparse.nn.conv import SparseConv2d
-from grasp_sparse.nn.conv_norm import conv_norm, fits
+from grasp_sparse.nn.conv_norm import go_together, together
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.norm import BatchNorm2d
-from grasp_sparse.nn.relu import may_fuse
+from grasp_sparse.nn.relu import behaves_as, may_fuse
 from grasp_sparse.nn.symbolic import is_symbolic
 
 
 class FusedSequential(nn.Sequential):
     """``nn.Sequential``: the same layers, the same results; a layer that can apply the ``nn.ReLU`` right behind it does, and a sparse
-    convolution and the norm behind it are one operation where :func:`~grasp_sparse.nn.conv_norm.conv_norm` says so.
+    convolution and the norm behind it are one operation where :func:`~grasp_sparse.nn.conv_norm.go_together` says so.
 
     The former are :class:`~grasp_sparse.nn.BatchNorm2d`, :class:`~grasp_sparse.nn.SparseLinear`, and
     :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks. Each call decides anew, so layers may be replaced, hooked, sliced or
@@ -29,27 +29,25 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if is_symbolic(input):
             return super().forward(input)
-        left = [*self]
-        while left:
-            layer = left.pop(0)
-            norm = left.pop(0) if left and fits(layer, left[0]) else None
+        layers, at = [*self], 0
+        while at < len(layers):
+            layer, *behind = layers[at : at + 3]
+            norm = behind.pop(0) if behind and go_together(layer, behind[0], input) else None
             last = layer if norm is None else norm
-            relu = bool(left) and type(left[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, left[0])
-            if relu:
-                del left[0]
+            relu = bool(behind) and type(behind[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, behind[0])
             if norm is not None:
-                input = conv_norm(layer, norm, input, relu=relu)
+                input = together(layer, norm, input, relu=relu)
             else:
                 input = layer(input, relu=True) if relu else layer(input)
+            at += 1 + (norm is not None) + relu
         return input
 
 
 def applies_relu(layer: nn.Module | None) -> bool:
-    """Whether its kernels can, on the way out of them. A subclass with a forward of its own promises nothing."""
-    forward = getattr(type(layer), "forward", None)
-    if forward is SparseConv2d.forward:
+    """Whether its kernels can, on the way out of them."""
+    if behaves_as(layer, SparseConv2d):
         return layer.block_size is not None
-    return forward is BatchNorm2d.forward or forward is SparseLinear.forward
+    return behaves_as(layer, BatchNorm2d) or behaves_as(layer, SparseLinear)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ The gradients of the first line are one operation, ``…_backward``. Its own der
 third (G = Gv) and that of the sum over g. Behind a ReLU, G and g count only where its result is positive.
 
 Batch norm and max pooling have backward kernels; where those must themselves be differentiated (``create_graph=True``), the same gradients
-are computed by ordinary torch operations instead. So are those of batch norm by given statistics, always.
+are computed by ordinary torch operations instead. So are those of batch norm by given statistics, always. A convolution with its
+norm is then one after the other, from x on.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ def _fprop_backward(ctx, grad):
     return *_fprop_gradients(ctx, *ctx.saved_tensors, grad), *(None,) * 4
 
 
-def _fprop_gradients(ctx, values, *rest):
-    """Those of values, no indices, bias and x, as far as they are asked for."""
-    *indices, x, grad = rest
+def _fprop_gradients(ctx, *tensors):
+    """Those of values, no indices, bias and x, as far as they are asked for; of values, indices, x and the gradient of the result."""
+    values, *indices, x, grad = tensors
     needs = ctx.needs_input_grad
     if needs[0] and needs[7]:
         dx, dvalues, dbias = calls.csr_conv2d_backward(values, *indices, grad, x, *ctx.window)

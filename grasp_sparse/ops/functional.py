@@ -9,10 +9,9 @@ from torch import Tensor
 
 from grasp_sparse.formats import CsrIndices, block_grid
 from grasp_sparse.ops.differentiable import call
+from grasp_sparse.ops.dtypes import autocast_dtype
 
 _COMPUTE = (torch.float32, torch.float64)
-# Asked once: of a device that autocast does not know (meta) it must not be asked, and not every torch.compile traces the question.
-_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device))
 
 
 def csr_linear(x: Tensor, values: Tensor, indices: CsrIndices, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -116,8 +115,10 @@ def csr_conv2d_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`csr_conv2d` and behind it batch norm by the statistics of the batch, plus ``residual`` if given, then ReLU if ``relu``.
 
+    There are kernels for the CPU; elsewhere it runs on the reference, which makes the weight dense.
+
     Args:
-        x: ``[N, in_channels, H, W]``; float16 is not taken on the CPU.
+        x: ``[N, in_channels, H, W]``.
         residual: of the shape and dtype of the result, or None.
         norm_weight, norm_bias: ``[out_channels]`` or None.
 
@@ -125,15 +126,18 @@ def csr_conv2d_batch_norm(
         The result, and mean and (biased) variance ``[out_channels]`` of what the convolution gave.
 
     Raises:
-        ValueError: as there.
+        ValueError: as there, or x without a batch.
+        RuntimeError: residual, norm_weight or norm_bias do not fit.
     """
+    if x.dim() != 4:
+        raise ValueError(f"Expected x of shape [N, C, H, W], got {tuple(x.shape)}.")
     channels = indices.shape[1] // (kernel_size[0] * kernel_size[1])
     _check_images(x, channels, kernel_size, padding, dilation)
-    (x, values, bias), _ = _compute_dtype(x, values, bias)
+    (x, values, bias), result = _compute_dtype(x, values, bias)
     window = (list(kernel_size), list(stride), list(padding), list(dilation))
     affine = (norm_weight, norm_bias)
     y, _, mean, var = call("csr_conv2d_norm_train", values, *indices, bias, x, residual, *affine, eps, relu, *window)
-    return y, mean, var
+    return y if y.dtype == result else y.to(result), mean, var
 
 
 def bsr_conv2d(
@@ -211,12 +215,11 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
 
     Done here rather than with register_autocast, whose dtype is fixed at registration and which does not see float64.
     """
-    device, dtype = x.device.type, x.dtype
-    autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
-    if not autocast and dtype in _COMPUTE and values.dtype == dtype and (bias is None or bias.dtype == dtype):
+    dtype, wanted = x.dtype, autocast_dtype(x)
+    if wanted is None and dtype in _COMPUTE and values.dtype == dtype and (bias is None or bias.dtype == dtype):
         return (x, values, bias), dtype  # by far the most calls, of which a small layer's take no longer than what follows
-    if autocast and x.dtype != torch.float64:
-        result = torch.get_autocast_dtype(device)
+    if wanted is not None:
+        result = wanted
     elif any(t is not None and t.dtype != x.dtype for t in (values, bias)):
         got = ", ".join(str(t.dtype) for t in (x, values, bias) if t is not None)
         raise ValueError(f"Expected x, values and bias of one dtype, got {got}; convert with .to() or use autocast.")
@@ -225,5 +228,5 @@ def _compute_dtype(x: Tensor, values: Tensor, bias: Tensor | None):
     compute = x.dtype if x.dtype in _COMPUTE and x.dtype == values.dtype else torch.float32
     halves = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.bfloat16,)
     storage = result if result in halves else compute
-    wanted = ((x, storage), (values, compute), (bias, compute))
-    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in wanted), result
+    cast = ((x, storage), (values, compute), (bias, compute))
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in cast), result

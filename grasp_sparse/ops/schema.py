@@ -35,8 +35,8 @@ On CUDA x may be bfloat16 or float16 beside float32 statistics, w and b. ``y`` i
 compute (otherwise it is g, and an empty tensor is returned).
 
 A convolution of single weights and the batch norm behind it are ``csr_conv2d_norm_train``, z = conv2d(x, W) + bias and y of it as above,
-and ``csr_conv2d_norm_backward``, which gives (dx, dvalues, dbias) and the gradients of residual, w and b: the same numbers as of the two
-operations, for which less goes through memory where the channels of an image lie side by side.
+and ``csr_conv2d_norm_backward``, which gives (dx, dvalues, dbias) and the gradients of residual, w and b: to rounding the same as of
+the two operations, for which less goes through memory where the channels of an image lie side by side.
 
 Max pooling is ``max_pool2d``, with one byte a window for its backward where torch keeps eight; ``padding`` there is (height, width).
 

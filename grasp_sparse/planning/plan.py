@@ -21,8 +21,8 @@ from grasp_sparse.targets import BlockSize, Target, find_targets
 # (benchmarks/results/layers-crossover.csv). That dense linear is nn.Linear; where MKL is as fast as oneDNN, 0.2 is better.
 MAX_DENSITY = 0.3
 
-# So small a share of the time of all layers no step would show, and the calls of a layer so short take up to 1.7 times as long in one
-# minute as in another (VGG-19's classifier, by which a Zen 4 runs on two dies or on one). There sparse has to win clearly.
+# So small a share of the time of all measured layers no step would show, and calls so short take a good deal longer in one minute than
+# in another (where the cores of a machine come to lie on one die, or on two). There sparse has to win clearly.
 _SHOWS, _CLEARLY = 1e-3, 1.5
 
 
@@ -154,15 +154,13 @@ def measured_plan(targets: Sequence[Target], inputs: Mapping[str, Counter[LayerI
 
 def _unsure(found: Mapping[str, Times]) -> set[str]:
     """Whose gain is neither clear nor, all of them together, anything a step would show."""
-    whole, names = sum(min(times.masked, times.sparse) for times in found.values()), set()
+    room, names = _SHOWS * sum(min(times.masked, times.sparse) for times in found.values()), set()
     for name, times in sorted(found.items(), key=lambda item: item[1].masked - item[1].sparse):
-        gain = times.masked - times.sparse
-        if gain <= 0 or times.sparse * _CLEARLY < times.masked:
-            continue
-        whole -= gain / _SHOWS
-        if whole < 0:
-            break
-        names.add(name)
+        if times.sparse * MARGIN < times.masked <= times.sparse * _CLEARLY:
+            room -= times.masked - times.sparse
+            if room < 0:
+                break
+            names.add(name)
     return names
 
 

@@ -61,9 +61,10 @@ def test_what_own_norms_bring_is_taken_from_the_profiles(monkeypatch: pytest.Mon
     seconds = {"dense nchw": {"norm": 2, "other": 8}, "sparse nchw": {"norm": 1, "other": 3}}
     rows = [case | {"arm": arm, "category": kind, "seconds": f"{of}"} for arm, kinds in seconds.items() for kind, of in kinds.items()]
     monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
-    assert speed_figures.without_own_norms("Zen 4") == [pytest.approx(0.9)]
+    assert speed_figures.without_own_norms("Zen 4") == ([pytest.approx(0.9)], False)
     rows += [case | {"arm": "refitted nchw", "category": kind, "seconds": f"{of}"} for kind, of in (("norm", 0.5), ("other", 8))]
-    assert speed_figures.without_own_norms("Zen 4") == [pytest.approx(0.85)]  # measured, where it was
+    rows += [row | {"model": "no such network"} for row in rows[:4]]
+    assert speed_figures.without_own_norms("Zen 4") == ([pytest.approx(0.85)], True)  # measured, where it was
 
 
 def test_which_steps_take_denormals_for_zero_is_what_their_rows_say() -> None:

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fused_calls import step
 from grasp_sparse.fusion import fuse_, unfuse_
-from grasp_sparse.nn import BatchNorm2d, FusedSequential, SparseConv2d, conv_norm, conv_norm_relu
+from grasp_sparse.nn import BatchNorm2d, FusedSequential, SparseConv2d, conv_norm, conv_norm_relu, sequential
 from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.models import ResNet32
 
@@ -93,14 +94,9 @@ def test_it_is_two_where_that_is_better_or_somebody_looks(change):
 @together
 @pytest.mark.parametrize("x", [
     images(torch.float32).contiguous(), images(torch.float32).permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    images(torch.float32)[0],
-], ids=["NCHW", "CHWN", "unbatched"])  # fmt: skip
+], ids=["NCHW", "CHWN"])  # fmt: skip
 def test_it_is_two_in_layouts_that_gain_nothing(x):
     conv, norm = layers(torch.float32)
-    if x.dim() == 3:
-        with pytest.raises(ValueError, match="4D"):
-            conv_norm_relu(conv, norm, x)
-        return
     assert not any("conv2d_norm" in name for name in operations(lambda: conv_norm_relu(conv, norm, x)))
 
 
@@ -127,14 +123,49 @@ def test_a_residual_that_broadcasts():
 
 def test_refusals_change_nothing():
     conv, norm = layers()
-    for x, message in ((images()[:, :3], "Expected x of shape"), (images().float(), "one dtype"), (images(batch=1)[:, :, :1, :1], "more than 1")):
+    for x, message in (
+        (images()[:, :3].contiguous(memory_format=torch.channels_last), "Expected x of shape"),
+        (images().float(), "one dtype"),
+        (images()[0], "4D"),
+    ):
         with pytest.raises(ValueError, match=message):
             conv_norm_relu(conv, norm, x)
-        assert message == "more than 1" or norm.num_batches_tracked == 0
+    norm.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="weight of 16|weight to have 16"):
+        conv_norm_relu(conv, norm, images())
     conv.col_indices.fill_(0)
     with pytest.raises(RuntimeError, match="index buffers of a sparse layer"):
         conv_norm_relu(conv, norm, images())
-    assert norm.num_batches_tracked <= 1
+    assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
+
+
+def test_one_value_per_channel_is_refused_in_torchs_words():
+    conv, norm = layers()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        conv_norm_relu(conv, norm, images(batch=1)[:, :, :1, :1])
+
+
+@together
+def test_float64_is_left_alone_by_autocast():
+    conv, norm = layers(affine=False, track_running_stats=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv_norm_relu(conv, norm, images(), torch.zeros(4, 16, 6, 7, dtype=torch.bfloat16))
+    assert y.dtype == torch.float64
+
+
+@together
+@pytest.mark.parametrize("kind", [SparseConv2d, BatchNorm2d])
+def test_a_call_of_ones_own_gets_nothing_but_x(kind):
+    conv, norm = layers()
+    own = type("Own", (kind,), {"__call__": lambda self, x: super(type(self), self).__call__(x)})
+    expected = conv_norm_relu(conv, norm, images())
+    (conv if kind is SparseConv2d else norm).__class__ = own
+    torch.manual_seed(1)
+    x = images()
+    got = conv_norm_relu(conv, norm, x)
+    model = FusedSequential(conv, norm, nn.ReLU())
+    torch.testing.assert_close(model(x), got)
+    assert got.shape == expected.shape
 
 
 @pytest.mark.parametrize("frozen", [("values",), ("values", "bias"), ("values", "bias", "x"), ("bias",), ("x",)], ids=str)
@@ -170,7 +201,7 @@ def test_second_derivatives():
         torch.testing.assert_close(got, want)
 
 
-def _sparse(model: nn.Module, x: torch.Tensor) -> nn.Module:
+def _sparse(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     masks = {name: torch.rand_like(p) < 0.4 for name, p in model.named_parameters() if p.dim() == 4}
     sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))
@@ -189,20 +220,21 @@ MODELS = {  # a network, the size of its images, its convolutions with a norm
 def test_networks_compute_what_they_did(name, monkeypatch):
     factory, size, count = MODELS[name]
     x = torch.randn(4, 3, size, size, dtype=torch.float64).to(memory_format=torch.channels_last)
-    model = _sparse(factory().double().to(memory_format=torch.channels_last), x)
+    model = _sparse(factory().double().to(memory_format=torch.channels_last))
     apart = copy.deepcopy(model)
     got = step(model, x)
     with torch.profiler.profile() as profiler:
         model.train()(x)
     assert sum(event.name == "grasp_sparse::csr_conv2d_norm_train" for event in profiler.events()) == count
-    monkeypatch.setattr(conv_norm, "_together", lambda *_: False)
+    for module in (conv_norm, sequential):
+        monkeypatch.setattr(module, "go_together", lambda *_: False)
     for one, other in zip(got, step(apart, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
 @together
 def test_a_sequence_of_these_two_alone_is_fused_and_goes_back():
-    model = _sparse(nn.Sequential(nn.Conv2d(5, 16, 1), nn.BatchNorm2d(16)), images())
+    model = _sparse(nn.Sequential(nn.Conv2d(5, 16, 1), nn.BatchNorm2d(16)))
     assert isinstance(model, FusedSequential)
     assert "grasp_sparse::csr_conv2d_norm_train" in operations(lambda: model.train()(images(torch.float32)))
     assert type(unfuse_(model)) is nn.Sequential
@@ -216,6 +248,13 @@ def test_compiles_to_one_graph():
     model = nn.Sequential(conv, norm, nn.ReLU())
     model.__class__ = FusedSequential
     other, x = copy.deepcopy(model), images(torch.float32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     for got, want in zip(step(compiled, x), step(other, x), strict=True):
         torch.testing.assert_close(got, want)
+    assert any("csr_conv2d_norm_train" in str(node.target) for node in graphs[0].graph.nodes)

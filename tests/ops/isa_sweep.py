@@ -24,6 +24,7 @@ from torch import Tensor
 from grasp_sparse import _extension
 from grasp_sparse.ops import reference, reference_blocks, reference_pool
 from grasp_sparse.ops.dtypes import compute_dtype
+from grasp_sparse.ops.layout import output_size
 
 ops = torch.ops.grasp_sparse
 
@@ -175,7 +176,7 @@ def sweep_conv_norm() -> None:
         case = f"conv and norm, {dtype} {window} {batch} x {channels} -> {filters} residual {residual} relu {relu} affine {affine}"
         values, indices, _ = sparse_matrix(filters, channels * geometry[0][0] * geometry[0][1], 0.2, computed)
         x, bias = lay(torch.randn(batch, channels, *image).to(stored)), torch.randn(filters).to(computed)
-        size = ops.csr_conv2d_fprop(values, *indices, None, x, *geometry).shape
+        size = (batch, filters, *output_size(image, *geometry))
         r = lay(torch.randn(size).to(stored)) if residual else None
         weight, shift = (torch.randn(filters).to(computed) if affine else None for _ in range(2))
         arguments = (values, *indices, bias, x, r, weight, shift, 1e-5, relu, *geometry)
@@ -188,9 +189,11 @@ def sweep_conv_norm() -> None:
         exact = [t.double() if isinstance(t, Tensor) else t for t in (values, *saved)]
         wanted = reference.csr_conv2d_norm_backward(exact[0], *indices, *exact[1:], 1e-5, relu, *geometry)
         found = both_threads("csr_conv2d_norm_backward", case, (values, *indices, *saved, 1e-5, relu, *geometry))
-        between = reference.batch_norm_backward(exact[1], *exact[3:], 1e-5, relu)[0].abs().sum().clamp_min(1e-3)  # of which the bias's is all rounding
-        for place, (got, want) in enumerate(zip(found, wanted, strict=True)):
-            scale = between if place == 2 else max(1e-3, float(want.abs().max())) if want.numel() else 1.0
+        between = reference.batch_norm_backward(exact[1], *exact[3:], 1e-5, relu)[0]
+        scales = [want.abs().max() if want.numel() else want.new_tensor(1.0) for want in wanted]
+        scales[2] = between.abs().sum((0, 2, 3)).max()  # the bias's gradient is the rounding of so much
+        for got, want, scale in zip(found, wanted, scales, strict=True):
+            scale = scale.clamp_min(1e-3)
             close((got.double() / scale).to(got.dtype), want / scale, case)
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grasp_sparse.ops import reference
 from grasp_sparse.ops.dtypes import compute_dtype
+from grasp_sparse.ops.layout import output_size
 
 ops = torch.ops.grasp_sparse
 EPS = 1e-5
@@ -24,7 +25,7 @@ def _case(window: str, case: tuple[bool, bool, bool], batch: int, channels: int,
     values, indices, _ = sparse_matrix(filters, channels * kernel[0] * kernel[1], 0.2, computed)
     x = torch.randn(batch, channels, *image).to(dtype)
     bias = torch.randn(filters, dtype=computed) + mean
-    size = ops.csr_conv2d_fprop(values.double(), *indices, None, x.double(), kernel, stride, padding, dilation).shape
+    size = (batch, filters, *output_size(image, kernel, stride, padding, dilation))
     residual = lay(torch.randn(size).to(dtype)) if with_residual else None
     weight, shift = (torch.randn(filters, dtype=computed) if affine else None for _ in range(2))
     return [values, *indices, bias, lay(x), residual, weight, shift, EPS, relu, kernel, stride, padding, dilation]
@@ -76,7 +77,7 @@ def test_equals_reference_and_the_two_operations(dtype, window, layout):
         terms = reference.batch_norm_backward(exact[0], *exact[2:], EPS, case[1])[0].abs().sum((0, 2, 3)).max()
         close((dbias / terms).to(dtype), want[2] / terms, what)
         residual = [want[3] if case[1] else g.double()] if case[0] else []
-        for one, other in zip((dx, dvalues, *rest), (*want[:2], *residual, *want[4:]), strict=False):
+        for one, other in zip((dx, dvalues, *rest), (*want[:2], *residual, *want[4 : 4 + 2 * case[2]]), strict=True):
             scale = other.abs().max().clamp_min(1e-3)  # sums of many, some of which cancel
             close((one.double() / scale).to(dtype), other / scale, what)
 
@@ -147,15 +148,17 @@ def test_opcheck(layout, dtype):
                 torch.library.opcheck(ops.csr_conv2d_norm_backward.default, given)
 
 
+@pytest.mark.parametrize("outlier, rtol", [(False, 2e-6), (True, 3e-5)])
 @pytest.mark.parametrize("mean", [1e4, -1e6])
-def test_digits_survive_a_large_mean(mean):
+def test_digits_survive_a_large_mean(mean, outlier, rtol):
     """float32 values of spread around 1 about a million, the first value of a channel far from all others."""
     arguments = _case("3x3", (False, False, False), 16, 20, 20, torch.float32, IMAGE_LAYOUTS["channels_last"][0], mean=mean)
-    arguments[7][0, :, 0, 0] = -1e3
+    if outlier:
+        arguments[7][0, :, 0, 0] = -1e3
     _, z, got_mean, got_var = ops.csr_conv2d_norm_train(*arguments)
     exact = z.double()
     torch.testing.assert_close(got_mean.double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
-    torch.testing.assert_close(got_var.double(), exact.var((0, 2, 3), correction=0), rtol=3e-5, atol=0)
+    torch.testing.assert_close(got_var.double(), exact.var((0, 2, 3), correction=0), rtol=rtol, atol=0)
 
 
 def test_constant_channels():

@@ -50,7 +50,7 @@ class TestDecision:
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(1000)))
         stopwatch.set(lambda *_: Times(1e-3, 1e-3, 0.8e-3))
         runs = Counter(gs.plan(model, masks_of(model), torch.randn(3, 8)).values())
-        assert runs["masked"] <= 4 and runs["sparse"] >= 996
+        assert 3 <= runs["masked"] <= 4 and runs["masked"] + runs["sparse"] == 1000  # 0.2 of 800 are a thousandth of all and a bit
 
     def test_calls_and_layers_of_one_weight_are_added_up(self, stopwatch):
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
