@@ -1,6 +1,6 @@
 # make demo      prune a network at initialization, train it sparse on Fashion-MNIST, compare it with the dense one
 # make test      the test-suite (PYTEST_ARGS="-k csr" to choose; in TEST_PROCESSES=2 processes)
-# make sanitize  the tests of kernels and layers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
+# make sanitize  the tests of kernels, layers and optimizers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
 #                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
 # make gpu       on a machine with a CUDA device and nvcc, in nine minutes: build, the tests that need a device, benchmarks, a table
 #                (GPU_PYTHON=python3 takes that interpreter and the torch it has, nothing is installed then; GPU_SECONDS: time for
@@ -58,7 +58,7 @@ sanitize: $(TEST_PACKAGES)
 	@PYTHONWARNINGS=ignore GRASP_SPARSE_REQUIRE_EXT=1 GRASP_SPARSE_SANITIZE=1 $(VENV)/bin/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >/dev/null
 	@$(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; assert e.status().built["compiler"].endswith("sanitized")'
-	@$(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(CURDIR)/tests/nn \
+	@$(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(CURDIR)/tests/nn $(CURDIR)/tests/optim \
 		--ignore=$(CURDIR)/tests/nn/test_layout_on_cuda.py $(PYTEST_ARGS)  # it asks torch for cuDNN and none of our kernels
 	@for isa in $$($(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; print(*e.status().runnable_isas[1:])'); do \
 		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.runner import RESULTS, Results, add_precision, measure_all, parser, run, settings_of, share, tell
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
-from grasp_sparse.bench.arms import Arm, check_arms, layer_arms
+from grasp_sparse.bench.arms import Arm, check_arms, layer_arms, layout_of
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, geometric_mean, kind_of, same, timing_columns
 from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
 from grasp_sparse.patterns import get_pattern
@@ -74,12 +74,12 @@ def measure(
     times = interleaved_within(arms, seconds, lead_in=lead_in)
     rows = []
     for name in arms:
-        kind, *label, layout = name.split() if not isinstance(shape, LinearShape) else [*name.split(maxsplit=1), "rows"]
-        rivals = [other for other in arms if kind_of(other) == kind and (kind == DENSE or other.split()[1] == label[0])]
+        kind, label = name.split()[:2]
+        rivals = [other for other in arms if kind_of(other) == kind and (kind == DENSE or other.split()[1] == label)]
         rows.append({
-            "group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": label[0] if kind == SPARSE else "0",
+            "group": group, "shape": str(shape), "count": shape.count, "pattern": pattern, "sparsity": label if kind == SPARSE else "0",
             "nnz": kept[name], "pass": "forward+backward", "input_grad": "yes" if shape.input_grad else "no",
-            "precision": precision, "caches": "warm" if lead_in else "cold", "layout": layout,
+            "precision": precision, "caches": "warm" if lead_in else "cold", "layout": layout_of(name),
             "arm": name if kind == DENSE else " ".join([SPARSE, *name.split()[2:]]),
             **timing_columns(times, name, rivals),
         })  # fmt: skip

@@ -17,32 +17,47 @@ poolings that a sparse one has (tests/test_fusion.py compares such networks, not
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
 
 from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images, masks_of
-from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
+from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from grasp_sparse.bench.breakdown import breakdown
 from grasp_sparse.bench.denormals import flush_denormals
 from grasp_sparse.bench.results import DENSE, REFITTED, SPARSE, Row, kind_of
-from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, refitted_step, sparse_steps, step_rows
+from grasp_sparse.bench.steps import (
+    Batch, Step, check_steps, dense_steps, fastest, masked_copy, refitted_step, sparse_steps, step_rows,
+)  # fmt: skip
 from grasp_sparse.costs import weight_costs
 from grasp_sparse.masks import MaskSet
-from grasp_sparse.timing import interleaved_within
+from grasp_sparse.timing import Timing, interleaved_within
+from grasp_sparse.train.errors import UserError
 
 FAMILIES = {"flops": (0.9, 0.95, 0.98), "weights": (0.95, 0.98, 0.99)}
 KEY = ("model", "input", "data", "budget", "sparsity", "precision")
 
 
-def measure(network: Network, images: Images, masks: MaskSet, case: Row, seconds: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows of the steps and of their breakdown. Raises WrongResultError, and measures nothing, when a gradient differs."""
-    batch = images.batch(network, seed)
+class MeasuredSteps(NamedTuple):
+    """Steps of a network, dense and pruned, in turns; `masked` is the dense one, with zeros where pruned."""
+
+    masked: nn.Module
+    steps: Mapping[str, Step]
+    times: Mapping[str, Timing]
+    rows: list[Row]
+
+
+def measure_network(network: Network, batch: Batch, masks: MaskSet, case: Row, seconds: float, seed: int) -> MeasuredSteps:
+    """Raises WrongResultError, and measures nothing, when a gradient differs."""
     masked = masked_copy(network.model(seed), masks)
     sparse, reports = sparse_steps(masked, masks, batch)
     steps = dense_steps(masked, batch) | sparse
     difference = check_steps(steps, masks)
     times = interleaved_within(steps, seconds, lead_in=1)
     reached = {
-        "weight_sparsity": f"{masks.sparsity:.5f}",
+        "nnz": masks.kept, "weight_sparsity": f"{masks.sparsity:.5f}",
         "flop_sparsity": f"{masks.flop_sparsity(weight_costs(masked, batch[0][:1], include=list(masks))):.5f}",
     }
     rows = []
@@ -50,19 +65,23 @@ def measure(network: Network, images: Images, masks: MaskSet, case: Row, seconds
         runs = [layer.runs for layer in reports[row["arm"]].rows] if row["arm"] in reports else []
         counts = {f"layers_{kind}": runs.count(kind) for kind in ("sparse", "masked", "dense")} if runs else {}
         rows.append(case | reached | counts | row | {"gradient_difference": f"{difference:.1e}"})
-    shares = []
-    dense = fastest(times, DENSE)
-    layout = steps[dense].layout
-    profiled = {name: steps[name] for name in (dense, fastest(times, SPARSE))}
+    return MeasuredSteps(masked, steps, times, rows)
+
+
+def profile(measured: MeasuredSteps, batch: Batch, case: Row) -> list[Row]:
+    """Rows of where the time goes: in the fastest dense and sparse step, and in the dense one with the norms of a sparse one."""
+    rows, dense = [], fastest(measured.times, DENSE)
+    layout = measured.steps[dense].layout
+    profiled = {name: measured.steps[name] for name in (dense, fastest(measured.times, SPARSE))}
     if layout != "rows":  # a network of dense linear layers has nothing to refit
-        profiled[f"{REFITTED} {layout}"] = refitted_step(masked, batch, layout)
+        profiled[f"{REFITTED} {layout}"] = refitted_step(measured.masked, batch, layout)
     for name, step in profiled.items():
         found = breakdown(step)
         for category, spent in found.items():
-            shares.append(case | {
+            rows.append(case | {
                 "arm": name, "category": category, "seconds": f"{spent:.6g}", "share": f"{spent / sum(found.values()):.4f}"
             })  # fmt: skip
-    return rows, shares
+    return rows
 
 
 def describe(rows: list[Row]) -> str:
@@ -81,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser("models", __doc__)
     flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
     flags.add_argument("--budget", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="default: both")
+    flags.add_argument("--sparsity", type=share, nargs="+", metavar="S", help="only these of a budget's")
     flags.add_argument("--data-dir", metavar="DIR", help="images as DIR/train/<class>/*.jpg (default: Fashion-MNIST)")
     flags.add_argument("--data-name", metavar="NAME", help="what the rows call these images (default: the folder's name)")
     flags.add_argument("--mask-dir", type=Path, default=RESULTS.parent / "masks", metavar="DIR", help="default: %(default)s")
@@ -97,22 +117,28 @@ def main(arguments: list[str] | None = None) -> int:
     images = load_images(options.data_dir, options.data_name)
     networks = [network for network in (QUICK if options.quick else NETWORKS) if network.name in options.model]
     families = {budget: FAMILIES[budget][1:2] if options.quick else FAMILIES[budget] for budget in options.budget}
-    wanted = [(budget, sparsity) for budget, sparsities in families.items() for sparsity in sparsities]
+    wanted = [
+        (budget, sparsity) for budget, sparsities in families.items() for sparsity in sparsities
+        if sparsity in (options.sparsity or sparsities)
+    ]  # fmt: skip
+    if not wanted:
+        known = "; ".join(f"{budget} {', '.join(map(str, sparsities))}" for budget, sparsities in families.items())
+        raise UserError(f"Expected --sparsity among those of the budgets ({known}), got {', '.join(map(str, options.sparsity))}")
 
     def run_one(item: tuple[Network, str, float]) -> None:
         network, budget, sparsity = item
-        batch = images.batch(network, options.seed)[0]
+        batch = images.batch(network, options.seed)
         case = {
-            "model": network.name, "input": "x".join(map(str, batch.shape)), "data": images.name, "budget": budget,
+            "model": network.name, "input": "x".join(map(str, batch[0].shape)), "data": images.name, "budget": budget,
             "sparsity": f"{sparsity:g}",
         }  # fmt: skip
         if results.has([case]) and shares.has([case]):
             return
         masks = masks_of(network, images, wanted, options.mask_dir, options.seed)[budget, sparsity]
-        rows, parts = measure(network, images, masks, case, seconds, options.seed)
-        results.add(rows, KEY)
-        shares.add(parts, KEY)
-        tell(describe(rows))
+        measured = measure_network(network, batch, masks, case, seconds, options.seed)
+        results.add(measured.rows, KEY)
+        shares.add(profile(measured, batch, case), KEY)
+        tell(describe(measured.rows))
         gc.collect()
 
     items = [(network, budget, sparsity) for network in networks for budget, sparsity in wanted]

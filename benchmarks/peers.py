@@ -23,7 +23,7 @@ from benchmarks.compressed import CsrLinear, CsrLinearByHand
 from benchmarks.layers import random_mask
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from benchmarks.shapes import GROUPS, QUICK, LinearShape, Shape
-from grasp_sparse.bench.arms import Arm, WrongResultError, check_arms, layer_arms
+from grasp_sparse.bench.arms import Arm, WrongResultError, check_arms, layer_arms, layout_of
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.environment import version_of
 from grasp_sparse.nn import SparseConv2d, SparseLinear
@@ -45,6 +45,7 @@ class TorchCsr:
 
     name = "torch CSR"
     note = "the gradient of the weight is dense"
+    layout = "features first"
     version = str(torch.__version__)
     layer: type[nn.Module] = CsrLinear
 
@@ -83,6 +84,7 @@ class SparseProp:
 
     name = "SparseProp"
     note = ""
+    layout = "contiguous"
 
     @property
     def version(self) -> str:
@@ -163,14 +165,16 @@ def measure(
 ) -> tuple[list[Row], list[str]]:
     """Rows of every arm, and a line for each peer that has none."""
     arms, kept, left_out = make_arms(shape, sparsity, training, peers, seed)
-    known = {peer.name: {"peer_version": peer.version, "note": peer.note if training else ""} for peer in peers}
+    known = {
+        peer.name: {"layout": peer.layout, "peer_version": peer.version, "note": peer.note if training else ""} for peer in peers
+    }
     times = interleaved_within(arms, seconds, lead_in=3)
     ours = min(time.median for name, time in times.items() if kind_of(name) == SPARSE)
     rows = [
         {
             "group": group, "shape": str(shape), "sparsity": f"{sparsity:g}", "nnz": kept,
             "pass": PASSES[training], "input_grad": "yes" if training and shape.input_grad else "no", "precision": "float32",
-            "caches": "warm", "arm": name, **known.get(name, {}),
+            "caches": "warm", "layout": layout_of(name), "arm": name, **known.get(name, {}),
             **timing_columns(times, name, [other for other in arms if (kind_of(other) == DENSE) == (kind_of(name) == DENSE)]),
             "vs grasp_sparse": f"{ours / times[name].median:.3f}",
         }

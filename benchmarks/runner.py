@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from grasp_sparse.bench.arms import PRECISIONS, WrongResultError
-from grasp_sparse.bench.results import Row, machine, read_rows, same, write_rows
+from grasp_sparse.bench.results import Row, machine, now, read_rows, same, write_rows
 from grasp_sparse.cuda_timing import device_times
 from grasp_sparse.timing import Timing, interleaved
 from grasp_sparse.train.errors import UserError
@@ -34,8 +33,8 @@ class Results:
     def add(self, rows: list[Row], key: Iterable[str]) -> None:
         """Appends rows, with the date, and writes the file; earlier rows that agree with them in the columns `key` go."""
         key = (*key, *self.settings)
-        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-        rows = [row | self.settings | {"date": date} for row in rows]
+        date = {"date": now()}
+        rows = [row | self.settings | date for row in rows]
         if rows:
             self.rows = [old for old in self.rows if not same(old, rows[0], key)] + rows
             write_rows(self.path, self.rows)

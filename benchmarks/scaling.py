@@ -35,7 +35,7 @@ from benchmarks.runner import RESULTS
 from benchmarks.shapes import QUICK, ConvShape, LinearShape, Shape, conv3x3, linear
 from grasp_sparse.bench.arms import Arm
 from grasp_sparse.bench.plots import write_plots
-from grasp_sparse.bench.results import SPARSE, kind_of, machine, write_rows
+from grasp_sparse.bench.results import SPARSE, kind_of, machine, now, write_rows
 from grasp_sparse.timing import Timing, interleaved
 
 FITTED = (ConvShape(128, 128, 16, 128), LinearShape(4096, 1024, 512))
@@ -44,7 +44,7 @@ THREADED = (*conv3x3(), *linear([512]))
 THREADS_DENSITY = 0.05
 _CORES = 0.9  # of the threads' number: a dense product this many times as fast shows that each had a core
 COLUMNS = (
-    "measured", "shape", "density", "nnz", "pass", "precision", "threads_used", "median_s", "q1_s", "q3_s", "best_s", "rounds",
+    "measured", "shape", "density", "nnz", "pass", "precision", "layout", "threads_used", "median_s", "q1_s", "q3_s", "best_s", "rounds",
     "rounds_left_out",
     "fit_s", "fit_a_s", "fit_b_s", "fit_r2", "fit_largest_deviation",
     "times_as_fast_as_one_thread", "fastest_times_as_fast", "dense_product_times_as_fast", "copy_times_as_fast",
@@ -185,6 +185,7 @@ def _row(measured: str, shape: Shape, density: float, nnz: int, threads: int, ti
         "nnz": nnz,
         "pass": "forward+backward",
         "precision": "float32",
+        "layout": "nchw" if isinstance(shape, ConvShape) else "rows",
         "threads_used": threads,
         "median_s": f"{time.median:.6f}",
         "q1_s": f"{time.q1:.6f}",
@@ -231,7 +232,7 @@ def main(
             )
             bar.update()
             rows += measured
-    where = machine()
+    where = machine() | {"date": now()}
     write_rows(options.out, [{column: row.get(column, "") for column in COLUMNS} | where for row in rows])
     (plot,) = write_plots(options.out)
     print(f"wrote {options.out} and {plot.name}")

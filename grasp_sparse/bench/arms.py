@@ -25,6 +25,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
+def layout_of(arm: str) -> str:
+    """The memory format of an arm of this name, its last word; "rows" for a linear layer's."""
+    last = arm.split()[-1]
+    return last if last in LAYOUTS else "rows"
+
+
 class WrongResultError(RuntimeError):
     """A pruned layer or model does not compute what the dense one does: nothing of it is measured."""
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.denormals import flush_denormals
 from grasp_sparse.bench.layers import layer_table, measure_layers, verdict
-from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, write_rows
+from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, machine, now, write_rows
 from grasp_sparse.bench.steps import check_steps, dense_steps, fastest, masked_copy, sparse_steps, step_rows
 from grasp_sparse.choice import sparsity_under
 from grasp_sparse.costs import weight_costs
@@ -118,7 +118,7 @@ def run_bench(options: BenchOptions) -> None:
             "weight_sparsity": f"{masks.sparsity:.5f}",
             "flop_sparsity": f"{masks.flop_sparsity(costs):.5f}",
         }  # fmt: skip
-        environment = {"denormals": denormals} | machine()
+        environment = {"denormals": denormals} | machine() | {"date": now()}
         write_rows(options.out, [common | row | environment for row in rows])
         say(f"wrote {options.out}")
 

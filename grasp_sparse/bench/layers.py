@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from grasp_sparse.bench.arms import check_arms, layer_arms
+from grasp_sparse.bench.arms import check_arms, layer_arms, layout_of
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.surgery_report import LayerReport, SurgeryReport
 from grasp_sparse.timing import interleaved_within
@@ -36,7 +36,8 @@ def measure_layer(
         {
             "layer": row.name, "kind": row.kind, "shape": "x".join(map(str, row.shape)), "input": "x".join(map(str, row.input_shape)),
             "runs": row.runs if kind_of(name) == SPARSE else DENSE, "nnz": row.kept, "density": f"{row.density:.5f}",
-            "pass": "forward+backward", "input_grad": "yes" if input_grad else "no", "precision": "float32", "arm": name,
+            "pass": "forward+backward", "input_grad": "yes" if input_grad else "no", "precision": "float32",
+            "layout": layout_of(name), "arm": name,
             **timing_columns(times, name, [other for other in arms if kind_of(other) == kind_of(name)]),
         }
         for name in arms

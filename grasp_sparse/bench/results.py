@@ -7,6 +7,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def machine() -> Row:
     elif all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items()):
         environment["allocator"] = "tuned"
     return environment
+
+
+def now() -> str:
+    """When a row was measured: "2026-11-30 19:30", UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def kind_of(arm: str) -> str:

@@ -70,9 +70,16 @@ def test_steps_and_breakdown_are_written_and_resumed(tmp_path: Path, monkeypatch
     assert len(shares) == 10 and all(total == pytest.approx(1, abs=1e-2) for total in shares.values())
     assert {part["category"] for part in parts} == set(CATEGORIES)
 
-    monkeypatch.setattr(models, "measure", None)  # nothing is left to measure
+    monkeypatch.setattr(models, "measure_network", None)  # nothing is left to measure
     assert _run(tmp_path, "--resume") == 0
     assert read_rows(tmp_path / "models.csv") == rows
+
+
+def test_some_sparsities_alone(tmp_path: Path) -> None:
+    assert _run(tmp_path, "--model", "mlp", "--sparsity", "0.98") == 0
+    assert {(row["budget"], row["sparsity"]) for row in read_rows(tmp_path / "models.csv")} == {("weights", "0.98")}
+    with pytest.raises(UserError, match=r"Expected --sparsity among those of the budgets \(flops 0.95; weights 0.98\), got 0.5"):
+        _run(tmp_path, "--sparsity", "0.5")
 
 
 def test_masks_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from grasp_sparse.bench.results import read_rows
 
 
 class _WrongPeer:
-    name, version, note = "wrong peer", "1.0", ""
+    name, version, note, layout = "wrong peer", "1.0", "", "features first"
 
     def available(self) -> bool:
         return True
