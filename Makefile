@@ -62,7 +62,7 @@ sanitize: $(TEST_PACKAGES)
 		--ignore=$(CURDIR)/tests/nn/test_layout_on_cuda.py $(PYTEST_ARGS)  # it asks torch for cuDNN and none of our kernels
 	@for isa in $$($(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; print(*e.status().runnable_isas[1:])'); do \
 		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \
-		$(CURDIR)/tests/ops/test_properties.py $(PYTEST_ARGS)) || exit 1; done
+		$(CURDIR)/tests/ops/test_properties.py $(CURDIR)/tests/ops/test_norm_properties.py $(PYTEST_ARGS)) || exit 1; done
 
 gpu: $(if $(GPU_PYTHON),,$(TEST_PACKAGES))
 	@$(DEVICE_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --logs '$(GPU_LOGS)' --results '$(GPU_RESULTS)' \

@@ -8,10 +8,11 @@ Networks: the paper's VGG-19 and ResNet-32 (batch 128, 32x32), torchvision's Res
 3072-4096-4096-10 (batch 256). Masks are GraSP's on real images, --data-dir DIR with DIR/train/<class>/*.jpg or else
 Fashion-MNIST, under a budget in multiply-adds and one in weights; they are kept in --mask-dir. The dense network is the same
 one with zeros where pruned; both run in both memory formats, in turns in one process, after loss, all gradients of the kept
-weights and each sparse layer alone were found equal on memory poisoned with NaN. A measured step follows an unmeasured one of the
-same network, as it does in training; denormal numbers count as zero. Writes benchmarks/results/models.csv, and models-breakdown.csv
-with where the time goes in the fastest dense and the fastest sparse step, and in the dense one with the norms, activations and
-poolings that a sparse one has (tests/test_fusion.py compares such networks, not this), after every case.
+weights and each sparse layer, alone and as one with its norm, were found equal on memory poisoned with NaN. A measured step
+follows an unmeasured one of the same network, as it does in training; denormal numbers count as zero. Writes
+benchmarks/results/models.csv, and models-breakdown.csv with where the time goes in the fastest dense and the fastest sparse step,
+and in the dense one with the norms, activations and poolings that a sparse one has (tests/test_fusion.py compares such networks,
+not this), after every case.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Run as a program by test_memory.py: twenty steady steps of the sparse operations, of batch norm and of pooling; prints as JSON
-what they did to the process.
+"""Run as a program by test_memory.py, with a number of threads: twenty steady steps of the sparse operations, of batch norm and
+of pooling, and twenty training steps of a network; prints as JSON what each twenty did to the process.
 
 The weights are many and the batch is small, so that the working memory of the kernels (megabytes) dwarfs the small blocks a call
 may take and return.
@@ -8,15 +8,26 @@ may take and return.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
+import os
 import resource
+import sys
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from op_outputs import OperationOutputs
 from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.optim import SGD
+from grasp_sparse.surgery import sparsify_
+from grasp_sparse.train.models import ResNet32
+from grasp_sparse.train.step import training_step
 
 ops = torch.ops.grasp_sparse
 STEPS = 20
+MAPPED = int(os.environ["MALLOC_MMAP_THRESHOLD_"])
 
 
 class _MallInfo(ctypes.Structure):
@@ -24,22 +35,30 @@ class _MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
-_mallinfo2 = ctypes.CDLL(None).mallinfo2
-_mallinfo2.restype = _MallInfo
+_libc = ctypes.CDLL(None)
+_libc.mallinfo2.restype = _MallInfo
+_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 
 
 def bytes_in_use() -> int:
     """What this process holds of malloc's memory, mapped blocks too."""
-    info = _mallinfo2()
+    info = _libc.mallinfo2()
     return info.uordblks + info.hblkhd
+
+
+def fill_the_heap() -> None:
+    """Takes the large pieces that are free in it for good, so that from now on every large block is mapped, and touched anew."""
+    mapped = _libc.mallinfo2().hblks
+    while _libc.mallinfo2().hblks == mapped:
+        _libc.malloc(MAPPED)
 
 
 def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def operations() -> Callable[[], object]:
+    """One call of each."""
     filters, batch = (512, 256, 3, 3), 16
     indices = csr_from_mask(torch.rand(filters[0], filters[1] * 9) < 0.5)
     values = torch.randn(1, indices.nnz)
@@ -49,9 +68,8 @@ if __name__ == "__main__":
     window = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     by_channels = image.to(memory_format=torch.channels_last)
 
-    def step() -> int:
-        """Bytes of the outputs."""
-        outputs = (
+    def step() -> object:
+        return (
             ops.csr_spmm(values, *indices, None, x),
             ops.csr_spmm_t(values, *indices, g),
             ops.csr_sddmm(*indices, g, x),
@@ -69,14 +87,44 @@ if __name__ == "__main__":
             *(pooled := ops.max_pool2d(image, *pooling)),
             ops.max_pool2d_backward(*pooled, [2, 2], *pooling),
         )
-        return sum(output.nbytes for output in outputs)
 
-    for _ in range(2):
+    return step
+
+
+def network() -> Callable[[], object]:
+    """A training step of a residual network, in which convolutions and norms are one operation."""
+    model = ResNet32(widths=(64, 128, 256), blocks=1).to(memory_format=torch.channels_last)
+    masks = {name: torch.rand_like(p) < 0.5 for name, p in model.named_parameters() if p.dim() > 1}
+    sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))
+    optimizer, loss = SGD(model.parameters(), lr=0.01, momentum=0.9), nn.CrossEntropyLoss()
+    batch = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last), torch.arange(4)
+    return lambda: training_step(model, optimizer, loss, *batch)
+
+
+def output_pages(step: Callable[[], object]) -> int:
+    """Of the outputs of one step, those whose blocks malloc maps, and so touches anew."""
+    with OperationOutputs() as seen:
         step()
+    page = resource.getpagesize()
+    sizes = [size for call in seen.calls for size in call.outputs]
+    return sum(size // page + 2 for size in sizes if size > MAPPED - page)
+
+
+def steady_steps(step: Callable[[], object]) -> dict[str, int]:
+    for _ in range(3):
+        step()
+    pages = output_pages(step)
+    fill_the_heap()
+    gc.collect()
+    gc.disable()  # what a step leaves behind in cycles is not waited for
     before, faults = bytes_in_use(), page_faults()
-    output_bytes = sum(step() for _ in range(STEPS))
-    print(json.dumps({
-        "growth": bytes_in_use() - before,
-        "faults": page_faults() - faults,
-        "output_pages": output_bytes // resource.getpagesize(),
-    }))
+    for _ in range(STEPS):
+        step()
+    seen = {"growth": bytes_in_use() - before, "faults": page_faults() - faults, "output_pages": STEPS * pages}
+    gc.enable()
+    return seen
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]))
+    print(json.dumps({kind.__name__: steady_steps(kind()) for kind in (operations, network)}))

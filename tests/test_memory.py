@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from op_outputs import Call, OperationOutputs
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import grasp_sparse as gs
 from grasp_sparse import _extension
 from grasp_sparse.formats import csr_from_mask
-from grasp_sparse.nn import SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.nn import BatchNorm2d, SparseConv2d, SparseLayer, SparseLinear, conv_norm_relu
 from grasp_sparse.ops.schema import CONV_NORM_SCHEMAS, NORM_SCHEMAS, POOL_SCHEMAS, SCHEMAS
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
-from grasp_sparse.train.models import vgg_small
+from grasp_sparse.train.models import ResNet32, vgg_small
+from grasp_sparse.train.step import training_step
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason="compiled kernels are not loaded")
 BATCH = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
@@ -65,9 +72,13 @@ def test_optimizers_hold_one_number_a_weight_and_state(during_backward):
         optimizer.stop_during_backward()
 
 
+def _profile() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
 def _allocations(run) -> tuple[list[int], list[Tensor]]:
     """Bytes of every block that torch's CPU allocator gave out during ``run``, largest first, and what it returned."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _profile() as profile:
         outputs = run()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return sorted((size for size in sizes if size > 0), reverse=True), list(outputs)
@@ -78,7 +89,7 @@ def _peak_of_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
     What the passes themselves hold is gone by then. Whoever keeps it: allocations are counted, not tensors that can be found.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _profile() as profile:
         for _ in range(2):
             nn.functional.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
             with torch.profiler.record_function("update"):
@@ -197,15 +208,126 @@ def test_an_optimizer_step_allocates_nothing(make):
 
 
 @compiled
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("input_grad", [True, False], ids=["inner", "first"])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
+def test_a_convolution_and_its_norm_allocate_only_outputs_and_gradients(with_residual, input_grad, threads):
+    """What lies between them, which the backward reads, is one of the outputs."""
+    torch.set_num_threads(threads)
+    dense, norm = nn.Conv2d(16, 24, 3, padding=1), BatchNorm2d(24)
+    conv = SparseConv2d.from_dense(dense, torch.rand(dense.weight.shape) < 0.2)
+    x = torch.randn(5, 16, 9, 9).to(memory_format=torch.channels_last).requires_grad_(input_grad)
+    g = torch.randn(5, 24, 9, 9).to(memory_format=torch.channels_last)
+    residual = g.clone().requires_grad_() if with_residual else None
+    leaves = [t for t in (x, residual, *conv.parameters(), *norm.parameters()) if t is not None and t.requires_grad]
+
+    def step() -> list[Tensor]:
+        y = conv_norm_relu(conv, norm, x, residual)
+        y.backward(g)
+        between, mean, var = y.detach(), norm.running_mean, norm.running_var  # of their sizes
+        return [y.detach(), between, mean, var, *(leaf.grad for leaf in leaves)]
+
+    for _ in range(3):
+        for leaf in leaves:
+            leaf.grad = None
+        sizes, results = _allocations(step)
+    assert _without_numbers(sizes) == sorted((result.nbytes for result in results), reverse=True)
+
+
+def _without_numbers(sizes: list[int]) -> list[int]:
+    """torch wraps the numbers it is given, as when a batch is counted, and that of a mean."""
+    return [size for size in sizes if size > 8]
+
+
+NETWORKS = {  # the size of its images, its convolutions with a norm, its blocks, in each of which two gradients meet
+    "ResNet32": (lambda: ResNet32(10, widths=(16, 32, 32), blocks=2), 12, 15, 6),
+    "torchvision": (lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10), 64, 12, 4),
+}
+# What torch computes in a step, once each: the pooling over all pixels, the loss, of torchvision's network that of its stem.
+AVERAGE, LOSS = ["mean.dim", "div.Scalar", "new_zeros"], ["_log_softmax", "_log_softmax_backward_data", "nll_loss_backward"]
+STEM = ["max_pool2d_with_indices", "max_pool2d_with_indices_backward"]
+
+
+def _training(name: str) -> Callable[[], object]:
+    """A training step of a sparse network, warmed up."""
+    factory, size, *_ = NETWORKS[name]
+    model = factory().to(memory_format=torch.channels_last)
+    masks = {name: torch.rand_like(p) < 0.1 for name, p in model.named_parameters() if p.dim() > 1}
+    gs.sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))
+    optimizer, loss = gs.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4), nn.CrossEntropyLoss()
+    batch = torch.randn(4, 3, size, size).to(memory_format=torch.channels_last), torch.arange(4)
+    for _ in range(2):
+        training_step(model, optimizer, loss, *batch)
+    return lambda: training_step(model, optimizer, loss, *batch)
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_networks_step_allocates_outputs_of_operations_and_nothing_else(name, threads):
+    """At every step the same: the operations of a step, and what each of them takes are its results."""
+    torch.set_num_threads(threads)
+    step = _training(name)
+    sizes = _allocations(step)[0]
+    assert all(_allocations(step)[0] == sizes for _ in range(4))
+
+    with _profile() as profile, OperationOutputs() as seen:
+        step()
+    _, _, pairs, blocks = NETWORKS[name]
+    ours = {"csr_conv2d_norm_train": pairs, "csr_conv2d_norm_backward": pairs, "csr_spmm": 1, "csr_spmm_backward": 1}
+    torchs = dict.fromkeys(AVERAGE + LOSS + STEM * (name == "torchvision"), 1) | {"add.Tensor": blocks}
+    families = {"grasp_sparse": ours, "aten": torchs}
+    expected = {f"{family}::{op}": count for family, ops in families.items() for op, count in ops.items()}
+    assert Counter(call.name for call in seen.calls if _without_numbers(call.outputs)) == expected
+    allocated, elsewhere = _allocations_of_calls(profile, len(seen.calls))
+    copies = 0
+    for call, got in zip(seen.calls, allocated, strict=True):
+        copied = _copied(call)
+        copies += len(copied)
+        wanted = sorted(call.outputs + copied, reverse=True)
+        if not call.name.startswith("grasp_sparse::"):
+            got, wanted = _without_numbers(got), _without_numbers(wanted)
+        assert got == wanted, call
+    assert not _without_numbers(elsewhere)
+    assert copies == 1  # behind the pooling
+    # Seen so, autograd adds no gradients in place; else the same is allocated.
+    assert not Counter(sizes) - Counter([*elsewhere, *itertools.chain(*allocated)])
+
+
+def _copied(call: Call) -> list[int]:
+    """The gradient, the first of the images, where it has another layout than they: the pooling's mean gives NCHW back."""
+    if not call.name.endswith("norm_backward"):
+        return []
+    (size, strides), *_, (_, wanted) = call.images
+    return [] if strides == wanted else [size]
+
+
+def _allocations_of_calls(profile: torch.profiler.profile, calls: int) -> tuple[list[list[int]], list[int]]:
+    """Bytes of every block, largest first: of each operation that :class:`OperationOutputs` saw, and outside of all."""
+    events = profile.profiler.kineto_results.events()
+    spans = {event.name(): (event.start_ns(), event.end_ns()) for event in events if event.name().startswith("operation ")}
+    found: list[list[int]] = [[] for _ in range(calls + 1)]
+    starts = [spans[f"operation {i}"][0] for i in range(calls)]
+    blocks = [(event.nbytes(), event.start_ns()) for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    for size, time in sorted(blocks, reverse=True):
+        i = bisect.bisect_right(starts, time) - 1
+        found[i if i >= 0 and time <= spans[f"operation {i}"][1] else calls].append(size)
+    return found[:-1], found[-1]
+
+
+@compiled
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
-def test_steady_steps_reuse_the_working_memory_of_the_kernels():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steady_steps_reuse_the_working_memory_of_the_kernels(threads):
     """It is kept from call to call: nothing grows, and no page is touched for the first time but those of the outputs."""
     # Fixed thresholds: a block that is freed goes back to the system at once, and taking it anew costs page faults.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     program = Path(__file__).with_name("steady_state.py")
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(program), str(threads)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout)
-    assert seen["growth"] < 65536
-    assert seen["faults"] <= seen["output_pages"] + 200
+    assert list(seen) == ["operations", "network"]
+    for what in seen.values():
+        assert what["growth"] < 65536
+        assert what["faults"] <= what["output_pages"] + 200

@@ -59,7 +59,7 @@ struct __attribute__((visibility("hidden"))) Arguments {
     STD_TORCH_CHECK(place.holds(t, values[0]) && t.scalar_type() == type && same, op, ": Expected ", name, "[", i, "] on ",
                     place.name, ", of the dtype of values[0] and the shape of values[", i, "], which has ", values[i].numel(),
                     " elements; got ", t.numel(), ".");
-    for (size_t d = 0; written && d < sizes.size(); ++d)
+    for (size_t d = 0; written && t.numel() > 0 && d < sizes.size(); ++d)  // of an empty tensor strides mean nothing
       STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] != 0, op, ": Expected ", name, "[", i,
                       "] with a place for each element, got an expanded tensor.");
   }

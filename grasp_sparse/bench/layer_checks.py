@@ -88,7 +88,7 @@ def check_layer(label: str, layer: SparseLayer, dense: nn.Module, x: Tensor, gra
         (expected["input gradient"],) = torch.autograd.grad(plain, x, grad)
     if "weight gradient" in got or "bias gradient" in got:
         mask = layer.mask
-        weight, bias, spread = _exact_sums(layer, x.detach(), grad)
+        weight, bias, spread = exact_sums(layer, x.detach(), grad)
         if "weight gradient" in got:
             got["weight gradient"], expected["weight gradient"] = layer.placed(got["weight gradient"])[mask], weight[mask]
             scales["weight gradient"] = spread * x.detach().square().mean().sqrt()
@@ -98,7 +98,7 @@ def check_layer(label: str, layer: SparseLayer, dense: nn.Module, x: Tensor, gra
     return max(check_close(label, what, got[what], expected[what], allowed, scales.get(what)) for what in got)
 
 
-def _exact_sums(layer: SparseLayer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact_sums(layer: SparseLayer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the dense weight and of the bias, float64, and the largest norm of a channel of `grad`.
 
     The norm, times that of what it is multiplied by, is how large a sum would be were its signs random. Behind a norm a layer's

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grasp_sparse.bench.arms import LAYOUTS, OneDnnLinear, WrongResultError
 from grasp_sparse.bench.layer_checks import check_layers
+from grasp_sparse.bench.pair_checks import checked_pairs
 from grasp_sparse.bench.results import DENSE, SPARSE, Row, kind_of, timing_columns
 from grasp_sparse.fusion import fuse_
 from grasp_sparse.masks import MaskSet
@@ -119,7 +120,8 @@ def check_steps(steps: Mapping[str, Step], masks: Mapping[str, Tensor]) -> float
     """Each step against the dense one in the same memory format, on memory poisoned with NaN.
 
     In float32, on the whole batch: the loss, gradients that are finite, and sparse layers one by one
-    (:func:`grasp_sparse.bench.layer_checks.check_layers`). In float64, on its first samples: every gradient.
+    (:func:`grasp_sparse.bench.layer_checks.check_layers`), with their norms where both are one operation
+    (:func:`grasp_sparse.bench.pair_checks.checked_pairs`). In float64, on its first samples: every gradient.
     Returns the largest difference of a layer's gradient as a share of its norm. Raises WrongResultError when one is too large.
     """
     worst = 0.0
@@ -129,7 +131,8 @@ def check_steps(steps: Mapping[str, Step], masks: Mapping[str, Tensor]) -> float
             loss, rounded = _loss_and_gradients(dense.model, dense, masks)
             exact = _loss_and_gradients(dense.model, _exact(dense), masks)[1]
             for name, step in others:
-                got_loss, got = _loss_and_gradients(dense.model, step, masks)
+                with checked_pairs(name, step.model):
+                    got_loss, got = _loss_and_gradients(dense.model, step, masks)
                 if not abs(got_loss - loss) <= LOSS_TOLERANCE * abs(loss):
                     raise WrongResultError(f"{name}: loss {got_loss:.6g}, {reference}: {loss:.6g}; nothing is measured")
                 if unfinished := [layer for layer, gradient in got.items() if not gradient.isfinite().all()]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grasp_sparse.formats import block_grid, csr_from_mask, gather_blocks
 from grasp_sparse.ops.dtypes import compute_dtype
-from grasp_sparse.ops.layout import output_size
+from grasp_sparse.ops.layout import output_size, pooled_size
 
 # name -> dtype of activations, dtype of values and bias
 PRECISIONS = {name: (dtype, compute_dtype(dtype)) for name, dtype in STORED.items()}
@@ -123,6 +123,68 @@ class ConvCase:
         return {**self.arguments(), **_blocks(self, (self.rows, self.channels, *self.kernel)), **sizes}
 
 
+@dataclass(frozen=True)
+class ImageCase:
+    batch: int
+    size: tuple[int, int, int]  # channels, height, width
+    x_layout: str
+    g_layout: str
+    precision: str
+    seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        """As for LinearCase; g is of a result of the size of x."""
+        torch.manual_seed(self.seed)
+        return _activations(self, IMAGES, *torch.randn(2, self.batch, *self.size))
+
+
+@dataclass(frozen=True)
+class PoolCase(ImageCase):
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+    outlier: float
+
+    def arguments(self) -> dict[str, Any]:
+        """As for LinearCase."""
+        torch.manual_seed(self.seed)
+        window = {"kernel_size": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        window["ceil_mode"] = self.ceil_mode
+        channels, *image = self.size
+        x = torch.randn(self.batch, *self.size).relu()  # many windows have several largest values
+        x[torch.rand(x.shape) < 0.02] = self.outlier
+        g = torch.randn(self.batch, channels, *pooled_size(image, *window.values()))
+        return {**_activations(self, IMAGES, x, g), "input_size": image, **window}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm and what follows it, behind the images of another case."""
+
+    weight: bool
+    bias: bool
+    relu: bool
+    residual_layout: str | None  # None: no residual
+    saved_layout: str | None  # None: as the forward left it
+    eps: float
+    input_grad: bool
+
+    def arguments(self, g: Tensor) -> dict[str, Any]:
+        """As for LinearCase, beside a gradient of the result."""
+        weight, bias = torch.randn(2, g.shape[1], dtype=compute_dtype(g.dtype))
+        weight[torch.rand_like(weight) < 0.1] = 0
+        vectors = {"norm_weight": weight if self.weight else None, "norm_bias": bias if self.bias else None}
+        residual = torch.randn(g.shape).to(g.dtype)
+        residual = None if self.residual_layout is None else IMAGES[self.residual_layout](residual)
+        return {**vectors, "residual": residual, "eps": self.eps, "relu": self.relu, "input_grad": self.input_grad}
+
+    def saved(self, result: Tensor) -> Tensor:
+        """What a forward gave, as its backward gets it: it need not lie where and as it did."""
+        return result if self.saved_layout is None else IMAGES[self.saved_layout](result)
+
+
 def _weight(case: LinearCase | ConvCase, cols: int) -> dict[str, Tensor | None]:
     mask = MASKS[case.mask](case.rows, cols)
     _, dtype = PRECISIONS[case.precision]
@@ -139,7 +201,7 @@ def _blocks(case: LinearCase | ConvCase, weight_shape: tuple[int, ...]) -> dict[
     return {"values": values, **indices._asdict(), "block_size": case.block_size}
 
 
-def _activations(case: LinearCase | ConvCase, layouts: dict, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _activations(case: LinearCase | ConvCase | ImageCase, layouts: dict, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     dtype, _ = PRECISIONS[case.precision]
     return {"x": layouts[case.x_layout](x.to(dtype)), "g": layouts[case.g_layout](g.to(dtype))}
 
@@ -147,13 +209,14 @@ def _activations(case: LinearCase | ConvCase, layouts: dict, x: Tensor, g: Tenso
 # Around the lanes of a slice (8 and 16), the channels of a block, and nothing at all.
 _BATCHES = st.sampled_from((0, 1, 2, 7, 8, 9, 15, 16, 17, 33, 40))
 _CHANNELS = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33))
+_SIDES = st.integers(1, 9) | st.integers(10, 40)
 _BLOCK_SIDES = st.integers(1, 9) | st.sampled_from((16, 17, 32))
-_COMMON = {
+_ACTIVATIONS = {"precision": st.sampled_from(sorted(PRECISIONS)), "seed": st.integers(0, 2**31)}
+_IMAGE_LAYOUTS = {"x_layout": st.sampled_from(sorted(IMAGES)), "g_layout": st.sampled_from(sorted(IMAGES))}
+_WEIGHT = {
     "mask": st.sampled_from(sorted(MASKS)),
     "bias": st.booleans(),
     "block_size": st.tuples(_BLOCK_SIDES, _BLOCK_SIDES),
-    "precision": st.sampled_from(sorted(PRECISIONS)),
-    "seed": st.integers(0, 2**31),
 }
 
 linear_cases = st.builds(
@@ -165,22 +228,50 @@ linear_cases = st.builds(
     g_layout=st.sampled_from(sorted(ROWS)),
     relu=st.booleans(),
     input_grad=st.booleans(),
-    **_COMMON,
+    **_WEIGHT,
+    **_ACTIVATIONS,
 )
+image_cases = st.builds(
+    ImageCase,
+    batch=_BATCHES,
+    size=st.tuples(_CHANNELS, _SIDES, _SIDES) | st.tuples(st.sampled_from((64, 130, 600)), st.integers(1, 9), st.integers(1, 9)),
+    **_IMAGE_LAYOUTS,
+    **_ACTIVATIONS,
+)
+norms = st.builds(
+    Norm,
+    weight=st.booleans(),
+    bias=st.booleans(),
+    relu=st.booleans(),
+    residual_layout=st.none() | st.sampled_from(sorted(IMAGES)),
+    saved_layout=st.none() | st.sampled_from(sorted({*IMAGE_LAYOUTS, "off-by-one"})),
+    eps=st.sampled_from((1e-5, 1e-3)),
+    input_grad=st.booleans(),
+)
+
+
+def _pair(draw: st.DrawFn, low: int, high: int) -> tuple[int, int]:
+    return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+
+def _reach(kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    return [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+
+
+def _image(draw: st.DrawFn, reach: list[int], begin: list[int], end: list[int]) -> tuple[int, ...]:
+    """Height and width of an image that holds the window once it is padded."""
+    least = [max(1, r - a - b) for r, a, b in zip(reach, begin, end)]
+    return tuple(low + draw(st.integers(0, 9) | st.integers(10, 30)) for low in least)
 
 
 @st.composite
 def _conv_cases(draw: st.DrawFn, symmetric: bool) -> ConvCase:
-    def pair(low: int, high: int) -> tuple[int, int]:
-        return draw(st.integers(low, high)), draw(st.integers(low, high))
-
     pointwise = draw(st.integers(0, 3)) == 0  # has ways of its own
-    kernel, stride, dilation = ((1, 1),) * 3 if pointwise else (pair(1, 5), pair(1, 3), pair(1, 3))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    kernel, stride, dilation = ((1, 1),) * 3 if pointwise else (_pair(draw, 1, 5), _pair(draw, 1, 3), _pair(draw, 1, 3))
+    reach = _reach(kernel, dilation)
     begin = [0 if pointwise else draw(st.integers(0, r + 2)) for r in reach]
     end = begin if symmetric else [draw(st.integers(0, r + 2)) for r in reach]
-    least = [max(1, r - a - b) for r, a, b in zip(reach, begin, end)]
-    image = tuple(low + draw(st.integers(0, 9) | st.integers(10, 30)) for low in least)
+    image = _image(draw, reach, begin, end)
     return ConvCase(
         batch=draw(_BATCHES),
         channels=draw(_CHANNELS),
@@ -190,11 +281,30 @@ def _conv_cases(draw: st.DrawFn, symmetric: bool) -> ConvCase:
         stride=stride,
         padding=(begin[0], end[0], begin[1], end[1]),
         dilation=dilation,
-        x_layout=draw(st.sampled_from(sorted(IMAGES))),
-        g_layout=draw(st.sampled_from(sorted(IMAGES))),
-        **{name: draw(strategy) for name, strategy in _COMMON.items()},
+        **{name: draw(strategy) for name, strategy in (_IMAGE_LAYOUTS | _WEIGHT | _ACTIVATIONS).items()},
     )
 
 
 conv_cases = _conv_cases(symmetric=False)
 symmetric_conv_cases = _conv_cases(symmetric=True)  # what nn.Conv2d can say
+
+
+@st.composite
+def _pooling_cases(draw: st.DrawFn) -> PoolCase:
+    kernel, stride, dilation = _pair(draw, 1, 5), _pair(draw, 1, 3), _pair(draw, 1, 3)
+    reach = _reach(kernel, dilation)
+    padding = [draw(st.integers(0, r // 2)) for r in reach]
+    return PoolCase(
+        batch=draw(_BATCHES),
+        size=(draw(_CHANNELS), *_image(draw, reach, padding, padding)),
+        kernel=kernel,
+        stride=stride,
+        padding=(padding[0], padding[1]),
+        dilation=dilation,
+        ceil_mode=draw(st.booleans()),
+        outlier=draw(st.sampled_from((0.0, math.inf, -math.inf, math.nan))),
+        **{name: draw(strategy) for name, strategy in (_IMAGE_LAYOUTS | _ACTIVATIONS).items()},
+    )
+
+
+pooling_cases = _pooling_cases()

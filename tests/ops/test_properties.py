@@ -3,65 +3,33 @@
     pytest tests/ops/test_properties.py                              the same cases every time, a few seconds
     pytest tests/ops/test_properties.py --hypothesis-profile=long    new cases, as long as you like
 
-Every operation of the schema takes part, by the names of its arguments; a new one need not be listed here.
+Every operation on a sparse weight takes part, by the names of its arguments; a new one need not be listed here. Those of batch norm
+are in test_norm_properties.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
+from call_laws import arguments_of, check_against_reference, check_threads, lie_alike
 from hypothesis import given
-from op_cases import close
-from random_cases import MASKS, ConvCase, LinearCase, conv_cases, linear_cases, symmetric_conv_cases
+from hypothesis import strategies as st
+from op_cases import DTYPES, close
+from random_cases import MASKS, ConvCase, LinearCase, conv_cases, linear_cases, pooling_cases, symmetric_conv_cases
 from torch import Tensor, nn
+from update_cases import LAYOUTS, SHAPES, arguments, copied, written
 
 from grasp_sparse.nn import SparseConv2d, SparseLinear
-from grasp_sparse.ops import reference, reference_blocks
-from grasp_sparse.ops.schema import BLOCK_SCHEMAS, SCHEMAS
+from grasp_sparse.ops import reference_pool, reference_update
+from grasp_sparse.ops.schema import BLOCK_SCHEMAS, POOL_SCHEMAS, SCHEMAS
 
 ops = torch.ops.grasp_sparse
 LINEAR = [name for name in SCHEMAS if "conv2d" not in name]
 CONV = [name for name in SCHEMAS if "conv2d" in name]
 BLOCK_LINEAR = [name for name in BLOCK_SCHEMAS if "conv2d" not in name]
 BLOCK_CONV = [name for name in BLOCK_SCHEMAS if "conv2d" in name]
-
-
-def arguments_of(name: str, available: dict) -> list:
-    """In the order of the schema."""
-    return [available[argument.name] for argument in getattr(ops, name).default._schema.arguments]
-
-
-def results_of(result: Tensor | None | Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [result] if result is None or isinstance(result, Tensor) else list(result)
-
-
-def in_float64(available: dict) -> dict:
-    """The same numbers, in the strides that they have."""
-
-    def exact(value):
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: exact(value) for name, value in available.items()}
-
-
-def lie_alike(a: Tensor, b: Tensor) -> bool:
-    """The same strides, where a stride means anything."""
-    return a.numel() == 0 or all(s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
-
-
-def check_against_reference(names: list[str], available: dict) -> None:
-    exact = in_float64(available)
-    for name in names:
-        actual = results_of(getattr(ops, name)(*arguments_of(name, available)))
-        module = reference_blocks if name in BLOCK_SCHEMAS else reference
-        expected = results_of(getattr(module, name)(*arguments_of(name, exact)))
-        for got, want in zip(actual, expected, strict=True):
-            assert (got is None) == (want is None), name
-            if got is not None:
-                close(got, want, name)
-                assert lie_alike(got, want), f"{name}: strides {got.stride()}, expected {want.stride()}"
 
 
 @given(linear_cases)
@@ -82,17 +50,6 @@ def test_linear_family_of_blocks_equals_reference(case):
 @given(conv_cases)
 def test_conv_family_of_blocks_equals_reference(case):
     check_against_reference(BLOCK_CONV, case.block_arguments())
-
-
-def check_threads(names: list[str], available: dict) -> None:
-    for name in names:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(results_of(getattr(ops, name)(*arguments_of(name, available))))
-        torch.set_num_threads(1)
-        for one, two in zip(*results, strict=True):
-            assert one is None or torch.equal(one, two), name
 
 
 @given(linear_cases)
@@ -139,3 +96,61 @@ def test_conv_layer_equals_the_masked_dense_one(case):
         case.channels, case.rows, case.kernel, stride=case.stride, padding=(top, left), dilation=case.dilation, bias=case.bias
     )
     check_layer(dense, SparseConv2d.from_dense, case)
+
+
+@given(pooling_cases)
+def test_max_pool_equals_reference(case):
+    available = case.arguments()
+    arguments = arguments_of("max_pool2d", available)
+    results = ops.max_pool2d(*arguments)
+    for got, want in zip(results, reference_pool.max_pool2d(*arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert lie_alike(got, want)
+    available["places"] = results[1]
+    check_against_reference(["max_pool2d_backward"], available)
+    check_threads(list(POOL_SCHEMAS), available)
+
+
+updates = {
+    "dtype": st.sampled_from(list(DTYPES.values())),
+    "layout": st.sampled_from(sorted(LAYOUTS)),
+    "masked": st.booleans(),
+    "density": st.sampled_from((0.0, 0.5, 1.0)),
+    "shapes": st.lists(st.sampled_from(SHAPES) | st.lists(st.integers(0, 20), max_size=4).map(tuple), min_size=1, max_size=4),
+    "maximize": st.booleans(),
+    "weight_decay": st.sampled_from((0.0, 0.1)),
+}
+left_out = st.none() | st.sampled_from((0.0, 1.0, float("nan")))
+
+
+def check_update(name: str, made: list, found_inf: float | None) -> None:
+    """The operation writes what the reference does in float64, zero where that is zero, and the same bits with two threads."""
+    found = None if found_inf is None else torch.tensor(found_inf)
+    one, two = copied(made), copied(made)
+    exact = [[t.double() if t.is_floating_point() else t for t in a] if isinstance(a, list) else a for a in copied(made)]
+    getattr(reference_update, name)(*exact, found)
+    getattr(ops, name)(*one, found)
+    torch.set_num_threads(2)
+    getattr(ops, name)(*two, found)
+    torch.set_num_threads(1)
+    for got, same, want in zip(written(name, one), written(name, two), written(name, exact), strict=True):
+        close(got, want, name)
+        assert torch.equal(got, same) and not got[want == 0].any()
+        assert not found_inf or torch.equal(got.double(), want), "written although it was to be left out"
+
+
+@given(
+    **updates, found_inf=left_out, momentum=st.sampled_from((0.0, 0.9)), dampening=st.sampled_from((0.0, 0.2)),
+    nesterov=st.booleans(), first_step=st.booleans(), with_momentum=st.booleans(),
+)  # fmt: skip
+def test_sgd_equals_reference(found_inf, with_momentum, **case):
+    made = arguments("sgd_update_", **case)
+    check_update("sgd_update_", made if with_momentum else [*made[:2], [], *made[3:]], found_inf)
+
+
+@given(
+    **updates, found_inf=left_out, beta1=st.sampled_from((0.0, 0.9)), beta2=st.sampled_from((0.9, 0.999)),
+    eps=st.sampled_from((1e-8, 1e-3)),
+)  # fmt: skip
+def test_adamw_equals_reference(found_inf, **case):
+    check_update("adamw_update_", arguments("adamw_update_", **case), found_inf)

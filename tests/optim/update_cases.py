@@ -10,7 +10,7 @@ from torch import Tensor
 from grasp_sparse.bits import pack_like
 
 OPERATIONS = ("sgd_update_", "adamw_update_")
-SHAPES = [(n,) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000)] + [(), (1, 300), (3, 5, 3, 3), (0, 4), (130, 257)]
+SHAPES = [(n,) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000)] + [(), (1, 300), (3, 5, 3, 3), (0, 4), (4, 0, 3, 3), (130, 257)]
 
 
 def _same(t: Tensor) -> Tensor:
@@ -41,7 +41,9 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 }
 
 
-def arguments(name: str, dtype: torch.dtype, layout: str = "contiguous", masked: bool = True, shapes=SHAPES, **changes) -> list:
+def arguments(
+    name: str, dtype: torch.dtype, layout: str = "contiguous", masked: bool = True, shapes=SHAPES, density: float = 0.5, **changes
+) -> list:
     """Positional arguments of the operation. With ``masked`` every second parameter has bits, and there gradients are NaN or
     infinite and values and states nonzero where pruned. ``changes`` replace scalars by name."""
     generator = torch.Generator().manual_seed(len(shapes))
@@ -54,7 +56,7 @@ def arguments(name: str, dtype: torch.dtype, layout: str = "contiguous", masked:
     grads = [grad_lies(normal(shape)) for shape in shapes]
     bits = []
     for i, (value, grad) in enumerate(zip(values, grads, strict=True)):
-        mask = torch.rand(value.shape, generator=generator) < 0.5
+        mask = torch.rand(value.shape, generator=generator) < density
         bits.append(pack_like(mask, value) if i % 2 else torch.empty(0, dtype=torch.uint8))
         if masked and i % 2:
             grad[~mask] = (torch.nan, torch.inf, -torch.inf)[i // 2 % 3]
