@@ -12,6 +12,7 @@ from grasp_sparse.bench.results import DENSE, REFITTED, SPARSE, geometric_mean, 
 
 _FUSED = ("norm", "activation", "pooling")
 MACHINES = {"Zen 5": "", "Zen 4": "-zen4", "Xeon": "-xeon"}  # and how the names of their files end
+STEPS = {machine: f"models{ending}" for machine, ending in MACHINES.items()}  # their files of steps
 STEP_CASES = (("flops", "0.9"), ("flops", "0.95"), ("flops", "0.98"), ("weights", "0.95"), ("weights", "0.98"), ("weights", "0.99"))
 MODELS = {
     "vgg19": "VGG-19-BN, 32², batch 128", "resnet32": "ResNet-32 of the paper, 32², batch 128", "resnet50": "ResNet-50, 224², batch 32",
@@ -54,10 +55,10 @@ class Speed(NamedTuple):
     rounds: int
 
 
-def step_speeds(machine: str) -> dict[tuple[str, str, str], Speed]:
-    """(model, budget, sparsity) -> how many times as fast the faster sparse step is as the fastest dense one."""
+def step_speeds(name: str) -> dict[tuple[str, str, str], Speed]:
+    """Of a file of steps, (model, budget, sparsity) -> how many times as fast the faster sparse step is as the fastest dense one."""
     best: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
-    for row in rows_of(f"models{MACHINES[machine]}"):
+    for row in rows_of(name):
         if row["best"]:
             best.setdefault((row["model"], row["budget"], row["sparsity"]), {})[kind_of(row["arm"])] = row
     return {
@@ -89,6 +90,14 @@ def without_own_norms(machine: str) -> tuple[list[float], bool]:
         if found[DENSE].get("norm")
     ]
     return [1 - gain for gain in gains], False
+
+
+def asked_speeds(name: str) -> dict[tuple[str, str], list[dict[str, str]]]:
+    """(model, speed asked for) -> rows of the steps of the network that was found, or one row without times that says why none was."""
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows_of(name):
+        found.setdefault((row["model"], row["asked"]), []).append(row)
+    return found
 
 
 def layer_speeds(name: str, group: str) -> dict[float, float]:

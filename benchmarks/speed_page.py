@@ -13,10 +13,11 @@ from functools import partial
 
 from benchmarks.pages import README, Blocks, print_or_write, table
 from benchmarks.speed_figures import (
-    GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, Speed, crossings, layer_speeds, machine_of, rows_of, shape_label,
-    slower_layers, speeds_against_linear, step_speeds, without_own_norms,
+    GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, STEPS, Speed, asked_speeds, crossings, layer_speeds, machine_of, rows_of,
+    shape_label, slower_layers, speeds_against_linear, step_speeds, without_own_norms,
 )  # fmt: skip
 from benchmarks.speed_plot import plot
+from grasp_sparse.bench.asked_plots import speed_got
 from grasp_sparse.bench.results import SPARSE, kind_of
 
 DOCUMENT = README.parent / "docs" / "speed.md"
@@ -34,11 +35,18 @@ SETTINGS = (
 )
 PEERS, PEER_SPARSITIES = ("peers", "peers-zen4"), ("0.95", "0.99")
 CROSSOVERS = ("layers-crossover", "layers-zen4-crossover")
-_NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50"}
+ASKED = "speedups-zen4"
+# Steps, and beside them in another setting.
+STEPS_AND_OTHERS = STEPS | {"Zen 4, glibc's own settings": "models-zen4-default-allocator"}
+_NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50", "mlp": "the MLP"}
 
 
 def _times(speed: float) -> str:
     return f"{speed:.1f}×"
+
+
+def _times_exactly(speed: float) -> str:
+    return f"{speed:.2f}×"
 
 
 def _range(speeds: Iterable[float]) -> str:
@@ -67,7 +75,7 @@ def _layer_header(first: str, *others: str) -> list[str]:
 
 def step_ranges() -> str:
     """For README: a line a model, the slowest and the fastest machine."""
-    speeds = [step_speeds(machine) for machine in MACHINES]
+    speeds = [step_speeds(name) for name in STEPS.values()]
     return table(_step_header("speed-up of a training step"), [
         (label, *(_range(found[model, *case].median for found in speeds) for case in STEP_CASES)) for model, label in MODELS.items()
     ])  # fmt: skip
@@ -94,10 +102,12 @@ def machine_list() -> str:
 def step_table() -> str:
     rows = []
     for model, label in MODELS.items():
-        for machine in MACHINES:
-            found = step_speeds(machine)
-            rows.append((label, machine, *(_with_quartiles(found[model, *case]) for case in STEP_CASES)))
-            label = ""
+        for machine, name in STEPS_AND_OTHERS.items():
+            found = step_speeds(name)
+            speeds = [found.get((model, *case)) for case in STEP_CASES]
+            if any(speeds):
+                rows.append((label, machine, *(_with_quartiles(speed) if speed else "" for speed in speeds)))
+                label = ""
     return table(_step_header("", ""), rows)
 
 
@@ -106,8 +116,8 @@ def _with_quartiles(speed: Speed) -> str:
 
 
 def step_conditions() -> str:
-    counts = sorted(speed.rounds for machine in MACHINES for speed in step_speeds(machine).values())
-    flushed = "; ".join(f"{machine}, {_flushed(rows_of(f'models{ending}'))}" for machine, ending in MACHINES.items())
+    counts = sorted(speed.rounds for name in STEPS.values() for speed in step_speeds(name).values())
+    flushed = "; ".join(f"{machine}, {_flushed(rows_of(name))}" for machine, name in STEPS.items())
     return (
         f"By {counts[0]} rounds at least, {counts[-1]} at most, the median {counts[len(counts) // 2]}. Denormal numbers count as zero: "
         f"{flushed}; elsewhere both arms contain what these cost."
@@ -135,6 +145,22 @@ def norm_list() -> str:
     return "\n".join(lines)
 
 
+def asked_table() -> str:
+    """What budget="time" was asked for and what came of it; a speed that cannot be had has the most that can be."""
+    lines, before = [], ""
+    for (model, speed), rows in asked_speeds(ASKED).items():
+        sparse = next((row for row in rows if row["best"] and kind_of(row["arm"]) == SPARSE), None)
+        if sparse is None:
+            most = rows[0]["answer"].rpartition("ask for at most ")[2].rstrip(".")
+            found = f"cannot be had: at most {_times(float(most))}", "", "", ""
+        else:
+            removed = (f"{float(sparse[column]):.1%}" for column in ("weight_sparsity", "flop_sparsity"))
+            found = _times_exactly(float(sparse["speed in the search"])), _times_exactly(speed_got(sparse)), *removed
+        lines.append((MODELS[model] if model != before else "", f"{float(speed):g}×", *found))
+        before = model
+    return table(("", "asked for", "in the search", "measured anew", "weights removed", "multiply-adds removed"), lines)
+
+
 def layer_table() -> str:
     rows = []
 
@@ -148,6 +174,18 @@ def layer_table() -> str:
         add(label, partial(layer_speeds, group=group))
     add("these linear layers against `nn.Linear` as it is", speeds_against_linear)
     return table(_layer_header("", ""), rows)
+
+
+def rate_list() -> str:
+    """Multiply-adds a second as a share of what dense kernels do, by machine: the speed times the share of the weights kept."""
+    lines = []
+    for machine, ending in MACHINES.items():
+        groups = []
+        for group in GROUPS:
+            speeds = layer_speeds(f"layers{ending}", group)
+            groups.append(f"{SHORT[group]} {', '.join(f'{speeds[share] * (1 - share):.0%}' for share in LAYER_CASES)}")
+        lines.append(f"- {machine}: {'; '.join(groups)}.".replace("%", " %"))
+    return "\n".join(lines)
 
 
 def setting_table() -> str:
@@ -179,7 +217,7 @@ def _share_range(shares: Sequence[float | None]) -> str:
 
 def network_list() -> str:
     lines = []
-    for name in ("bench-resnet50-zen4", "bench-resnet50-xeon", "bench-vgg19-zen4", "bench-resnet32-zen4"):
+    for name in ("bench-resnet50-zen4", "bench-resnet50-xeon", "bench-vgg19-zen4", "bench-resnet32-zen4", "bench-mlp-zen4"):
         count, slower = slower_layers(name)
         (sparsity,) = {row["sparsity"] for row in rows_of(name)}
         line = f"- {_NETWORKS[name.split('-')[1]]}, {float(sparsity):.0%} of the weights removed, {machine_of(name)}: "
@@ -238,7 +276,9 @@ BLOCKS: Blocks = {
     "steps": step_table,
     "step conditions": step_conditions,
     "norms": norm_list,
+    "asked": asked_table,
     "layers": layer_table,
+    "rates": rate_list,
     "settings": setting_table,
     "crossover": crossing_list,
     "networks": network_list,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from benchmarks.speed_figures import GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, layer_speeds, step_speeds
+from benchmarks.speed_figures import GROUPS, LAYER_CASES, MACHINES, MODELS, SHORT, STEP_CASES, STEPS, layer_speeds, step_speeds
 from grasp_sparse.bench.layer_plots import speed_axis
 from grasp_sparse.report.style import SERIES, STYLE, save_plot
 
@@ -38,7 +38,7 @@ def _layers(figure: plt.SubFigure) -> None:
 
 
 def _steps(figure: plt.SubFigure) -> None:
-    speeds = {machine: step_speeds(machine) for machine in MACHINES}
+    speeds = {machine: step_speeds(name) for machine, name in STEPS.items()}
     highest = max(speed.high for found in speeds.values() for speed in found.values())
     grid = figure.subplots(1, len(MODELS), sharey=True)
     for axes, (model, label) in zip(grid, MODELS.items(), strict=True):

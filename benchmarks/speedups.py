@@ -5,8 +5,9 @@
     python -m benchmarks.speedups --model vgg19 --speedup 3
 
 GraSP's masks on real images as benchmarks.models has them; a network of images is in channels_last. The search measures steps itself;
-the masks that it returns are then measured anew, as in benchmarks.models: against the same network dense in its faster memory format,
-after all gradients were found equal. Where the search says that a speed cannot be had, the row holds what it says and no times.
+the masks that it returns are then measured anew, as in benchmarks.models: against the same network dense in its faster memory format
+(of linear layers alone also through oneDNN, which the search, as a program that changes nothing else, has not), after all gradients were
+found equal. Where the search says that a speed cannot be had, the row holds what it says and no times.
 Writes benchmarks/results/speedups.csv after every case.
 """
 
@@ -23,6 +24,7 @@ import torch
 from benchmarks.models import measure_network
 from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, tell
+from grasp_sparse.bench.asked_plots import speed_got
 from grasp_sparse.bench.denormals import flush_denormals
 from grasp_sparse.bench.results import SPARSE, Row, kind_of
 from grasp_sparse.masks import MaskSet
@@ -65,7 +67,7 @@ def describe(rows: list[Row]) -> str:
     if "arm" not in rows[0]:
         return f"{asked}{rows[0]['answer']}"
     sparse = next(row for row in rows if row["best"] and kind_of(row["arm"]) == SPARSE)
-    speeds = [float(sparse[column]) for column in ("speed in the search", "vs best dense")]
+    speeds = float(sparse["speed in the search"]), speed_got(sparse)
     return (
         f"{asked}{speeds[0]:.2f} after {sparse['tries']} tries, measured anew {speeds[1]:.2f} "
         f"({float(sparse['weight_sparsity']):.1%} of the weights removed, {float(sparse['flop_sparsity']):.1%} of the multiply-adds)"

@@ -12,6 +12,7 @@ from torch import nn
 import grasp_sparse as gs
 from grasp_sparse import pruning, speedup
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLayer, SparseLinear
+from grasp_sparse.nn.masked import consumer_of
 from grasp_sparse.planning import Times, measure
 from grasp_sparse.planning.cost_model import DENSITIES
 from grasp_sparse.train.models import build_model
@@ -254,6 +255,17 @@ def test_a_step_leaves_the_model_and_its_weights_alone():
     plain = speedup.measure_steps(nn.Linear(4, 3), None, speedup.Batch(torch.randn(2, 4), None), None)
     assert set(plain) == {"dense"} and speedup.own_format(nn.Linear(4, 3), plain) == "dense"
     assert speedup.own_format(net().to(memory_format=torch.channels_last), times) == "channels_last"
+
+
+def test_steps_are_measured_with_an_optimizer_of_one_pass_that_masks(monkeypatch):
+    made, optimizer = [], speedup._optimizer
+    monkeypatch.setattr(speedup, "_optimizer", lambda *given: made.append(optimizer(*given)) or made[-1])
+    network = net()
+    gs.sparsify_(network, {"0.weight": torch.arange(288).view(16, 2, 3, 3) > 0}, plan={"0.weight": "masked"})
+    speedup.measure_steps(net(), network, speedup.Batch(*batches()[0]), None)
+    assert [type(one) for one in made] == [torch.optim.SGD, torch.optim.SGD, gs.optim.SGD]
+    assert all(group["fused"] for one in made[:2] for group in one.param_groups)
+    assert consumer_of(network[0].weight) is not None
 
 
 @pytest.mark.slow

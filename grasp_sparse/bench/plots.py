@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from grasp_sparse.bench.accuracy_plots import plot_accuracy
+from grasp_sparse.bench.asked_plots import plot_asked
 from grasp_sparse.bench.layer_plots import layer_lines, plot_crossover, plot_layers
 from grasp_sparse.bench.peer_plots import plot_peers
 from grasp_sparse.bench.results import read_rows
@@ -38,6 +39,7 @@ _PLOTS: tuple[tuple[set[str], Callable[[Rows, Path], None]], ...] = (
     ({"study", "data", "model", "method", "target", "seed", "accuracy", "weight_sparsity", "vs best dense"}, plot_accuracy),
     ({"model", "budget", "sparsity", "arm", "category", "seconds"}, plot_breakdown),
     (_STEPS | {"budget"}, plot_steps),
+    ({"model", "asked", "arm", "median_s"}, plot_asked),
     (_STEPS | {"pattern", "planned_in"}, _plot_device_steps),
     ({"measured", "shape", "nnz", "median_s", "fit_a_s", "fit_b_s"}, plot_fits),
     (_LAYERS | {"peer_version"}, plot_peers),

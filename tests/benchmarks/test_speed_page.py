@@ -52,7 +52,7 @@ def test_steps_come_with_the_quartiles_of_one_against_the_opposite_ones_of_the_o
     case = {"model": "net", "budget": "flops", "sparsity": "0.9", "best": "yes", "vs best dense": "4", "rounds": "7"}
     rows = [_layer("net", "dense nchw", 8.0) | case, _layer("net", "sparse nchw", 2.0) | case, _layer("net", "dense channels_last", 1.0)]
     monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
-    assert speed_figures.step_speeds("Zen 4") == {("net", "flops", "0.9"): pytest.approx((4, 8 * 0.9 / 2.2, 8 * 1.1 / 1.8, 7))}
+    assert speed_figures.step_speeds("models-zen4") == {("net", "flops", "0.9"): pytest.approx((4, 8 * 0.9 / 2.2, 8 * 1.1 / 1.8, 7))}
 
 
 def test_what_own_norms_bring_is_taken_from_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +110,17 @@ def test_a_peer_that_is_faster_is_shown(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(speed_page, "rows_of", lambda file: rows if file == "peers-zen4" else [])
     table = speed_page.peer_table().splitlines()
     assert [cell.strip() for cell in table[-1].strip("|").split("|")][1:] == ["Zen 4", "95%", "2.0×", "", "", "3.0×"]
+
+
+def test_a_speed_that_was_asked_for_is_told_beside_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the faster format that the dense network can be in as it is: oneDNN's own is none."""
+    sparse = {"arm": "sparse rows", "best": "yes", "speed in the search": "3.9", "vs dense rows": "3.8", "vs dense oneDNN": "3.1"}
+    removed = {"weight_sparsity": "0.85", "flop_sparsity": "0.86"}
+    rows = [
+        {"model": "mlp", "asked": "4", "arm": "dense rows", "best": ""}, {"model": "mlp", "asked": "4", **sparse, **removed},
+        {"model": "mlp", "asked": "99", "arm": "", "best": "", "answer": "Expected … ask for at most 31.5."},
+    ]  # fmt: skip
+    monkeypatch.setattr(speed_figures, "rows_of", lambda _: rows)
+    *_, met, refused = speed_page.asked_table().splitlines()
+    assert [cell.strip() for cell in met.split("|")[2:-1]] == ["4×", "3.90×", "3.80×", "85.0%", "86.0%"]
+    assert [cell.strip() for cell in refused.split("|")[1:-1]] == ["", "99×", "cannot be had: at most 31.5×", "", "", ""]
