@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from benchmarks.networks import NETWORKS, QUICK, Images, Network, load_images, masks_of
+from benchmarks.networks import Network, add_networks, chosen, masks_of
 from benchmarks.runner import RESULTS, Results, measure_all, parser, run, settings_of, share, tell
 from grasp_sparse.bench.breakdown import breakdown
 from grasp_sparse.bench.denormals import flush_denormals
@@ -97,13 +97,10 @@ def describe(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [network.name for network in NETWORKS]
     flags = parser("models", __doc__)
-    flags.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
+    add_networks(flags)
     flags.add_argument("--budget", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="default: both")
     flags.add_argument("--sparsity", type=share, nargs="+", metavar="S", help="only these of a budget's")
-    flags.add_argument("--data-dir", metavar="DIR", help="images as DIR/train/<class>/*.jpg (default: Fashion-MNIST)")
-    flags.add_argument("--data-name", metavar="NAME", help="what the rows call these images (default: the folder's name)")
     flags.add_argument("--mask-dir", type=Path, default=RESULTS.parent / "masks", metavar="DIR", help="default: %(default)s")
     flags.add_argument("--seconds-per-case", type=float, metavar="S",
                        help="how long to measure; at least 5 rounds all the same (default: 30, with --quick 5)")
@@ -115,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out or RESULTS / ("models-quick.csv" if options.quick else "models.csv")
     results = Results(path, settings, options.resume)
     shares = Results(path.with_name(f"{path.stem}-breakdown{path.suffix}"), settings, options.resume)
-    images = load_images(options.data_dir, options.data_name)
-    networks = [network for network in (QUICK if options.quick else NETWORKS) if network.name in options.model]
+    networks, images = chosen(options)
     families = {budget: FAMILIES[budget][1:2] if options.quick else FAMILIES[budget] for budget in options.budget}
     wanted = [
         (budget, sparsity) for budget, sparsities in families.items() for sparsity in sparsities

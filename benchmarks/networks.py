@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,19 @@ class Images:
         """PER_CLASS images of each class, classes interleaved."""
         chosen = class_balanced(self.labels, PER_CLASS, seed)
         return network.input(self.images[chosen]), self.labels[chosen]
+
+
+def add_networks(to: argparse.ArgumentParser) -> None:
+    names = [network.name for network in NETWORKS]
+    to.add_argument("--model", nargs="+", choices=names, default=names, help="default: all")
+    to.add_argument("--data-dir", metavar="DIR", help="images as DIR/train/<class>/*.jpg (default: Fashion-MNIST)")
+    to.add_argument("--data-name", metavar="NAME", help="what the rows call these images (default: the folder's name)")
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Network], Images]:
+    """By the flags of :func:`add_networks`, and --quick."""
+    networks = [network for network in (QUICK if options.quick else NETWORKS) if network.name in options.model]
+    return networks, load_images(options.data_dir, options.data_name)
 
 
 def load_images(data_dir: str | None, name: str | None = None) -> Images:

@@ -77,7 +77,7 @@ def without_own_norms(machine: str) -> tuple[list[float], bool]:
     in the sparse one's profile, and False.
     """
     cases: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    for row in rows_of(f"models{MACHINES[machine]}-breakdown"):
+    for row in rows_of(f"{STEPS[machine]}-breakdown"):
         own = cases.setdefault((row["model"], row["budget"], row["sparsity"]), {}).setdefault(kind_of(row["arm"]), {})
         own[row["category"]] = float(row["seconds"])
 
@@ -93,7 +93,7 @@ def without_own_norms(machine: str) -> tuple[list[float], bool]:
 
 
 def asked_speeds(name: str) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(model, speed asked for) -> rows of the steps of the network that was found, or one row without times that says why none was."""
+    """(model, speed asked for) -> rows of the steps of the network that was found, or one row without times that says the most that can be had."""
     found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows_of(name):
         found.setdefault((row["model"], row["asked"]), []).append(row)

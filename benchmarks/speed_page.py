@@ -17,7 +17,7 @@ from benchmarks.speed_figures import (
     shape_label, slower_layers, speeds_against_linear, step_speeds, without_own_norms,
 )  # fmt: skip
 from benchmarks.speed_plot import plot
-from grasp_sparse.bench.asked_plots import speed_got
+from grasp_sparse.bench.arms import speed_got
 from grasp_sparse.bench.results import SPARSE, kind_of
 
 DOCUMENT = README.parent / "docs" / "speed.md"
@@ -151,8 +151,7 @@ def asked_table() -> str:
     for (model, speed), rows in asked_speeds(ASKED).items():
         sparse = next((row for row in rows if row["best"] and kind_of(row["arm"]) == SPARSE), None)
         if sparse is None:
-            most = rows[0]["answer"].rpartition("ask for at most ")[2].rstrip(".")
-            found = f"cannot be had: at most {_times(float(most))}", "", "", ""
+            found = f"cannot be had: at most {_times(float(rows[0]['most']))}", "", "", ""
         else:
             removed = (f"{float(sparse[column]):.1%}" for column in ("weight_sparsity", "flop_sparsity"))
             found = _times_exactly(float(sparse["speed in the search"])), _times_exactly(speed_got(sparse)), *removed

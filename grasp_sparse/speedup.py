@@ -21,7 +21,6 @@ from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, batch_loss
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.nested import first_tensor, map_tensors
-from grasp_sparse.optim import layer_masks
 from grasp_sparse.patterns import GroupPattern, Unstructured
 from grasp_sparse.planning.cost_model import layer_costs
 from grasp_sparse.scratch import call_model
@@ -39,6 +38,14 @@ _TOO_LONG = 20.0  # … at any rate
 _SOLVED = 0.005
 _FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SPARSE = "sparse"
+
+
+class UnreachableSpeedupError(ValueError):
+    """No masks make the step as fast as asked; ``most``, rounded down, is how fast it gets."""
+
+    def __init__(self, message: str, most: float) -> None:
+        super().__init__(message)
+        self.most = most
 
 
 class Try(NamedTuple):
@@ -81,7 +88,8 @@ def fit_speedup(
         batch: what a step runs on; without targets the loss is the mean square of the output.
 
     Raises:
-        ValueError: no masks are that fast; says how fast the network gets with nearly nothing left.
+        UnreachableSpeedupError: no masks are that fast; says how fast the network gets with nearly nothing left.
+        ValueError: nothing can be saved.
         RuntimeError: no compiled kernels for the model's device.
     """
     device = next(model.parameters()).device.type
@@ -135,16 +143,19 @@ def fit_speedup(
 def _chosen(tries: Sequence[Try], speedup: float, at_most: bool) -> MaskSet:
     """The masks of the try that came nearest, with what was measured in their recipe.
 
-    ``at_most``: the last try removed all that can be removed. Raises ValueError when even that was not fast enough.
+    ``at_most``: the last try removed all that can be removed. Raises UnreachableSpeedupError when even that was not
+    fast enough.
     """
     best = min(tries, key=lambda one: abs(math.log(one.speedup / speedup)))
     if abs(best.speedup / speedup - 1) > TOLERANCE:
         fastest = max(tries, key=lambda one: one.speedup)
         if fastest.speedup < speedup and at_most:
-            raise ValueError(
+            most = math.floor(10 * fastest.speedup) / 10
+            raise UnreachableSpeedupError(
                 f"Expected a speedup that can be reached, got {speedup:g}: with {fastest.masks.density:.3%} of the weights left "
                 f"a step is {fastest.speedup:.2f} times as fast as the dense one. What is no prunable layer remains, and a fixed "
-                f"part of every layer; ask for at most {math.floor(10 * fastest.speedup) / 10:g}."
+                f"part of every layer; ask for at most {most:g}.",
+                most,
             )
         warnings.warn(
             f"Expected masks that are {speedup:g} times as fast within {TOLERANCE:.0%}, found {best.speedup:.2f} in "
@@ -199,7 +210,8 @@ def _to(batch: Batch, memory_format: torch.memory_format) -> Batch:
 
 def _step(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Callable[[], None]:
     """One training step of ``model`` on ``batch``, at rate zero: it costs the same and the weights stay what they are."""
-    optimizer = _optimizer([parameter for parameter in model.train().parameters() if parameter.requires_grad], layer_masks(model))
+    # Of one pass over each tensor, as in training: torch's usual ones would make dense steps seem slower than they need be.
+    optimizer = optim.one_pass("SGD", model.train(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -211,14 +223,6 @@ def _step(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Callable[[]
         optimizer.step()
 
     return run
-
-
-def _optimizer(trained: list[Tensor], masks: Mapping[Tensor, Tensor]) -> torch.optim.Optimizer:
-    """One pass over each tensor, dense or sparse: torch's usual ones would make dense steps seem slower than they need be."""
-    settings: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 5e-4}
-    if masks:
-        return optim.SGD(trained, masks=masks, raw_gradients=True, **settings)
-    return torch.optim.SGD(trained, fused=all(parameter.is_floating_point() for parameter in trained), **settings)
 
 
 def _fit(tries: Sequence[Try], reference: float, rest: float) -> tuple[float, float]:

@@ -16,14 +16,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from op_outputs import OperationOutputs
+from sparse_training import sparse_step
+
 from grasp_sparse.formats import csr_from_mask
-from grasp_sparse.optim import SGD
-from grasp_sparse.surgery import sparsify_
 from grasp_sparse.train.models import ResNet32
-from grasp_sparse.train.step import training_step
 
 ops = torch.ops.grasp_sparse
 STEPS = 20
@@ -93,12 +91,7 @@ def operations() -> Callable[[], object]:
 
 def network() -> Callable[[], object]:
     """A training step of a residual network, in which convolutions and norms are one operation."""
-    model = ResNet32(widths=(64, 128, 256), blocks=1).to(memory_format=torch.channels_last)
-    masks = {name: torch.rand_like(p) < 0.5 for name, p in model.named_parameters() if p.dim() > 1}
-    sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))
-    optimizer, loss = SGD(model.parameters(), lr=0.01, momentum=0.9), nn.CrossEntropyLoss()
-    batch = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last), torch.arange(4)
-    return lambda: training_step(model, optimizer, loss, *batch)
+    return sparse_step(ResNet32(widths=(64, 128, 256), blocks=1), 16, 0.5)
 
 
 def output_pages(step: Callable[[], object]) -> int:

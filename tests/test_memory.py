@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_outputs import Call, OperationOutputs
+from sparse_training import sparse_step
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -28,7 +29,6 @@ from grasp_sparse.ops.schema import CONV_NORM_SCHEMAS, NORM_SCHEMAS, POOL_SCHEMA
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.footprint import measure_footprint
 from grasp_sparse.train.models import ResNet32, vgg_small
-from grasp_sparse.train.step import training_step
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason="compiled kernels are not loaded")
 BATCH = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
@@ -251,14 +251,10 @@ STEM = ["max_pool2d_with_indices", "max_pool2d_with_indices_backward"]
 def _training(name: str) -> Callable[[], object]:
     """A training step of a sparse network, warmed up."""
     factory, size, *_ = NETWORKS[name]
-    model = factory().to(memory_format=torch.channels_last)
-    masks = {name: torch.rand_like(p) < 0.1 for name, p in model.named_parameters() if p.dim() > 1}
-    gs.sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))
-    optimizer, loss = gs.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4), nn.CrossEntropyLoss()
-    batch = torch.randn(4, 3, size, size).to(memory_format=torch.channels_last), torch.arange(4)
+    step = sparse_step(factory(), size, 0.1)
     for _ in range(2):
-        training_step(model, optimizer, loss, *batch)
-    return lambda: training_step(model, optimizer, loss, *batch)
+        step()
+    return step
 
 
 @compiled

@@ -24,7 +24,7 @@ constexpr int64_t kParts = 32;             // of the sums in channels_last
 constexpr int64_t kPartBytes = 256 << 10;  // at least, of x
 constexpr int64_t kStepBytes = 256 << 10;  // of x, in one call of a loop of the second pass
 
-// What a pass knows about a channel; the loops want it once per column.
+// The loops want what is of a channel once per column.
 template <class T>
 using Columns = NormCoefficients<T>;
 
@@ -61,9 +61,7 @@ struct Norm {
 
 template <class S>
 NormArgs<S> on_sheet(const Norm<S>& norm, const Columns<Compute<S>>& columns, const Sheet& sheet) {
-  NormArgs<S> args{};
-  args.mean = columns.mean, args.scale = columns.scale, args.bias = columns.bias;
-  args.offset = columns.offset, args.slope = columns.slope;
+  NormArgs<S> args{columns.read()};
   args.rows = sheet.rows, args.cols = sheet.cols, args.stride = sheet.stride;
   args.x = norm.x + sheet.offset;
   return args;
@@ -225,9 +223,7 @@ void backward(const Cut& cut, const Norm<S>& norm) {
     norm.g_bias[c] = static_cast<T>(sums.first), norm.g_weight[c] = static_cast<T>(sums.second * inverse);
     columns.offset[col] = static_cast<T>(scale * sums.first / n);
     columns.slope[col] = static_cast<T>(scale * sums.second * inverse * inverse / n);
-    if (!norm.coefficients.mean) return;
-    const NormCoefficients<T> to = norm.coefficients.from(c), from = columns.from(col);
-    *to.mean = *from.mean, *to.scale = *from.scale, *to.bias = *from.bias, *to.offset = *from.offset, *to.slope = *from.slope;
+    if (norm.coefficients.mean) norm.coefficients.from(c).put(columns.from(col));
   };
   if (norm.coefficients.mean) return two_passes<T>(cut, normalised, reduce, finish, nullptr);
   const auto input_grad = [&](const Columns<T>& columns, const Sheet& sheet) {

@@ -27,7 +27,6 @@ Tensor conv2d_fprop(const char* op, const CsrView& csr, const Tensor& values, co
 std::tuple<Tensor, Tensor, Tensor> conv2d_gradients(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g,
                                                     const Tensor& x, const Window& window, bool input_grad,
                                                     const NormGradients* norm) {
-  check_values(values, csr, compute_type(x));
   const Tensor v = dense(values), dx = input_grad ? empty_images(g, x.size(1), x.size(2), x.size(3)) : empty_strided(x, {0}, {1});
   const Tensor sums = empty_sums(x, {1, csr.nnz}), bias_sums = empty_sums(x, {csr.rows});
   for_storage(x, op, [&](auto* type) {
@@ -40,13 +39,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_gradients(const char* op, const CsrVie
     }
     const Image<const S> image = image_of(const_data<S>(x), x);
     T *const weights = mutable_data<T>(sums), *const biases = mutable_data<T>(bias_sums);
-    const auto some = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x) {
+    const auto without_dx = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x) {
       image_wgrad<S>(csr, g, x, window, weights, biases, add);
     };
-    const auto all = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x, const Image<S>& dx) {
+    const auto with_dx = [&](const Window& window, bool add, const Image<const S>& g, const Image<const S>& x, const Image<S>& dx) {
       image_backward<S>(csr, const_data<T>(v), g, x, window, dx, weights, biases, add);
     };
-    input_grad ? in_pieces(window, all, gradient, image, image_of(mutable_data<S>(dx), dx)) : in_pieces(window, some, gradient, image);
+    if (input_grad) return in_pieces(window, with_dx, gradient, image, image_of(mutable_data<S>(dx), dx));
+    in_pieces(window, without_dx, gradient, image);
   });
   return {dx, sums, bias_sums};
 }
@@ -158,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(const Tensor& values, con
   const CsrView& csr = indices.view();
   const int64_t inputs = input_channels(csr.cols, kernel_size);
   const Window window = check_pair_of_images(g, csr.rows, x, inputs, kernel_size, stride, padding, dilation);
+  check_values(values, csr, compute_type(x));
   return conv2d_gradients("csr_conv2d_backward", csr, values, g, x, window, true);
 }
 

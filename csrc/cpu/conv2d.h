@@ -28,7 +28,7 @@ inline Window check_pair_of_images(const Tensor& g, int64_t outputs, const Tenso
 Tensor conv2d_fprop(const char* op, const CsrView& csr, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& x,
                     int64_t outputs, const Window& window, bool relu, ChannelMoments* moments = nullptr);
 
-// Of x (empty without `input_grad`), of values and of the bias. With `norm`, g is read through it.
+// Of x (empty without `input_grad`), of values, which the caller has checked, and of the bias. With `norm`, g is read through it.
 std::tuple<Tensor, Tensor, Tensor> conv2d_gradients(const char* op, const CsrView& csr, const Tensor& values, const Tensor& g,
                                                     const Tensor& x, const Window& window, bool input_grad,
                                                     const NormGradients* norm = nullptr);

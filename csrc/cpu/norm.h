@@ -182,7 +182,7 @@ void norm_sums_loop(const NormArgs<S>& p) {
           for (int k = 0; k < K; ++k) {
             const Native<T> d = lanes.load(p.x + at + k * n) - mean[k];
             Native<T> g = lanes.load(p.g + at + k * n);
-            if constexpr (Masked == Mask::from_x) g = positive(d * scale[k] + bias[k], g);
+            if constexpr (Masked == Mask::from_x) g = behind_relu(g, d, scale[k], bias[k]);
             if constexpr (Masked == Mask::from_y) {
               g = positive(lanes.load(p.y + at + k * n), g);
               lanes.template store<Stream>(p.out + at + k * n, g);

@@ -29,8 +29,8 @@ inline int64_t vectors_in_row(int64_t vectors) {
   return best;
 }
 
-// Without gate and norm, which nobody sets on an image that lies so. The image in pieces whose lanes are pixels, and one with the pixels left over, whose lanes are images. Images of equal sizes
-// come in equal pieces.
+// The image in pieces whose lanes are pixels, and one with the pixels left over, whose lanes are images. Images of equal sizes come
+// in equal pieces. Gate and norm stay behind: no image that lies so has one.
 template <class T>
 std::vector<Image<T>> pixel_pieces(const Image<T>& i) {
   constexpr int64_t L = kLanes<Compute<std::remove_const_t<T>>>;

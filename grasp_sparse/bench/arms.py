@@ -31,6 +31,11 @@ def layout_of(arm: str) -> str:
     return last if last in LAYOUTS else "rows"
 
 
+def speed_got(row: Mapping[str, str]) -> float:
+    """Of a row of a step, times as fast as the network dense in the faster of the formats that it can be in as it is."""
+    return min(float(row[column]) for layout in (*LAYOUTS, "rows") if row.get(column := f"vs {DENSE} {layout}"))
+
+
 class WrongResultError(RuntimeError):
     """A pruned layer or model does not compute what the dense one does: nothing of it is measured."""
 

@@ -7,16 +7,10 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
+from grasp_sparse.bench.arms import speed_got
 from grasp_sparse.bench.results import SPARSE, kind_of
 from grasp_sparse.report.style import INK, SERIES, save_plot
-
-_TOLERANCE = 0.1  # what prune promises
-_FORMATS = ("nchw", "channels_last", "rows")  # that a dense network can be in as it is
-
-
-def speed_got(row: Mapping[str, str]) -> float:
-    """Times as fast as the network dense in the faster of its formats; what else was measured dense needs a network rewritten."""
-    return min(float(row[column]) for layout in _FORMATS if row.get(column := f"vs dense {layout}"))
+from grasp_sparse.speedup import TOLERANCE
 
 
 def plot_asked(rows: Sequence[Mapping[str, str]], path: Path) -> None:
@@ -26,7 +20,8 @@ def plot_asked(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     asked = sorted({float(row["asked"]) for row in best})
     ends = (0.8 * asked[0], 1.25 * asked[-1]) if asked else (1, 10)
     axes.plot(ends, ends, color=INK, lw=1.1, ls=(0, (4, 3)))
-    axes.fill_between(ends, [(1 - _TOLERANCE) * end for end in ends], [(1 + _TOLERANCE) * end for end in ends], color=INK, alpha=0.08, lw=0)
+    low, high = ([share * end for end in ends] for share in (1 - TOLERANCE, 1 + TOLERANCE))
+    axes.fill_between(ends, low, high, color=INK, alpha=0.08, lw=0)
     for model, colour in zip(dict.fromkeys(row["model"] for row in best), SERIES):
         own = [row for row in best if row["model"] == model]
         axes.plot([float(row["asked"]) for row in own], [speed_got(row) for row in own], "o", ms=6, color=colour, label=model, alpha=0.85)
@@ -34,6 +29,7 @@ def plot_asked(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     axes.set_xticks(asked, [f"{speed:g}x" for speed in asked])
     axes.set_yticks(asked, [f"{speed:g}x" for speed in asked])
     axes.minorticks_off()
-    axes.legend(loc="upper left")
-    figure.suptitle("Steps of a speed that was asked for (shaded: within 10%)", x=0.01, ha="left", fontweight="bold", fontsize=12)
+    if best:
+        axes.legend(loc="upper left")
+    figure.suptitle(f"Steps of a speed that was asked for (shaded: within {TOLERANCE:.0%})", x=0.01, ha="left", fontweight="bold", fontsize=12)
     save_plot(figure, path)

@@ -86,19 +86,27 @@ def check_layer(label: str, layer: SparseLayer, dense: nn.Module, x: Tensor, gra
     expected, scales = {"output": plain.detach()}, {}
     if "input gradient" in got:
         (expected["input gradient"],) = torch.autograd.grad(plain, x, grad)
-    if "weight gradient" in got or "bias gradient" in got:
-        mask = layer.mask
-        weight, bias, spread = exact_sums(layer, x.detach(), grad)
-        if "weight gradient" in got:
-            got["weight gradient"], expected["weight gradient"] = layer.placed(got["weight gradient"])[mask], weight[mask]
-            scales["weight gradient"] = spread * x.detach().square().mean().sqrt()
-        if "bias gradient" in got:
-            expected["bias gradient"], scales["bias gradient"] = bias, spread
+    expect_sums(layer, x.detach(), grad, got, expected, scales)
     allowed = TOLERANCE["float32"] if x.is_cuda else LAYER_TOLERANCE
     return max(check_close(label, what, got[what], expected[what], allowed, scales.get(what)) for what in got)
 
 
-def exact_sums(layer: SparseLayer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expect_sums(
+    layer: SparseLayer, x: Tensor, grad: Tensor, got: dict[str, Tensor], expected: dict[str, Tensor], scales: dict[str, Tensor]
+) -> None:
+    """What gradients of weight and bias there are in `got`, of the kept entries from here on, are to be, and how large such sums are."""
+    if not got.keys() & {"weight gradient", "bias gradient"}:
+        return
+    weight, bias, spread = _exact_sums(layer, x, grad)
+    if "weight gradient" in got:
+        mask = layer.mask
+        got["weight gradient"], expected["weight gradient"] = layer.placed(got["weight gradient"])[mask], weight[mask]
+        scales["weight gradient"] = spread * x.square().mean().sqrt()
+    if "bias gradient" in got:
+        expected["bias gradient"], scales["bias gradient"] = bias, spread
+
+
+def _exact_sums(layer: SparseLayer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the dense weight and of the bias, float64, and the largest norm of a channel of `grad`.
 
     The norm, times that of what it is multiplied by, is how large a sum would be were its signs random. Behind a norm a layer's

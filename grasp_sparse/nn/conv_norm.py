@@ -20,25 +20,25 @@ def conv_norm_relu(
     conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: nn.Module | None = None
 ) -> Tensor:
     """``relu(norm(conv(x)) + residual)``, in as few operations as there are: one in training on the CPU, of a sparse convolution of single
-    weights and channels_last images, with 16 channels or more (float64: 8); else as :func:`norm_relu`.
+    weights and channels_last images, with 16 output channels or more (float64: 8); else as :func:`norm_relu`.
 
     Not where a hook or a ``forward`` of its own is to see one of the layers alone.
 
     Args:
         relu: the module that is called, or passed over; None applies ``F.relu``.
     """
-    if go_together(conv, norm, x, residual) and may_fuse(norm, relu):
-        return together(conv, norm, x, residual, relu=True)
+    if runs_as_one(conv, norm, x, residual) and may_fuse(norm, relu):
+        return run_as_one(conv, norm, x, residual, relu=True)
     return norm_relu(norm, conv(x), residual, relu)
 
 
 def is_pair(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether these are layers that may :func:`go_together`."""
+    """Whether these are layers that may :func:`runs_as_one`."""
     return behaves_as(conv, SparseConv2d) and behaves_as(norm, BatchNorm2d)
 
 
-def together(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-    """``norm(conv(x), residual, relu)`` in one operation; of layers that :func:`go_together`.
+def run_as_one(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """``norm(conv(x), residual, relu)`` in one operation; of layers that :func:`runs_as_one`.
 
     The gradient of what the convolution gave is not written, but made where it is read.
     """
@@ -49,8 +49,8 @@ def together(conv: SparseConv2d, norm: BatchNorm2d, x: Tensor, residual: Tensor 
     return y
 
 
-def go_together(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> bool:
-    """Whether :func:`together` pays and nobody looks in between. Also where no gradient is wanted: the bits are the same then."""
+def runs_as_one(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether :func:`run_as_one` pays and nobody looks in between. Also where no gradient is wanted: the bits are the same then."""
     if is_symbolic(x) or not (is_pair(conv, norm) and norm.training and may_fuse(conv) and may_fuse(norm)):
         return False
     if conv.block_size is not None or conv.padding_mode != "zeros" or conv.out_channels * conv.values.element_size() < _LANES_BYTES:

@@ -68,7 +68,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     def takes(
         self, dtype: torch.dtype, shape: Sequence[int], residual: Tensor | None, running: tuple[Tensor | None, Tensor | None]
     ) -> bool:
-        """Whether a fused operation is right for images of this dtype and shape: by the dtypes that are computed in, and the residual."""
+        """Whether a fused operation is right for images of this dtype and shape: by the dtypes that are computed in, and the residual.
+
+        running: the statistics that the call reads or moves, as :meth:`running` gives them.
+        """
         computed = compute_dtype(dtype)
         if any(t is not None and t.dtype != computed for t in (self.weight, self.bias, *running)):
             return False

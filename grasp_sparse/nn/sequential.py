@@ -7,7 +7,7 @@ import functools
 from torch import Tensor, nn
 
 from grasp_sparse.nn.conv import SparseConv2d
-from grasp_sparse.nn.conv_norm import go_together, together
+from grasp_sparse.nn.conv_norm import run_as_one, runs_as_one
 from grasp_sparse.nn.linear import SparseLinear
 from grasp_sparse.nn.norm import BatchNorm2d
 from grasp_sparse.nn.relu import behaves_as, may_fuse
@@ -16,7 +16,7 @@ from grasp_sparse.nn.symbolic import is_symbolic
 
 class FusedSequential(nn.Sequential):
     """``nn.Sequential``: the same layers, the same results; a layer that can apply the ``nn.ReLU`` right behind it does, and a sparse
-    convolution and the norm behind it are one operation where :func:`~grasp_sparse.nn.conv_norm.go_together` says so.
+    convolution and the norm behind it are one operation where :func:`~grasp_sparse.nn.conv_norm.runs_as_one` says so.
 
     The former are :class:`~grasp_sparse.nn.BatchNorm2d`, :class:`~grasp_sparse.nn.SparseLinear`, and
     :class:`~grasp_sparse.nn.SparseConv2d` of whole blocks. Each call decides anew, so layers may be replaced, hooked, sliced or
@@ -32,11 +32,11 @@ class FusedSequential(nn.Sequential):
         layers, at = [*self], 0
         while at < len(layers):
             layer, *behind = layers[at : at + 3]
-            norm = behind.pop(0) if behind and go_together(layer, behind[0], input) else None
+            norm = behind.pop(0) if behind and runs_as_one(layer, behind[0], input) else None
             last = layer if norm is None else norm
             relu = bool(behind) and type(behind[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, behind[0])
             if norm is not None:
-                input = together(layer, norm, input, relu=relu)
+                input = run_as_one(layer, norm, input, relu=relu)
             else:
                 input = layer(input, relu=True) if relu else layer(input)
             at += 1 + (norm is not None) + relu

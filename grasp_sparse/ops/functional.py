@@ -136,6 +136,8 @@ def csr_conv2d_batch_norm(
     (x, values, bias), result = _compute_dtype(x, values, bias)
     window = (list(kernel_size), list(stride), list(padding), list(dilation))
     affine = (norm_weight, norm_bias)
+    if residual is not None and residual.dtype == result:
+        residual = residual.to(x.dtype)
     y, _, mean, var = call("csr_conv2d_norm_train", values, *indices, bias, x, residual, *affine, eps, relu, *window)
     return y if y.dtype == result else y.to(result), mean, var
 

@@ -2,6 +2,7 @@
 
 from grasp_sparse.optim.adamw import AdamW
 from grasp_sparse.optim.masks import layer_masks
+from grasp_sparse.optim.one_pass import one_pass
 from grasp_sparse.optim.sgd import SGD
 
-__all__ = ["AdamW", "SGD", "layer_masks"]
+__all__ = ["AdamW", "SGD", "layer_masks", "one_pass"]

@@ -16,24 +16,20 @@ _MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters of `model`, dense or sparse. Fused: one pass over each tensor, for both alike.
+    """SGD or AdamW over all parameters of `model`, dense or sparse, in one pass over each tensor.
 
-    Of a model with masked layers the pass masks as well, and their gradients come to it as they are, unless somebody looks at
-    gradients before it does: clipping by norm, or the search for what overflowed in float16.
+    Gradients of masked layers come to it as they are, unless somebody looks at gradients before it does: clipping by norm, or the
+    search for what overflowed in float16.
     """
-    masks = optim.layer_masks(model)
-    module, settings = (optim, _masking(config, masks)) if masks else (torch.optim, {"fused": True})
-    settings |= {"lr": config.lr, "weight_decay": config.weight_decay}
+    settings = {
+        "lr": config.lr, "weight_decay": config.weight_decay, "raw_gradients": config.clip_norm is None and config.precision != "fp16",
+    }  # fmt: skip
     if config.optimizer == "adamw":
-        optimizer = module.AdamW(model.parameters(), betas=(config.momentum, config.beta2), **settings)
+        optimizer = optim.one_pass("AdamW", model, betas=(config.momentum, config.beta2), **settings)
     else:
-        optimizer = module.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **settings)
+        optimizer = optim.one_pass("SGD", model, momentum=config.momentum, nesterov=config.nesterov, **settings)
     _start_moments(optimizer)
     return optimizer
-
-
-def _masking(config: TrainConfig, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
-    return {"masks": masks, "raw_gradients": config.clip_norm is None and config.precision != "fp16"}
 
 
 def _start_moments(optimizer: torch.optim.Optimizer) -> None:

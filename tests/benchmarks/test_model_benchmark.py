@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import convolutions, pictures, use_small_ones
 from torch import nn
 
 from benchmarks import models, networks
-from benchmarks.networks import Images, Network
+from benchmarks.networks import Network, load_images
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.breakdown import CATEGORIES, breakdown, category
 from grasp_sparse.bench.results import read_rows
@@ -21,25 +22,9 @@ from grasp_sparse.pruning import prune
 from grasp_sparse.train.errors import UserError
 
 
-def _net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=4), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    )  # fmt: skip
-
-
-def _rows_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10))
-
-
-def _images() -> Images:
-    return Images("Pictures (small)", torch.randn(40, 3, 32, 32), torch.arange(40) % 10)
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "QUICK", (Network("resnet32", _net, 4, 32), Network("mlp", _rows_net, 4, None)))
-    monkeypatch.setattr(models, "load_images", lambda *_: _images())
+    use_small_ones(monkeypatch)
 
 
 def _run(folder: Path, *flags: str) -> int:
@@ -83,14 +68,14 @@ def test_some_sparsities_alone(tmp_path: Path) -> None:
 
 
 def test_masks_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, wanted = Network("net", _net, 4, 32, micro_batch=5), [("flops", 0.5), ("weights", 0.75)]
-    masks = networks.masks_of(network, _images(), wanted, tmp_path, 0)
+    network, wanted = Network("net", convolutions, 4, 32, micro_batch=5), [("flops", 0.5), ("weights", 0.75)]
+    masks = networks.masks_of(network, pictures(), wanted, tmp_path, 0)
     assert masks["weights", 0.75].sparsity == pytest.approx(0.75, abs=0.01)
     assert {path.name for path in tmp_path.iterdir()} == {
         "net-pictures-small-flops-0.5-seed0.safetensors", "net-pictures-small-weights-0.75-seed0.safetensors",
     }  # fmt: skip
     monkeypatch.setattr(networks, "score", None)
-    assert networks.masks_of(network, _images(), wanted, tmp_path, 0) == masks
+    assert networks.masks_of(network, pictures(), wanted, tmp_path, 0) == masks
 
 
 def test_a_wrong_gradient_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -108,7 +93,7 @@ def test_a_wrong_gradient_leaves_no_row(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_another_loss_is_found() -> None:
-    model, batch = _net(), (torch.randn(4, 3, 8, 8), torch.arange(4))
+    model, batch = convolutions(), (torch.randn(4, 3, 8, 8), torch.arange(4))
     masks = prune(model, [batch], 0.8)
     masked = masked_copy(model, masks)
     steps = dense_steps(masked, batch) | sparse_steps(masked, masks, batch)[0]
@@ -126,14 +111,14 @@ def test_images_come_from_class_folders(tmp_path: Path) -> None:
         (tmp_path / "pets" / "train" / name).mkdir(parents=True)
         for i in range(3):
             write_png(torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8), str(tmp_path / "pets" / "train" / name / f"{i}.png"))
-    images = networks.load_images(str(tmp_path / "pets"))
+    images = load_images(str(tmp_path / "pets"))
     assert (images.name, tuple(images.images.shape), sorted(images.labels.tolist())) == ("pets", (6, 3, 32, 32), [0, 0, 0, 1, 1, 1])
     assert images.images.mean().abs() < 1e-4
-    x, y = images.batch(Network("large", _net, 4, 64), 0)
+    x, y = images.batch(Network("large", convolutions, 4, 64), 0)
     assert x.shape == (4, 3, 64, 64) and y.shape == (4,)
-    assert networks.load_images(str(tmp_path / "pets"), "cats (and dogs)").name == "cats (and dogs)"
+    assert load_images(str(tmp_path / "pets"), "cats (and dogs)").name == "cats (and dogs)"
     with pytest.raises(UserError, match="Expected --data-dir to hold train/<class>"):
-        networks.load_images(str(tmp_path / "nowhere"))
+        load_images(str(tmp_path / "nowhere"))
 
 
 def test_published_networks() -> None:

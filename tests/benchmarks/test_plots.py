@@ -67,6 +67,10 @@ def test_every_kind_of_file_is_drawn(tmp_path: Path) -> None:
              "median_s": "1"}
             for arm in ("dense float32 nchw", "sparse float32 nchw")
         ],
+        "asked": [
+            {"model": "net", "asked": "4", "arm": arm, "median_s": "1", "best": "yes", "vs dense nchw": "3.9", "vs dense oneDNN": "3"}
+            for arm in ("dense nchw", "sparse nchw")
+        ] + [{"model": "net", "asked": "99", "most": "8.5"}],
         "breakdown": [
             case | {"arm": arm, "category": kind, "seconds": "1"} for arm in ("dense nchw", "sparse nchw") for kind in ("norm", "other")
         ],

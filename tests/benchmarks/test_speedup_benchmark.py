@@ -1,4 +1,4 @@
-"""A speed that was asked for: the masks that were found are measured anew, and a speed that cannot be had leaves what was said."""
+"""A speed that was asked for: the masks that were found are measured anew, and a speed that cannot be had leaves the most that can."""
 
 from __future__ import annotations
 
@@ -6,29 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import CONVOLUTIONS, LINEARS, pictures, use_small_ones
 from torch import nn
 
 from benchmarks import speedups
 from benchmarks.networks import Images, Network
 from grasp_sparse.bench.arms import WrongResultError
 from grasp_sparse.bench.results import read_rows
+from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import prune
+from grasp_sparse.speedup import UnreachableSpeedupError
 
-IMAGES = Images("Pictures (small)", torch.randn(40, 3, 32, 32), torch.arange(40) % 10)
-
-
-def _convolutions() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-
-
-def _linears() -> nn.Module:
-    return nn.Sequential(nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10))
-
-
-CONVOLUTIONS, LINEARS = Network("resnet32", _convolutions, 4, 32), Network("mlp", _linears, 4, None)
-
-
-def _found(network: Network, images: Images, speedup: float, seed: int):
+def _found(network: Network, images: Images, x: torch.Tensor, speedup: float, seed: int) -> MaskSet:
     masks = prune(network.model(seed), [images.scoring(network, seed)], 0.9, "magnitude")
     masks.recipe.update(tries=[{}, {}], dense_step_s=0.3, sparse_step_s=0.15)
     return masks
@@ -36,8 +25,7 @@ def _found(network: Network, images: Images, speedup: float, seed: int):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speedups, "QUICK", (CONVOLUTIONS, LINEARS))
-    monkeypatch.setattr(speedups, "load_images", lambda *_: IMAGES)
+    use_small_ones(monkeypatch)
 
 
 def _run(path: Path, *flags: str) -> int:
@@ -66,8 +54,9 @@ def test_the_search_steps_on_the_batch_of_the_network_in_channels_last(monkeypat
         seen.append((model, batches, options))
 
     monkeypatch.setattr(speedups, "prune", prune)
-    speedups.masks_for(CONVOLUTIONS, IMAGES, 3.0, 0)
-    speedups.masks_for(LINEARS, IMAGES, 3.0, 0)
+    for network in (CONVOLUTIONS, LINEARS):
+        images = pictures()
+        speedups.masks_for(network, images, images.batch(network, 0)[0], 3.0, 0)
     (model, batches, options), (_, _, rows) = seen
     assert (options["budget"], options["speedup"]) == ("time", 3.0) and len(batches[0][0]) == 40
     assert options["example_input"].shape == (4, 3, 32, 32) and rows["example_input"].shape == (4, 3072)
@@ -77,13 +66,19 @@ def test_the_search_steps_on_the_batch_of_the_network_in_channels_last(monkeypat
 
 def test_a_speed_that_cannot_be_had_says_the_most_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def refuse(*_):
-        raise ValueError("Expected a speedup that can be reached, got 2: ask for at most 1.5.")
+        raise UnreachableSpeedupError("Expected a speedup that can be reached, got 2: ask for at most 1.5.", 1.5)
 
     monkeypatch.setattr(speedups, "masks_for", refuse)
     assert _run(tmp_path / "speedups.csv", "--model", "mlp") == 0
     (row,) = read_rows(tmp_path / "speedups.csv")
-    assert row["answer"].endswith("ask for at most 1.5.") and "median_s" not in row
-    assert "mlp       2 times as fast: Expected a speedup that can be reached" in capsys.readouterr().out
+    assert row["most"] == "1.5" and "median_s" not in row
+    assert "mlp       2 times as fast: cannot be had, at most 1.5" in capsys.readouterr().out
+
+
+def test_what_is_no_speed_is_refused(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        _run(tmp_path / "speedups.csv", "--speedup", "1")
+    assert "Expected a factor above 1, got 1" in capsys.readouterr().err
 
 
 def test_a_wrong_network_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

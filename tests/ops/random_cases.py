@@ -111,7 +111,7 @@ class ConvCase:
     def arguments(self) -> dict[str, Any]:
         """As for LinearCase."""
         torch.manual_seed(self.seed)
-        window = {"kernel_size": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        window = _window(self)
         x = torch.randn(self.batch, self.channels, *self.image)
         g = torch.randn(self.batch, self.rows, *output_size(self.image, *window.values()))
         weight = _weight(self, self.channels * math.prod(self.kernel))
@@ -150,8 +150,7 @@ class PoolCase(ImageCase):
     def arguments(self) -> dict[str, Any]:
         """As for LinearCase."""
         torch.manual_seed(self.seed)
-        window = {"kernel_size": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        window["ceil_mode"] = self.ceil_mode
+        window = {**_window(self), "ceil_mode": self.ceil_mode}
         channels, *image = self.size
         x = torch.randn(self.batch, *self.size).relu()  # many windows have several largest values
         x[torch.rand(x.shape) < 0.02] = self.outlier
@@ -185,6 +184,10 @@ class Norm:
         return result if self.saved_layout is None else IMAGES[self.saved_layout](result)
 
 
+def _window(case: ConvCase | PoolCase) -> dict[str, tuple[int, ...]]:
+    return {"kernel_size": case.kernel, "stride": case.stride, "padding": case.padding, "dilation": case.dilation}
+
+
 def _weight(case: LinearCase | ConvCase, cols: int) -> dict[str, Tensor | None]:
     mask = MASKS[case.mask](case.rows, cols)
     _, dtype = PRECISIONS[case.precision]
@@ -212,7 +215,7 @@ _CHANNELS = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33))
 _SIDES = st.integers(1, 9) | st.integers(10, 40)
 _BLOCK_SIDES = st.integers(1, 9) | st.sampled_from((16, 17, 32))
 _ACTIVATIONS = {"precision": st.sampled_from(sorted(PRECISIONS)), "seed": st.integers(0, 2**31)}
-_IMAGE_LAYOUTS = {"x_layout": st.sampled_from(sorted(IMAGES)), "g_layout": st.sampled_from(sorted(IMAGES))}
+_LAYOUTS_OF_IMAGES = {"x_layout": st.sampled_from(sorted(IMAGES)), "g_layout": st.sampled_from(sorted(IMAGES))}
 _WEIGHT = {
     "mask": st.sampled_from(sorted(MASKS)),
     "bias": st.booleans(),
@@ -235,7 +238,7 @@ image_cases = st.builds(
     ImageCase,
     batch=_BATCHES,
     size=st.tuples(_CHANNELS, _SIDES, _SIDES) | st.tuples(st.sampled_from((64, 130, 600)), st.integers(1, 9), st.integers(1, 9)),
-    **_IMAGE_LAYOUTS,
+    **_LAYOUTS_OF_IMAGES,
     **_ACTIVATIONS,
 )
 norms = st.builds(
@@ -281,7 +284,7 @@ def _conv_cases(draw: st.DrawFn, symmetric: bool) -> ConvCase:
         stride=stride,
         padding=(begin[0], end[0], begin[1], end[1]),
         dilation=dilation,
-        **{name: draw(strategy) for name, strategy in (_IMAGE_LAYOUTS | _WEIGHT | _ACTIVATIONS).items()},
+        **{name: draw(strategy) for name, strategy in (_LAYOUTS_OF_IMAGES | _WEIGHT | _ACTIVATIONS).items()},
     )
 
 
@@ -303,7 +306,7 @@ def _pooling_cases(draw: st.DrawFn) -> PoolCase:
         dilation=dilation,
         ceil_mode=draw(st.booleans()),
         outlier=draw(st.sampled_from((0.0, math.inf, -math.inf, math.nan))),
-        **{name: draw(strategy) for name, strategy in (_IMAGE_LAYOUTS | _ACTIVATIONS).items()},
+        **{name: draw(strategy) for name, strategy in (_LAYOUTS_OF_IMAGES | _ACTIVATIONS).items()},
     )
 
 

@@ -7,7 +7,8 @@ import torch
 from op_cases import COMPILED, IMAGE_LAYOUTS, NORM_CASES, STORED, WINDOWS, close, same_layout_or_ambiguous, sparse_matrix
 from torch.utils.flop_counter import FlopCounterMode
 
-from grasp_sparse.ops import reference
+from grasp_sparse.formats import csr_from_mask
+from grasp_sparse.ops import csr_conv2d_batch_norm, reference
 from grasp_sparse.ops.dtypes import compute_dtype
 from grasp_sparse.ops.layout import output_size
 
@@ -248,3 +249,16 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.csr_conv2d_norm_backward(*saved[:place], wrong, *saved[place + 1 :])
+
+
+def test_a_residual_has_the_dtype_of_the_result_in_float16_too():
+    """Which the CPU's kernels compute in float32."""
+    torch.manual_seed(0)
+    indices = csr_from_mask(torch.rand(16, 8 * 9) < 0.3)
+    values, x, residual = torch.randn(1, indices.nnz), torch.randn(2, 8, 5, 5), torch.randn(2, 16, 3, 3)
+    half = [t.half() for t in (x, values, residual)]
+    settings = (None, None, EPS, True, [3, 3])
+    y, *_ = csr_conv2d_batch_norm(half[0], half[1], indices, None, half[2], *settings)
+    expected, *_ = csr_conv2d_batch_norm(*(t.float() for t in half[:2]), indices, None, half[2].float(), *settings)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, expected.half())

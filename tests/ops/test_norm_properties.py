@@ -23,23 +23,23 @@ def check_normalised(z: Tensor, y: Tensor, mean: Tensor, var: Tensor, available:
     exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     close(mean, exact_mean, "mean"), close(var, exact_var, "variance")
     # By the statistics it gave: of a channel that is all but one number, a division by eps makes much of their rounding.
-    given = {**available, "x": z, "weight": available["norm_weight"], "bias": available["norm_bias"], "mean": mean, "var": var}
-    check_against_reference(["batch_norm_eval"], given)
-    evaluated = ops.batch_norm_eval(*arguments_of("batch_norm_eval", given))
+    call = {**available, "x": z, "weight": available["norm_weight"], "bias": available["norm_bias"], "mean": mean, "var": var}
+    check_against_reference(["batch_norm_eval"], call)
+    evaluated = ops.batch_norm_eval(*arguments_of("batch_norm_eval", call))
     assert torch.equal(y, evaluated) and lie_alike(y, evaluated)
     gate = norm.saved(y) if norm.relu and norm.residual_layout else None
-    given["mean"] = mean + (var + norm.eps).sqrt()  # its own would leave the bias of a convolution no gradient at all
-    return {**given, "x": norm.saved(z), "y": gate, "g": without_ties(given, gate)}
+    call["mean"] = mean + (var + norm.eps).sqrt()  # its own would leave the bias of a convolution no gradient at all
+    return {**call, "x": norm.saved(z), "y": gate, "g": without_ties(call, gate)}
 
 
-def without_ties(given: dict, gate: Tensor | None) -> Tensor:
+def without_ties(call: dict, gate: Tensor | None) -> Tensor:
     """g, but for where rounding decides on which side of the ReLU a number lies."""
-    if gate is not None or not given["relu"] or given["bias"] is None:
-        return given["g"]
-    linear = in_float64({**given, "residual": None, "relu": False})
+    if gate is not None or not call["relu"] or call["bias"] is None:
+        return call["g"]
+    linear = in_float64({**call, "residual": None, "relu": False})
     normalised = reference.batch_norm_eval(*arguments_of("batch_norm_eval", linear))
-    ties = normalised.abs() <= 1e-6 * given["bias"].abs().view(-1, 1, 1)
-    return torch.where(ties, 0, given["g"]) if ties.any() else given["g"]
+    ties = normalised.abs() <= 1e-6 * call["bias"].abs().view(-1, 1, 1)
+    return torch.where(ties, 0, call["g"]) if ties.any() else call["g"]
 
 
 def norm_terms(g, x, y, weight, bias, mean, var, eps, relu) -> list[Tensor]:
@@ -69,26 +69,26 @@ def check_sums(name: str, available: dict, terms: list[Tensor], dtypes: list[tor
 def test_batch_norm_equals_reference(case, norm):
     available = case.arguments()
     available |= norm.arguments(available["g"])
-    given = {**available, "weight": available["norm_weight"], "bias": available["norm_bias"]}
-    y, mean, var = ops.batch_norm_train(*arguments_of("batch_norm_train", given))
-    given = check_normalised(given["x"], y, mean, var, available, norm)
-    terms = norm_terms(*arguments_of("batch_norm_backward", in_float64(given)))
-    check_sums("batch_norm_backward", given, terms, [y.dtype, y.dtype, mean.dtype, mean.dtype])
-    check_threads(["batch_norm_train", "batch_norm_eval", "batch_norm_backward"], given)
+    call = {**available, "weight": available["norm_weight"], "bias": available["norm_bias"]}
+    y, mean, var = ops.batch_norm_train(*arguments_of("batch_norm_train", call))
+    call = check_normalised(call["x"], y, mean, var, available, norm)
+    terms = norm_terms(*arguments_of("batch_norm_backward", in_float64(call)))
+    check_sums("batch_norm_backward", call, terms, [y.dtype, y.dtype, mean.dtype, mean.dtype])
+    check_threads(["batch_norm_train", "batch_norm_eval", "batch_norm_backward"], call)
     count = max(2, y.numel() // y.shape[1])
-    given |= {"running_mean": torch.randn_like(mean), "running_var": torch.rand_like(var), "momentum": 0.3, "count": count}
-    exact = in_float64(given)
-    ops.batch_norm_follow_(*arguments_of("batch_norm_follow_", given))
+    call |= {"running_mean": torch.randn_like(mean), "running_var": torch.rand_like(var), "momentum": 0.3, "count": count}
+    exact = in_float64(call)
+    ops.batch_norm_follow_(*arguments_of("batch_norm_follow_", call))
     reference.batch_norm_follow_(*arguments_of("batch_norm_follow_", exact))
     for name in ("running_mean", "running_var"):
-        close(given[name], exact[name], name)
+        close(call[name], exact[name], name)
 
 
 @many
 @given(conv_cases.filter(lambda case: case.batch and case.rows), norms)
 def test_conv_and_batch_norm_equal_reference(case, norm):
-    for call in (case, replace(case, x_layout="channels_last")):  # there the norm is done on the way
-        available = call.arguments()
+    for laid_out in (case, replace(case, x_layout="channels_last")):  # there the norm is done on the way
+        available = laid_out.arguments()
         available |= norm.arguments(available["g"])
         y, z, mean, var = ops.csr_conv2d_norm_train(*arguments_of("csr_conv2d_norm_train", available))
         exact = in_float64(available)
@@ -96,9 +96,9 @@ def test_conv_and_batch_norm_equal_reference(case, norm):
         close(z, want, "convolution")
         assert lie_alike(z, want)
         of_norm = check_normalised(z, y, mean, var, available, norm)
-        given = available | {"z": of_norm["x"]} | {name: of_norm[name] for name in ("y", "g", "mean", "var")}
+        call = available | {"z": of_norm["x"]} | {name: of_norm[name] for name in ("y", "g", "mean", "var")}
         g, *terms = norm_terms(*arguments_of("batch_norm_backward", in_float64(of_norm)))
         positive = exact | {"values": exact["values"].abs(), "g": g, "x": exact["x"].abs()}
         terms = [*reference.csr_conv2d_backward(*arguments_of("csr_conv2d_backward", positive)), *terms]
-        check_sums("csr_conv2d_norm_backward", given, terms, [y.dtype] * 4 + [mean.dtype] * 2)
-        check_threads(list(CONV_NORM_SCHEMAS), given)
+        check_sums("csr_conv2d_norm_backward", call, terms, [y.dtype] * 4 + [mean.dtype] * 2)
+        check_threads(list(CONV_NORM_SCHEMAS), call)

@@ -3,8 +3,8 @@
     pytest tests/ops/test_properties.py                              the same cases every time, a few seconds
     pytest tests/ops/test_properties.py --hypothesis-profile=long    new cases, as long as you like
 
-Every operation on a sparse weight takes part, by the names of its arguments; a new one need not be listed here. Those of batch norm
-are in test_norm_properties.py.
+Every operation on a sparse weight takes part, by the names of its arguments; a new one need not be listed here. So do max pooling and
+the optimizers' updates; batch norm is in test_norm_properties.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import copy
 from collections.abc import Callable
 
 import torch
+import update_cases
 from call_laws import arguments_of, check_against_reference, check_threads, lie_alike
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import DTYPES, close
+from op_cases import close
 from random_cases import MASKS, ConvCase, LinearCase, conv_cases, linear_cases, pooling_cases, symmetric_conv_cases
 from torch import Tensor, nn
-from update_cases import LAYOUTS, SHAPES, arguments, copied, written
 
 from grasp_sparse.nn import SparseConv2d, SparseLinear
-from grasp_sparse.ops import reference_pool, reference_update
+from grasp_sparse.ops import reference_pool
 from grasp_sparse.ops.schema import BLOCK_SCHEMAS, POOL_SCHEMAS, SCHEMAS
 
 ops = torch.ops.grasp_sparse
@@ -112,31 +112,15 @@ def test_max_pool_equals_reference(case):
 
 
 updates = {
-    "dtype": st.sampled_from(list(DTYPES.values())),
-    "layout": st.sampled_from(sorted(LAYOUTS)),
+    "dtype": st.sampled_from(list(update_cases.TOLERANCE)),
+    "layout": st.sampled_from(sorted(update_cases.LAYOUTS)),
     "masked": st.booleans(),
     "density": st.sampled_from((0.0, 0.5, 1.0)),
-    "shapes": st.lists(st.sampled_from(SHAPES) | st.lists(st.integers(0, 20), max_size=4).map(tuple), min_size=1, max_size=4),
+    "shapes": st.lists(st.sampled_from(update_cases.SHAPES) | st.lists(st.integers(0, 20), max_size=4).map(tuple), min_size=1, max_size=4),
     "maximize": st.booleans(),
     "weight_decay": st.sampled_from((0.0, 0.1)),
 }
 left_out = st.none() | st.sampled_from((0.0, 1.0, float("nan")))
-
-
-def check_update(name: str, made: list, found_inf: float | None) -> None:
-    """The operation writes what the reference does in float64, zero where that is zero, and the same bits with two threads."""
-    found = None if found_inf is None else torch.tensor(found_inf)
-    one, two = copied(made), copied(made)
-    exact = [[t.double() if t.is_floating_point() else t for t in a] if isinstance(a, list) else a for a in copied(made)]
-    getattr(reference_update, name)(*exact, found)
-    getattr(ops, name)(*one, found)
-    torch.set_num_threads(2)
-    getattr(ops, name)(*two, found)
-    torch.set_num_threads(1)
-    for got, same, want in zip(written(name, one), written(name, two), written(name, exact), strict=True):
-        close(got, want, name)
-        assert torch.equal(got, same) and not got[want == 0].any()
-        assert not found_inf or torch.equal(got.double(), want), "written although it was to be left out"
 
 
 @given(
@@ -144,8 +128,8 @@ def check_update(name: str, made: list, found_inf: float | None) -> None:
     nesterov=st.booleans(), first_step=st.booleans(), with_momentum=st.booleans(),
 )  # fmt: skip
 def test_sgd_equals_reference(found_inf, with_momentum, **case):
-    made = arguments("sgd_update_", **case)
-    check_update("sgd_update_", made if with_momentum else [*made[:2], [], *made[3:]], found_inf)
+    made = update_cases.arguments("sgd_update_", **case)
+    update_cases.check("sgd_update_", made if with_momentum else [*made[:2], [], *made[3:]], found_inf=found_inf)
 
 
 @given(
@@ -153,4 +137,4 @@ def test_sgd_equals_reference(found_inf, with_momentum, **case):
     eps=st.sampled_from((1e-8, 1e-3)),
 )  # fmt: skip
 def test_adamw_equals_reference(found_inf, **case):
-    check_update("adamw_update_", arguments("adamw_update_", **case), found_inf)
+    update_cases.check("adamw_update_", update_cases.arguments("adamw_update_", **case), found_inf=found_inf)

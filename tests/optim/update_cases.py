@@ -1,4 +1,4 @@
-"""Arguments for the two operations: parameters that reach every edge of the loops, in every memory layout."""
+"""Arguments for the two operations: parameters that reach every edge of the loops, in every memory layout; and what holds for any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from grasp_sparse.bits import pack_like
+from grasp_sparse.ops import reference_update
 
+TOLERANCE = {torch.float32: dict(rtol=2e-5, atol=2e-5), torch.float64: dict(rtol=1e-12, atol=1e-12)}
 OPERATIONS = ("sgd_update_", "adamw_update_")
 SHAPES = [(n,) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000)] + [(), (1, 300), (3, 5, 3, 3), (0, 4), (4, 0, 3, 3), (130, 257)]
 
@@ -83,3 +85,22 @@ def copied(arguments: list) -> list:
 def _clone_strided(t: Tensor) -> Tensor:
     span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
     return t.new_empty(span).as_strided(t.shape, t.stride()).copy_(t)
+
+
+def check(name: str, made: list, case: str = "", found_inf: float | None = None) -> None:
+    """The operation writes what its reference does in float64, zeros where that has them, and the same bits with two threads."""
+    found = None if found_inf is None else torch.tensor(found_inf)
+    one, two = copied(made), copied(made)
+    exact = [[t.double() if t.is_floating_point() else t for t in a] if isinstance(a, list) else a for a in copied(made)]
+    getattr(reference_update, name)(*exact, found)
+    operation = getattr(torch.ops.grasp_sparse, name)
+    operation(*one, found)
+    torch.set_num_threads(2)
+    operation(*two, found)
+    torch.set_num_threads(1)
+    for got, same, want in zip(written(name, one), written(name, two), written(name, exact), strict=True):
+        assert torch.equal(got, same), f"{name}, {case}: two threads give other bits than one"
+        if found_inf:
+            assert torch.equal(got.double(), want), f"{name}, {case}: written although it was to be left out"
+        torch.testing.assert_close(got.double(), want, **TOLERANCE[got.dtype], msg=lambda text: f"{name}, {case}: {text}")
+        assert torch.equal(got == 0, want == 0), f"{name}, {case}: other zeros than the reference"
