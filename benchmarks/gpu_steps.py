@@ -13,7 +13,7 @@ gs.plan has measured it to be faster. Pruned networks are given channels_last; s
 batch innermost, and what follows keeps it. They take their steps with torch's fused SGD, as the dense ones do, and once more with
 gs.optim.SGD, which masks in the update. A step is recorded as a CUDA graph and replayed, all arms of a case in turns. Loss and
 gradients of a pruned network are compared with those of the dense one with zeros in place before anything is measured. Writes
-benchmarks/results/gpu-steps.csv, and gpu-steps-plan.csv with the times of every layer, after every case, and prints a table at
+benchmarks/results/gpu-steps.csv after every case, gpu-steps-plan.csv with the times of every layer before it, and prints a table at
 the end (benchmarks/gpu_summary.py).
 """
 
@@ -89,6 +89,11 @@ def prepared(
         return masked, masks, check_steps(dense_steps(masked, few) | steps, masks)
 
 
+def torchs_sgd(model: nn.Module) -> torch.optim.SGD:
+    """Torch's fused one, for which masked layers mask their gradients themselves."""
+    return torch.optim.SGD(model.parameters(), STEP.lr, STEP.momentum, weight_decay=STEP.weight_decay, fused=True)
+
+
 def masking_sgd(model: nn.Module) -> SGD:
     """Ours, which masks the gradients of masked layers as it reads them: they spare a pass over each."""
     masks = layer_masks(model)
@@ -124,20 +129,19 @@ def arms_of(
         chosen = plan(model, masks, given)
         sparsify_(model, masks, plan=chosen)
     own = copy.deepcopy(model).train()
-    arms[f"{SPARSE} {used} channels_last"] = step_of(model.train(), given, y, used, device)
+    arms[f"{SPARSE} {used} channels_last"] = step_of(model.train(), given, y, used, device, torchs_sgd(model))
     arms[f"{OWN_SGD} {used} channels_last"] = step_of(own, given, y, used, device, masking_sgd(own))
     return arms, chosen
 
 
-def measure(
-    case: StepCase, masked: nn.Module, masks: MaskSet, batch: tuple[Tensor, Tensor], difference: float, of_dense: list[str],
-    device: str, rounds: int,
-) -> tuple[list[Row], list[Row]]:  # fmt: skip
-    """Rows of the steps, and of the layers as they were planned."""
-    x, y = batch
-    known = {"model": case.network.name, "input": "x".join(map(str, x.shape)), "pattern": case.pattern,
-             "sparsity": f"{case.sparsity:g}", "planned_in": case.precision}  # fmt: skip
-    arms, chosen = arms_of(masked, masks, x, y, of_dense, case.precision, device)
+def known_of(case: StepCase, x: Tensor) -> Row:
+    """What every row of a case says."""
+    return {"model": case.network.name, "input": "x".join(map(str, x.shape)), "pattern": case.pattern,
+            "sparsity": f"{case.sparsity:g}", "planned_in": case.precision}  # fmt: skip
+
+
+def measure(known: Row, arms: dict[str, Callable[[], object]], masks: MaskSet, difference: float, device: str, rounds: int) -> list[Row]:
+    """Rows of the steps."""
     times = times_of(arms, device, rounds)
     rows = []
     for name in times:
@@ -149,12 +153,16 @@ def measure(
             "arm": name, **timing_columns(times, name, rivals), "vs dense of this precision": f"{dense / times[name].median:.3f}",
             "gradient_difference": f"{difference:.1e}",
         })  # fmt: skip
-    planned = [known | {
+    return rows
+
+
+def planned_rows(known: Row, chosen: Plan) -> list[Row]:
+    """Rows of the layers as they were planned."""
+    return [known | {
         "layer": ", ".join(row.layers), "shape": "x".join(map(str, row.shape)), "kept": row.kept, "runs": row.runs,
         **({f"{way}_s": f"{seconds:.6g}" for way, seconds in row.times._asdict().items()} if row.times else {}),
         "reason": row.reason,
     } for row in chosen.rows]  # fmt: skip
-    return rows, planned
 
 
 def against_best_dense(rows: list[Row], earlier: Iterable[Row]) -> list[Row]:
@@ -242,11 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
         of_dense = options.precision
         if options.budget_seconds is not None:  # each has cuDNN search anew in both formats, which takes longer than to measure it
             of_dense = ["float32", "tf32"] if case.precision == "float32" else [case.precision]
-        rows, planned = measure(case, masked, masks, batch, difference, of_dense, options.device, options.rounds)
-        results.add(against_best_dense(rows, [row for row in results.rows if same(row, settings, settings)]), KEY)
-        plans.add(planned, KEY)
-        tell(describe(rows))
+        known = known_of(case, batch[0])
+        arms, chosen = arms_of(masked, masks, *batch, of_dense, case.precision, options.device)
+        planned = planned_rows(known, chosen)
+        plans.add(planned, KEY)  # at once: they took long, and what follows may find no time
         tell(plan_line(planned))
+        rows = measure(known, arms, masks, difference, options.device, options.rounds)
+        results.add(against_best_dense(rows, [row for row in results.rows if same(row, settings, settings)]), KEY)
+        tell(describe(rows))
 
     failed = measure_within(cases, str, run_one, options)
     print("\n".join(table(results.rows)))

@@ -8,7 +8,7 @@ import torch
 
 from grasp_sparse.train.checkpoint import load_checkpoint
 
-_PARTS = ("recipe", "config", "model", "optimizer", "rng", "pruning", "masks_digest", "ema")
+_PARTS = ("recipe", "config", "model", "optimizer", "rng", "pruning", "masks_digest", "ema", "scaler", "corrupt_files")
 
 
 def same(a: object, b: object) -> bool:

@@ -11,6 +11,7 @@
 from grasp_sparse import _extension  # isort: skip  (the compiled kernels, before anything that runs them)
 from grasp_sparse import optim, patterns
 from grasp_sparse.allocator import keep_memory
+from grasp_sparse.costs import weight_costs
 from grasp_sparse.criteria import score
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.planning import Plan, plan
@@ -31,4 +32,5 @@ __all__ = [
     "prune",
     "score",
     "sparsify_",
+    "weight_costs",
 ]

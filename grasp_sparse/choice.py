@@ -15,6 +15,7 @@ from torch import Tensor
 from grasp_sparse.allocation import SCOPES, Layer, allocate
 from grasp_sparse.grouping import GroupedWeight, most_of_minimum
 from grasp_sparse.patterns import Pattern
+from grasp_sparse.patterns.selection import kth_smallest
 
 BUDGETS = ("weights", "flops", "time")
 RULES = ("exact", "paper")
@@ -166,7 +167,7 @@ def _paper_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
     density = 1 - sparsity  # two roundings instead of none: what the authors' code counts with
     removed = int(every.numel() * (1 - density))
     # The k-th highest of S = −score is the k-th lowest score.
-    threshold = every.kthvalue(removed).values if removed else every.min()
+    threshold = kth_smallest(every, removed) if removed else every.min()
     return {name: values >= threshold for name, values in scores.items()}
 
 

@@ -20,7 +20,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # of a process of that number that was killed; or a link that somebody has put there
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -61,13 +62,18 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         FolderInUse: another process is inside.
     """
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / ".lock", "ab", opener=_no_link) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would go on holding it
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise FolderInUse(errno.EAGAIN, "another process is using this folder", os.fspath(folder)) from error
         yield
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file that we write into, but not through a link: a folder that came from somebody may hold one to anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class DamagedFile(ValueError):

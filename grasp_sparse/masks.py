@@ -119,7 +119,7 @@ class MaskSet(Mapping[str, Tensor]):
         for name, mask in self.items():
             packed[name] = pack_bits(mask.cpu().reshape(-1))
             layers[name] = {"shape": list(mask.shape), "kept": _kept(mask)}
-        header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers}
+        header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers, "digest": self.digest()}
         data = safetensors.torch.save(packed, {_METADATA_KEY: json.dumps(header)})
         write_atomically(path, lambda file: file.write(data))
 
@@ -142,7 +142,11 @@ class MaskSet(Mapping[str, Tensor]):
             if layers.keys() != packed.keys():
                 raise ValueError(f"other tensors than its list of layers, {_some(sorted(layers.keys() ^ packed.keys()))}")
             masks = {name: _unpack(name, packed[name], **layer) for name, layer in layers.items()}
-            return cls(masks, header["recipe"], header["skipped"])
+            loaded = cls(masks, header["recipe"], header["skipped"])
+            digest = loaded.digest()
+            if header.get("digest", digest) != digest:  # files of before there was one have none
+                raise ValueError(f"other masks than were written, of digest {digest}")
+            return loaded
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"Expected a mask file written by MaskSet.save, got {os.fspath(path)}: {error}") from error
 

@@ -116,6 +116,11 @@ def prune(
     rule: "exact", or the authors' threshold with preset="paper".
     reduce: as in `score`; with speedup, which one process measures, there is nothing to share.
     The masks' recipe says how they were made; `skipped` lists the modules left dense and why.
+
+    Raises:
+        ValueError: bad arguments, a model that is compiled or pruned already, batches that are none or give scores that are
+            not finite (naming the layer), a budget that the minima exceed, a speedup that cannot be reached.
+        RuntimeError: with speedup, no compiled kernels for the model's device: for now that is every one but the CPU.
     """
     check_uncompiled(model)
     published = get_criterion(criterion)

@@ -107,8 +107,21 @@ def sparsify_(
 def densify_(model: nn.Module) -> nn.Module:
     """Turns sparse and masked layers back into ``nn.Linear`` and ``nn.Conv2d``, exact zeros where pruned; returns ``model``.
 
-    Create the optimizer anew afterwards: the weights are new Parameters. Layers that shared values share the weight.
+    Create the optimizer anew afterwards: the weights are new Parameters. Layers that shared values share the weight. Weights of a
+    model in channels_last come back as torch makes them: ``model.to(memory_format=torch.channels_last)`` again.
+
+    Raises:
+        ValueError: a weight or bias is computed from other parameters, by ``torch.nn.utils.parametrize`` or ``torch.nn.utils.prune``;
+            nothing was changed.
     """
+    for name, layer in model.named_modules():
+        if isinstance(layer, CHANGED):
+            stored = ("values" if isinstance(layer, SparseLayer) else "weight", "bias")
+            if computed := [part for part in stored if part not in layer._parameters]:
+                raise ValueError(
+                    f"Expected layers with parameters of their own, got {computed[0]} of {name or 'the model itself'} computed from others: "
+                    "call torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.prune.remove, first."
+                )
     weights: dict[nn.Parameter, nn.Parameter] = {}
     replacements = {}
     for layer in model.modules():

@@ -26,11 +26,12 @@ class LayerReport:
     input_shape: tuple[int, ...] | None  # of the first call; None without example_input, or if the layer did not run
     times: Times | None = None  # seconds of forward + backward, of all layers that share the weight; None if not measured
     block_size: BlockSize = None  # of the blocks that a sparse layer stores whole
+    weights: int | None = None  # in all: of several tensors, as a recurrent layer has, shape is the first one's
 
     @property
     def density(self) -> float:
         """Kept weights as a share of all."""
-        return self.kept / max(1, torch.Size(self.shape).numel())
+        return self.kept / max(1, torch.Size(self.shape).numel() if self.weights is None else self.weights)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def report_layers(
     for name, module in model.named_modules():
         if not (module in decided or name in skipped or type(module) in (nn.Linear, nn.Conv2d)):
             continue
-        weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]  # several in an attention or a recurrent layer
+        weight = matrices[0] if matrices else None
         shape = () if weight is None else tuple(weight.shape)
-        size = 0 if weight is None else weight.numel()
+        size = sum(p.numel() for p in matrices)
         keeps, runs, reason, times, block_size = size, "dense", skipped.get(name, "no mask"), None, None
         if module in decided:
             row = decided[module]
@@ -105,5 +107,5 @@ def report_layers(
             kept, weights = kept + keeps, weights + size
         first = next(iter(inputs.get(name, ())), None)
         seen = None if first is None else first.shape
-        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times, block_size))
+        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times, block_size, size))
     return SurgeryReport(tuple(rows), kept, weights)

@@ -1,9 +1,8 @@
 """Which weights of a model can be pruned: named, tied ones once, the rest listed with the reason they stay dense.
 
-Prunable are the weights of `nn.Linear` and of two-dimensional, ungrouped, zero-padded `nn.Conv2d`, of exactly these
-types: a subclass may compute something else with its weight (torch's own attention reads its out_proj without calling
-it). Biases, norms and one-dimensional parameters are never pruned and not listed. A frozen weight is prunable like any
-other: use `exclude`.
+Prunable are the weights of `nn.Linear` and of two-dimensional, ungrouped `nn.Conv2d`, of exactly these types: a subclass
+may compute something else with its weight (torch's own attention reads its out_proj without calling it). Biases, norms and
+one-dimensional parameters are never pruned and not listed. A frozen weight is prunable like any other: use `exclude`.
 """
 
 from __future__ import annotations
@@ -187,8 +186,6 @@ def _why_dense(owner: _Owner) -> str | None:
         return f"{kind} has {'no elements' if module.weight.numel() == 0 else f'dtype {module.weight.dtype}'}"
     if type(module) is nn.Conv2d and module.groups != 1:
         return f"Conv2d with groups={module.groups}: only groups=1 can be sparse"
-    if type(module) is nn.Conv2d and module.padding_mode != "zeros":
-        return f"Conv2d with padding_mode={module.padding_mode!r}: only zeros can be sparse"
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import pickle
 
 import pytest
 import safetensors.torch
@@ -146,3 +148,38 @@ def test_the_digest_is_of_names_shapes_and_masks_alone():
     assert digest == MaskSet({"b": b.clone(), "a": a.clone()}, {"seed": 2}, [("c", "too small")]).digest()
     others = [{"a": ~a, "b": b}, {"a": a.view(4), "b": b}, {"a": a, "c": b}, {"a": a}]
     assert len({digest, *(MaskSet(other).digest() for other in others)}) == 5
+
+
+def _parts(path) -> tuple[str, str, dict[str, torch.Tensor]]:
+    """Of a file: key and text of its metadata, tensors."""
+    with safetensors.safe_open(path, "pt") as file:
+        ((key, header),) = file.metadata().items()
+        return key, header, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_other_weights_than_were_written_are_refused_also_where_they_are_as_many(tmp_path):
+    some_masks().save(tmp_path / "masks")
+    key, header, tensors = _parts(tmp_path / "masks")
+    first, second, *_ = tensors["fc.weight"].tolist()
+    assert first != second
+    tensors["fc.weight"][:2] = torch.tensor([second, first], dtype=torch.uint8)
+    (tmp_path / "masks").write_bytes(safetensors.torch.save(tensors, {key: header}))
+    with pytest.raises(ValueError, match="got .*masks: other masks than were written"):
+        MaskSet.load(tmp_path / "masks")
+
+
+def test_a_file_of_before_there_was_a_digest_is_read(tmp_path):
+    path, masks = tmp_path / "masks", some_masks()
+    masks.save(path)
+    data = path.read_bytes()
+    key, header, tensors = _parts(path)
+    old = {name: value for name, value in json.loads(header).items() if name != "digest"}
+    path.write_bytes(safetensors.torch.save(tensors, {key: json.dumps(old)}))
+    assert path.read_bytes() != data and MaskSet.load(path) == masks
+
+
+def test_masks_go_from_one_process_to_another():
+    """By pickle, as torch.distributed.broadcast_object_list sends them."""
+    masks = some_masks()
+    sent = pickle.loads(pickle.dumps(masks))
+    assert sent == masks and (sent.recipe, sent.skipped) == (masks.recipe, masks.skipped)

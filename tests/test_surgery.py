@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import grasp_sparse as gs
@@ -353,3 +354,28 @@ class TestLoadSparse:
         gs.sparsify_(net, masks)
         with pytest.raises(ValueError, match="Expected a dense model"):
             gs.load_sparse(net, net.state_dict())
+
+
+def test_a_layer_whose_weight_is_computed_is_not_densified(net, masks):
+    """What it computes would be lost, or its parts left behind as parameters of nobody."""
+    gs.sparsify_(net, masks, max_density=0)
+    nn.utils.parametrize.register_parametrization(net.head, "weight", nn.Identity())
+    kinds = [type(module) for module in net.modules()]
+    with pytest.raises(ValueError, match="got weight of head computed from others: call .*remove_parametrizations"):
+        gs.densify_(net)
+    assert [type(module) for module in net.modules()] == kinds
+    nn.utils.parametrize.remove_parametrizations(net.head, "weight")
+    nn.utils.prune.identity(net.stem, "bias")
+    with pytest.raises(ValueError, match="got bias of stem computed from others: .*prune.remove"):
+        gs.densify_(net)
+    nn.utils.prune.remove(net.stem, "bias")
+    assert type(gs.densify_(net).head) is nn.Linear
+
+
+def test_all_matrices_of_a_layer_that_stays_dense_count():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(8, 5, num_layers=2))
+    masks = gs.prune(model, criterion="magnitude", sparsity=0.5)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    report = gs.sparsify_(model, masks)
+    assert (report.weights, report.kept) == (matrices, matrices - 16)
+    assert [row.density for row in report.rows] == [0.5, 1.0]

@@ -42,12 +42,11 @@ def names(selection) -> list[str]:
 
 def test_only_exact_linear_and_plain_conv2d_are_prunable_and_everything_else_is_listed():
     found = find_weights(Zoo())
-    assert names(found) == ["conv.weight", "fc.weight"]
+    assert names(found) == ["conv.weight", "reflect.weight", "fc.weight"]
     reasons = dict(found.skipped)
     for module, word in {
         "": "position",
         "grouped": "groups=4",
-        "reflect": "reflect",
         "transposed": "transposed",
         "conv1d": "two-dimensional",
         "conv3d": "two-dimensional",
@@ -119,7 +118,7 @@ def test_a_pattern_naming_a_container_says_how_to_reach_inside():
 
 
 def test_excluding_a_layer_that_is_dense_anyway_is_no_error():
-    assert names(find_weights(Zoo(), exclude="attention*")) == ["conv.weight", "fc.weight"]
+    assert names(find_weights(Zoo(), exclude="attention*")) == ["conv.weight", "reflect.weight", "fc.weight"]
 
 
 def test_vision_transformer_lists_its_attention():

@@ -14,7 +14,11 @@ inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("grasp_sparse: CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const char* const advice = error == cudaErrorNoKernelImageForDevice
+                                 ? "; the kernels were compiled for other GPUs, build them on this one or name it in TORCH_CUDA_ARCH_LIST"
+                                 : "";
+  throw std::runtime_error(std::string("grasp_sparse: CUDA: ") + cudaGetErrorString(error) + advice);
 }
 
 inline DeviceLimits limits_of(int device) {

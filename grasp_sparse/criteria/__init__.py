@@ -79,7 +79,8 @@ def score(
         none, synflow only a shape.
     micro_batch_size: cuts batches further; memory is that of one micro-batch, and the score of a network without
         BatchNorm stays the same.
-    loss_fn: (output, target) -> mean loss over the samples; cross-entropy by default.
+    loss_fn: (output, target) -> mean loss over the samples; cross-entropy by default. GraSP divides the output by its
+        temperature of 200 before: pass temperature=1 with a loss that is not one of logits.
     include, exclude: which layers, see `find_weights`.
     dtype: score in this dtype (torch.float64 for exactness). seed: seeds everything random in here.
     reduce: several processes score together, each given its own part of the samples (whole micro-batches; none is allowed):

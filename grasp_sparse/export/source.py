@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_sparse.train.checkpoint import load_checkpoint, read_checkpoint, require
-from grasp_sparse.train.checkpoint_files import checkpoint_name
+from grasp_sparse.train.checkpoint_files import best_checkpoint, checkpoint_name
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.models import build_model
@@ -66,10 +67,7 @@ def _state(run_dir: Path, which: str) -> dict[str, Any]:
     """The checkpoint whose section "model" holds these weights."""
     state = load_checkpoint(run_dir)
     if which == "best":
-        path = run_dir / checkpoint_name(_best_epoch(state["position"].get("history"), run_dir), 0)
-        if not path.is_file():
-            raise UserError(f"Expected the checkpoint of the best epoch, {path}, found none; --which last takes the newest")
-        return read_checkpoint(path)
+        return read_checkpoint(_best(state["position"].get("history"), run_dir))
     if which == "ema":
         if state["ema"] is None:
             raise UserError(
@@ -79,12 +77,18 @@ def _state(run_dir: Path, which: str) -> dict[str, Any]:
     return state
 
 
-def _best_epoch(history: Any, run_dir: Path) -> int:
-    """Number of the epoch with the best test accuracy. Raises UserError where none is finished."""
+def _best(history: Any, run_dir: Path) -> Path:
+    """The checkpoint of the epoch with the best test accuracy. Raises UserError where none is there."""
     require(isinstance(history, list) and all(map(_is_row, history)), f"history in {run_dir}", "rows of numbers", history)
     if not history:
         raise UserError(f"Expected a finished epoch for --which best, got none yet in {run_dir}; --which last takes the newest checkpoint")
-    return max(history, key=lambda row: row["test_accuracy"])["epoch"]
+    best = best_checkpoint(run_dir, history)
+    if best is None:
+        raise UserError(f"Expected a checkpoint at the end of an epoch in {run_dir}, found none; --which last takes the newest")
+    wanted = checkpoint_name(max(history, key=lambda row: row["test_accuracy"])["epoch"], 0)
+    if best.name != wanted:
+        warnings.warn(f"the checkpoint of the best epoch, {wanted}, is not there; taking {best.name}, the best one of those in {run_dir}", stacklevel=2)
+    return best
 
 
 def _is_row(row: Any) -> bool:

@@ -4,7 +4,8 @@ The entry is stored as zero, and the gradient on its way to the weight is masked
 own gradient is infinite or NaN. With both zero an optimizer that treats entries one by one leaves it there, as all of
 torch's do but Muon (it mixes the entries of a matrix): momentum, moments and weight decay are all zero. The forward
 multiplies by the stored weight as it is, for a masked copy of it would be a second pass over the weight in every step. Who
-writes into the weight writes zeros there, as ``load_state_dict`` does here.
+writes into the weight writes zeros there, as ``load_state_dict`` and ``reset_parameters`` do here; a weight that
+``torch.nn.utils.parametrize`` computes is masked anew at each call.
 
 Masking the gradient is a pass over it, and an optimizer with bit masks reads every gradient anyway: one that asks for it
 (``raw_gradients``) gets the gradients of its weights as they are, and the layer costs what a dense one does. That ends with the
@@ -132,6 +133,13 @@ class _Hooks:
                     weight.requires_grad_(False)
         self._latest = weakref.ref(weight), mask, None if later is None else weakref.ref(later), _handed_over
 
+    def let_go(self) -> None:
+        """Leaves the gradients of all weights as they are."""
+        for weight, (_, handle) in list(self._handles.items()):
+            handle.remove()
+            del self._handles[weight]
+        self._latest = None, None, None, 0
+
     def __deepcopy__(self, memo: dict) -> _Hooks:
         return _Hooks()
 
@@ -201,9 +209,10 @@ class _Masked(PrunedLayer):
         Parameters are taken from where torch keeps them: as attributes they cost a microsecond of a layer's hundred.
         """
         parameters = self._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None or "bias" not in parameters:  # computed from others: nn.utils.parametrize, nn.utils.prune
-            weight, bias = self.weight, self.bias
+        weight, bias = parameters.get("weight"), parameters["bias"] if "bias" in parameters else self.bias
+        if weight is None:  # computed from others, by nn.utils.parametrize or nn.utils.prune, and not zero where pruned
+            self._hooks.let_go()  # of the tensor it is computed from, if that was the weight before
+            return self.to_dense_weight(), bias
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
             return self.to_dense_weight(), bias
         mask = self._buffers["mask"]
@@ -245,11 +254,18 @@ class _Masked(PrunedLayer):
 
 
 class MaskedLinear(_Masked, nn.Linear):
-    """``nn.Linear`` whose weight is exactly zero, and stays so, where ``mask`` is False."""
+    """``nn.Linear`` whose weight is exactly zero, and stays so in training, where ``mask`` is False.
+
+    Who writes into the weight (``nn.init``, ``copy_``) writes zeros there too: the forward multiplies by what is stored.
+    """
 
     @classmethod
     def from_dense(cls, module: nn.Linear, mask: Tensor) -> MaskedLinear:
-        """Copies ``module`` with ``mask`` applied; the bias Parameter is taken over."""
+        """Copies ``module`` with the bool ``mask [out_features, in_features]`` applied; the bias Parameter is taken over.
+
+        Raises:
+            ValueError: ``mask`` does not fit.
+        """
         layer = cls(module.in_features, module.out_features, bias=False, device="meta")
         layer._take(module, mask)
         return layer
@@ -262,6 +278,7 @@ class MaskedLinear(_Masked, nn.Linear):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        """As that of ``nn.Linear``: ``[..., in_features]`` to ``[..., out_features]``."""
         if is_symbolic(input):
             return called(self, input)
         weight, bias = self._weight_and_bias()
@@ -269,11 +286,18 @@ class MaskedLinear(_Masked, nn.Linear):
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
-    """``nn.Conv2d``, any number of groups, whose weight is exactly zero, and stays so, where ``mask`` is False."""
+    """``nn.Conv2d``, any number of groups, whose weight is exactly zero, and stays so in training, where ``mask`` is False.
+
+    Who writes into the weight (``nn.init``, ``copy_``) writes zeros there too: the forward multiplies by what is stored.
+    """
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, mask: Tensor) -> MaskedConv2d:
-        """Copies ``module`` with ``mask`` applied; the bias Parameter is taken over."""
+        """Copies ``module`` with the bool ``mask``, of the weight's shape, applied; the bias Parameter is taken over.
+
+        Raises:
+            ValueError: ``mask`` does not fit.
+        """
         layer = cls(**_conv_arguments(module), bias=False, device="meta")
         layer._take(module, mask)
         return layer
@@ -286,6 +310,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        """As that of ``nn.Conv2d``: ``[N, in_channels, H, W]``, or without N, to ``[N, out_channels, H', W']``."""
         if is_symbolic(input):
             return called(self, input)
         weight, bias = self._weight_and_bias()

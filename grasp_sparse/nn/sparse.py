@@ -104,6 +104,16 @@ class SparseLayer(PrunedLayer, nn.Module):
         """A dense copy of the weight with exact zeros where pruned; differentiable with respect to ``values``."""
         return self.placed(self.values)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws values and bias anew as ``nn.Linear`` and ``nn.Conv2d`` draw theirs: evenly within ±1/√(inputs of an output)."""
+        bound = max(1, self.weight_shape[1:].numel()) ** -0.5
+        self.values.uniform_(-bound, bound)
+        if self.block_size is not None:  # zeros again past the edge of the weight
+            self.values.copy_(self.storage.gather(self.to_dense_weight(), self.indices))
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+
     def placed(self, values: Tensor) -> Tensor:
         """What belongs to ``values``, their gradient say, as belonging to the dense weight; zeros where pruned."""
         return self.storage.scatter(values, self.indices, self.weight_shape)

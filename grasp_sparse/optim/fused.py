@@ -242,7 +242,10 @@ def _refuse_to_record_numbers(group: Mapping[str, object], parameters: Sequence[
 
 
 def _is_recording(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not tensor.is_cuda:
+        return False
+    with torch.cuda.device(tensor.device):  # whose current stream is asked for
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:

@@ -16,8 +16,15 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     if k <= 0 or k >= n:
         return torch.full_like(scores, k > 0, dtype=torch.bool)
     # A selection is several times faster than a sort, and torch.topk leaves open which of equal scores it returns.
-    threshold = scores.kthvalue(n - k + 1).values
+    threshold = kth_smallest(scores, n - k + 1)
     kept = scores > threshold
     ties = (scores == threshold).nonzero().flatten()
     kept[ties[: k - int(kept.count_nonzero())]] = True
     return kept
+
+
+def kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """The `k`-th smallest, from 1, of `scores` [n]; by a sort where torch has no selection that it calls deterministic."""
+    if scores.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return scores.sort().values[k - 1]
+    return scores.kthvalue(k).values

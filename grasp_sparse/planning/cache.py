@@ -8,6 +8,7 @@ version or not to be written is done without.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import backends, nn
 
-from grasp_sparse import _extension
+from grasp_sparse import _extension, ops
 from grasp_sparse.allocator import allocator
 from grasp_sparse.environment import cpu_model, version_of
 from grasp_sparse.files import write_atomically
@@ -120,11 +121,11 @@ def _platform_folder() -> Path:
 
 def layer_key(layer: nn.Module, given: LayerInput, pattern: str = "unstructured") -> str:
     """Everything the times of a layer depend on, but the number of its kept weights; ``pattern`` names blocks and their size."""
-    device = layer.weight.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    device = layer.weight.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     facts = [
-        *_machine(), *_device(device), torch.get_num_threads(), autocast, pattern, type(layer).__name__, tuple(layer.weight.shape),
-        layer.weight.stride(), layer.weight.dtype, layer.weight.requires_grad, layer.bias is not None, *given,
+        *_machine(), allocator(), *_device(device), torch.get_num_threads(), autocast, pattern, type(layer).__name__,
+        tuple(layer.weight.shape), layer.weight.stride(), layer.weight.dtype, layer.weight.requires_grad, layer.bias is not None, *given,
     ]  # fmt: skip
     if isinstance(layer, nn.Conv2d):
         facts += [layer.stride, layer.padding, layer.dilation, layer.padding_mode]
@@ -133,24 +134,31 @@ def layer_key(layer: nn.Module, given: LayerInput, pattern: str = "unstructured"
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """What holds for the whole process: processor, kernels, versions, allocator."""
-    return (cpu_model(), _extension.status().isa, _kernels(), str(torch.__version__), version_of("grasp_sparse"), allocator())
+    """What holds for the whole process: processor, kernels, versions."""
+    return (cpu_model(), _extension.status().isa, _kernels(), str(torch.__version__), version_of("grasp_sparse"))
 
 
-def _device(kind: str) -> tuple:
+def _device(device: torch.device) -> tuple:
     """A GPU by name; with what decides the precision of float32 products, and which algorithms torch's own kernels take."""
-    if kind != "cuda":
+    if device.type != "cuda":
         onednn = backends.mkldnn
-        return kind, onednn.enabled, onednn.matmul.fp32_precision, onednn.conv.fp32_precision, onednn.deterministic
+        return device.type, onednn.enabled, onednn.matmul.fp32_precision, onednn.conv.fp32_precision, onednn.deterministic
     cudnn = backends.cudnn
     precisions = backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
-    return torch.cuda.get_device_name(), _kernels("_cuda"), *precisions, cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+    return torch.cuda.get_device_name(device), _kernels("_cuda"), *_triton(), *precisions, cudnn.enabled, cudnn.benchmark, cudnn.deterministic
 
 
 def _kernels(library: str = "_C") -> str:
     """Tells one build of a compiled library from another."""
     loaded = sys.modules.get(f"grasp_sparse.{library}")
     return str(os.stat(loaded.__file__).st_mtime_ns) if loaded is not None else "none"
+
+
+@functools.cache
+def _triton() -> tuple[str, str]:
+    """Triton's version, and what tells one state of the kernels written in it from another."""
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((Path(ops.__file__).parent / "triton").glob("*.py"))))
+    return version_of("triton"), sources.hexdigest()[:16]
 
 
 def _read() -> _Store:

@@ -11,9 +11,11 @@ from typing import Any
 
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.logging import LOG_NAME
+from grasp_sparse.train.position import is_number
 from grasp_sparse.train.run import RESULT_NAME
 from grasp_sparse.train.sharding import step_in_words
 
+_PLOTTED = {"epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 SPARSE = "sparse"  # arms of the timing are called this, or "dense LAYOUT"
 
 
@@ -127,13 +129,19 @@ def read_run(folder: Path) -> Run:
     try:
         result = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (folder / LOG_NAME).read_text(encoding="utf-8").splitlines()]
+        if not isinstance(result, dict):
+            raise ValueError(f"{RESULT_NAME} holds no object")
+        for number, row in enumerate(rows, 1):
+            if not (isinstance(row, dict) and _PLOTTED | rows[0].keys() <= row.keys() and all(map(is_number, row.values()))):
+                raise ValueError(f"line {number} of {LOG_NAME} is no epoch's")
     except FileNotFoundError as error:
         raise UserError(f"Expected a finished run in {folder}, found no {Path(error.filename).name}; finish it with "
                         f"grasp-sparse train --resume {folder}") from error
+    except OSError as error:
+        raise UserError(f"cannot read the run in {folder} ({error})") from error
     except ValueError as error:
-        raise UserError(f"Expected {RESULT_NAME} and {LOG_NAME} of a run in {folder}, got damaged ones ({error})") from error
-    if not isinstance(result, dict):
-        raise UserError(f"Expected {folder / RESULT_NAME} to hold an object, got {type(result).__name__}")
+        raise UserError(f"Expected {RESULT_NAME} and {LOG_NAME} of a run in {folder}, got damaged ones ({error}); write them anew with "
+                        f"grasp-sparse train --resume {folder}") from error
     return Run(folder, result, rows)
 
 

@@ -2,7 +2,7 @@
 
 A file is a zip archive of `torch.save` (plain dicts, lists, numbers, names and tensors) with a seal behind it. The seal finds
 damage; against malice stands that only tensors and plain values are unpickled, that no tensor claims more memory than the file
-has bytes, and that every section is checked before it is used.
+has bytes, that there are no more values than that either, and that every section is checked before it is used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from grasp_sparse.bits import is_dense
 from grasp_sparse.files import DamagedFile, read_sealed, write_sealed
-from grasp_sparse.train.checkpoint_files import checkpoint_name, drop_old_checkpoints, newest_good_checkpoint
+from grasp_sparse.train.checkpoint_files import best_checkpoint, checkpoint_name, drop_old_checkpoints, newest_good_checkpoint
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.streams import is_rng
 
@@ -42,17 +43,24 @@ _DEEPEST = 32  # containers within containers
 def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """Write `state` (see _SECTIONS; the format number is added) under the name of its position; the file's path.
 
-    Older checkpoints go, but for the newest `keep` and the one with the best test accuracy. Raises OSError when it cannot be
-    written; those that were there still are, then.
+    Older checkpoints go, but for the newest `keep` and the one with the best test accuracy of those that are there; warns where
+    they cannot be deleted. Raises OSError when it cannot be written; those that were there still are, then.
     """
     position = state["position"]
-    buffer = io.BytesIO()  # torch's own writer turns a full disk into other errors, and does not always survive it
-    torch.save({"format": FORMAT, **state, "model": _compact(state["model"])}, buffer)
     path = run_dir / checkpoint_name(position["epoch"], position["step"])
-    write_sealed(path, buffer.getbuffer())
-    best = max(position["history"], key=lambda row: row["test_accuracy"], default=None)
-    drop_old_checkpoints(run_dir, keep, None if best is None else best["epoch"])
+    write_sealed(path, saved({"format": FORMAT, **state, "model": _compact(state["model"])}))
+    try:
+        drop_old_checkpoints(run_dir, keep, best_checkpoint(run_dir, position["history"]))
+    except OSError as error:
+        warnings.warn(f"cannot delete older checkpoints ({error}), which take room; {path.name} is written", stacklevel=2)
     return path
+
+
+def saved(value: object) -> memoryview:
+    """What `torch.save` writes; in memory, for torch's own writer turns a full disk into other errors and does not always survive it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getbuffer()
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -76,12 +84,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read checkpoint {path}, it is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or type(state.get("format")) is not int or state["format"] != FORMAT:
-        found = f"format {state.get('format')!s:.20}" if isinstance(state, dict) else type(state).__name__
+        form = state.get("format") if isinstance(state, dict) else None
+        found = f"format {form}" if type(form) is int and form.bit_length() <= 64 else f"none, in a {type(state).__name__}"
         raise UserError(f"Expected {path} to be a grasp_sparse checkpoint of format {FORMAT}, got {found}")
     state.setdefault("corrupt_files", [])  # they were not written once
     missing = _SECTIONS.keys() - state.keys()
     require(not missing, str(path), "a checkpoint with all of its sections", f"none named {', '.join(sorted(missing))}")
-    _check_plain(state, path)
+    _check_plain(state, len(sealed), path)
     _check_sections(state, path)
     return state
 
@@ -100,10 +109,13 @@ def _check_archive(sealed: bytes, path: Path) -> None:
     require(stored and size <= len(sealed), f"the archive {path}", "stored as it is", f"one of {len(sealed):,} bytes for {size:,}")
 
 
-def _check_plain(state: dict[str, Any], path: Path) -> None:
-    """UserError unless there are only plain values and CPU tensors that own each of their elements, once."""
+def _check_plain(state: dict[str, Any], most: int, path: Path) -> None:
+    """UserError unless there are only plain values, at most that many, and CPU tensors that own each of their elements, once."""
     pending: list[tuple[object, int]] = [(state, 0)]
-    while pending:
+    seen: set[int] = set()  # tensors, which may stand in many places
+    for _ in range(most):
+        if not pending:
+            return
         value, depth = pending.pop()
         require(depth <= _DEEPEST, str(path), f"at most {_DEEPEST} containers deep", "a deeper one")
         if type(value) in (dict, OrderedDict):
@@ -111,10 +123,13 @@ def _check_plain(state: dict[str, Any], path: Path) -> None:
         elif type(value) in (list, tuple):
             pending += [(item, depth + 1) for item in value]
         elif isinstance(value, Tensor):
-            require(_is_ordinary(value), f"every tensor in {path}", "dense, on the CPU and with memory of its own", value)
+            require(id(value) in seen or _is_ordinary(value), f"every tensor in {path}", "dense, on the CPU and with memory of its own", value)
+            seen.add(id(value))
         else:
             known = value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() <= 64)
             require(known, f"every value in {path}", "plain", type(value).__name__)
+    # containers that hold one another many times over: a few bytes unfold to more than anybody can walk through
+    require(not pending, str(path), f"a checkpoint of at most {most:,} values, one a byte", "more")
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from grasp_sparse.files import DamagedFile, read_sealed
 from grasp_sparse.train.errors import UserError
@@ -25,15 +27,27 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [run_dir / name for *_, name in sorted(found, reverse=True)]
 
 
-def drop_old_checkpoints(run_dir: Path, keep: int, best_epoch: int | None) -> None:
-    """Delete all but the newest `keep` and the one at the end of `best_epoch`.
+def best_checkpoint(run_dir: Path, history: Iterable[Mapping[str, Any]]) -> Path | None:
+    """The checkpoint at the end of the epoch with the best test accuracy, of the epochs in `history` that left one; None if none did.
 
-    The best is a name among the others, not a copy: no crash can leave one that belongs to another state than its name says.
+    It is a name among the others, not a copy: no crash can leave one that belongs to another state than its name says.
     """
-    best = None if best_epoch is None else checkpoint_name(best_epoch, 0)
+    there = set(list_checkpoints(run_dir))
+    ends = {path: row["test_accuracy"] for row in history if (path := run_dir / checkpoint_name(row["epoch"], 0)) in there}
+    return max(ends, key=ends.__getitem__, default=None)
+
+
+def drop_old_checkpoints(run_dir: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the newest `keep` and `best`. Raises OSError for the first that cannot be deleted, when the others are."""
+    failed = None
     for path in list_checkpoints(run_dir)[keep:]:
-        if path.name != best:
-            path.unlink(missing_ok=True)
+        try:
+            if path != best:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def newest_good_checkpoint(run_dir: Path) -> Path:

@@ -156,7 +156,7 @@ class TrainConfig:
     checkpoint_minutes: float = _option(
         10.0, "run", "time between checkpoints within an epoch; one is written after every epoch anyway", type=float, metavar="M"
     )
-    keep_checkpoints: int = _option(2, "run", "newest checkpoints to keep, beside the one of the best epoch", type=int, metavar="N")
+    keep_checkpoints: int = _option(2, "run", "newest checkpoints to keep, beside the best one", type=int, metavar="N")
 
     seed: int = _option(0, "run", "of initial weights, data order, augmentation and scoring samples", type=int)
     device: str = _option("cpu", "run", "cpu, cuda or cuda:N")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grasp_sparse.files import write_atomically
 from grasp_sparse.train.distributed import current_ranks
 
 LOG_NAME = "log.jsonl"
@@ -56,12 +57,22 @@ def human_duration(seconds: float) -> str:
 
 
 class EpochLog:
-    """RUN/log.jsonl. Rewritten from the checkpoint's history on resume: no epoch is there twice after a crash."""
+    """RUN/log.jsonl, a line for each row of `history`, to which others add."""
 
     def __init__(self, run_dir: Path, history: list[dict[str, Any]]) -> None:
-        self.path = run_dir / LOG_NAME
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        self.path, self._history, self._written = run_dir / LOG_NAME, history, None
 
-    def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def write(self) -> None:
+        """Make the file say what the history does. Raises OSError when it cannot; the next call mends what that left.
+
+        The first call of a process, and one after a failure, writes the file anew: no epoch is there twice after a crash, none is
+        missing or cut short after a full disk. Other calls append, for those who follow the file.
+        """
+        written, self._written = self._written, None
+        lines = [json.dumps(row) + "\n" for row in self._history[written or 0 :]]
+        if written is None:
+            write_atomically(self.path, lambda file: file.write("".join(lines).encode()))
+        elif lines:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        self._written = len(self._history)

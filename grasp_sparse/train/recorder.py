@@ -27,13 +27,17 @@ class Recorder:
         self.config, self.position, self.steps_per_epoch = config, position, steps_per_epoch
         self.ranks = current_ranks()
         self.is_main = self.ranks.is_main
-        self.epochs = EpochLog(run_dir, position.history) if self.is_main else None
-        self.board = None
-        if self.is_main and wants_tensorboard(config.tensorboard):
+        self.epochs = EpochLog(run_dir, position.history)
+        self.board: TensorBoardLog | None = None
+        if not self.is_main:
+            return
+        self._write_epochs()
+        if wants_tensorboard(config.tensorboard):
             # An epoch whose steps are all done, but not its test: what stands at its last step may include that test.
             whole = position.step == steps_per_epoch
             texts = {"recipe": config.to_dict(), "environment": environment}
-            self.board = TensorBoardLog(run_dir, self._done - whole, config.log_every, texts)
+            with self._without_board():
+                self.board = TensorBoardLog(run_dir, self._done - whole, config.log_every, texts)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
@@ -57,14 +61,10 @@ class Recorder:
         self._to_board(lambda board: board.step(self._done, loss / images, rate, int(images), seconds))
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """After an epoch: its row of the history."""
+        """After an epoch: its row, the last one of the history."""
         if not self.is_main:
             return
-        try:
-            self.epochs.append(row)
-        except OSError as error:
-            where = self.epochs.path
-            warnings.warn(f"cannot write epoch {row['epoch']} to {where} ({error}); a resumed run writes all of it again", stacklevel=2)
+        self._write_epochs()
         self._to_board(lambda board: board.epoch(self._done, row))
         say(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
@@ -81,17 +81,27 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._to_board(TensorBoardLog.close)
+        self._to_board(lambda board: board.close())
+
+    def _write_epochs(self) -> None:
+        try:
+            self.epochs.write()
+        except OSError as error:
+            warnings.warn(f"cannot write {self.epochs.path} ({error}); the next epoch, or a resumed run, writes all of it", stacklevel=2)
 
     def _to_board(self, write: Callable[[TensorBoardLog], None]) -> None:
-        """Without losing the run over a full disk."""
-        if self.board is None:
-            return
+        if self.board is not None:
+            with self._without_board():
+                write(self.board)
+
+    @contextlib.contextmanager
+    def _without_board(self) -> Iterator[None]:
+        """Inside, a full disk ends the events and not the run."""
         try:
-            write(self.board)
+            yield
         except OSError as error:
             self.board = None
-            warnings.warn(f"no more events for TensorBoard in this run ({error})", stacklevel=2)
+            warnings.warn(f"no more events for TensorBoard in this run ({error})", stacklevel=3)
 
 
 def delete_events(run_dir: Path) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # which imports torchvision: the command line asks here befor
 # What may change when a run goes on: where things are, how often they are saved and shown, when to give up; not what is computed.
 RESUMABLE = (
     "data_dir", "max_corrupt", "threads", "workers", "timing_rounds", "checkpoint_minutes", "keep_checkpoints", "tensorboard",
-    "log_every", "log_seconds",
+    "log_every", "log_seconds", "device",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) 
     """
     recipe = TrainConfig.from_dict(state["recipe"], str(path))
     wanted = TrainConfig.from_dict(dict(given), "the command line")
-    changed = [name for name in given if name not in RESUMABLE and _contradicts(getattr(wanted, name), getattr(recipe, name))]
+    changed = [name for name in given if _contradicts(name, getattr(wanted, name), getattr(recipe, name))]
     if changed:
         named = ", ".join(f"{_flag(name)} {getattr(wanted, name)} (the run: {getattr(recipe, name)})" for name in changed)
         raise UserError(
@@ -55,8 +55,15 @@ def resumed_config(state: dict[str, Any], given: Mapping[str, Any], path: Path) 
     return config
 
 
-def _contradicts(wanted: object, had: object) -> bool:
-    """Of a table only the keys that are named count: flags name some, and the recipe of the run may hold more."""
+def _contradicts(name: str, wanted: Any, had: Any) -> bool:
+    """Of a table only the keys that are named count: flags name some, and the recipe of the run may hold more.
+
+    A run goes on with another GPU, not with a CPU instead of one.
+    """
+    if name == "device":
+        return wanted.partition(":")[0] != had.partition(":")[0]
+    if name in RESUMABLE:
+        return False
     return not wanted.items() <= had.items() if isinstance(wanted, dict) and isinstance(had, dict) else wanted != had
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_sparse.costs import weight_costs
-from grasp_sparse.files import FolderInUse, locked_folder, write_atomically
+from grasp_sparse.files import FolderInUse, locked_folder, move_over, write_atomically
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.train.beside_dense import beside_dense
 from grasp_sparse.train.checkpoint import read_checkpoint, require
@@ -84,6 +84,8 @@ def resume_run(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Go on with the run in `run_dir`. `given` recipe values repeat its own, or replace some that do not alter what is computed."""
     with _sole_user(run_dir):
         trainer, trained_as = _resumed_trainer(run_dir, given)
+        if trained_as is None:
+            on_main(lambda: _forget_result(run_dir))
         measured = None if trained_as is None else on_main(lambda: _measured_before(trainer))
         return _finish(trainer, trained_as, measured)
 
@@ -158,15 +160,27 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
 
 
 def _begin_folder(folder: Path, masks: MaskSet | None) -> None:
-    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one. Write this one's masks."""
+    """Delete what a run writes, if there is a run: nothing in the folder may tell of another one. Write this one's masks.
+
+    They are on the disk before any of the other run is deleted: where there is no room for them, the run that was there stays.
+    """
+    delete_partial_files(folder)
+    fresh = folder / f".{MASKS_NAME}.partial"
+    if masks is not None:
+        masks.save(fresh)
     if has_run(folder):
         for name in _RUN_FILES:
             (folder / name).unlink(missing_ok=True)
         delete_checkpoints(folder)
         delete_events(folder)
-    delete_partial_files(folder)
     if masks is not None:
-        masks.save(folder / MASKS_NAME)
+        move_over(fresh, folder / MASKS_NAME)
+
+
+def _forget_result(folder: Path) -> None:
+    """Delete what tells of a run's end: it has not come, or its checkpoint was damaged later, and so many epochs are there no more."""
+    for name in (RESULT_NAME, REPORT_NAME):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _take_up(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -210,9 +224,16 @@ def _finish(
         "corrupt_files": sorted(trainer.data.corrupt.names),
         **comparison,
     }
-    text = json.dumps(result, indent=1)
-    on_main(lambda: write_atomically(trainer.run_dir / RESULT_NAME, lambda file: file.write(text.encode())))
+    on_main(lambda: _write_result(trainer.run_dir / RESULT_NAME, result, resume))
     return result
+
+
+def _write_result(path: Path, result: dict[str, Any], resume: str) -> None:
+    text = json.dumps(result, indent=1).encode()
+    try:
+        write_atomically(path, lambda file: file.write(text))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); training is complete and saved, make room, then {resume}") from error
 
 
 def _is_complete(trainer: Trainer) -> bool:
@@ -248,18 +269,18 @@ def _scale(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, Any
 
 def _measured_before(trainer: Trainer) -> dict[str, Any] | None:
     """What result.json says was measured of the steps of this complete run; None where as much as is asked for now was not."""
-    rounds, threads = trainer.config.timing_rounds, trainer.config.threads
+    asked = [trainer.config.timing_rounds, trainer.config.threads, trainer.config.device]
     try:
         result = json.loads((trainer.run_dir / RESULT_NAME).read_text(encoding="utf-8"))
         measured = {name: result[name] for name in ("timing", "memory")}
         if result["training"] != _training_summary(trainer.position):
             return None
-        if (result["config"]["timing_rounds"], result["config"]["threads"]) != (rounds, threads):
+        if [result["config"][name] for name in ("timing_rounds", "threads", "device")] != asked:
             return None
-        if not measured["memory"] or bool(measured["timing"]) != bool(rounds):
+        if not measured["memory"] or bool(measured["timing"]) != bool(asked[0]):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if rounds:
-        say("its steps were measured before; another --timing-rounds or --threads measures them again")
+    if asked[0]:
+        say("its steps were measured before; another --timing-rounds, --threads or --device measures them again")
     return measured

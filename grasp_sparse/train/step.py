@@ -88,10 +88,14 @@ def training_step(
         options.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
     loss, output = (losses[0], outputs[0]) if len(parts) == 1 else (torch.stack(losses).sum(), torch.cat(outputs))
-    if not options.scaler.is_enabled():  # which does the same itself: fused kernels read it where they run, and nobody waits
+    if options.scaler.is_enabled():
+        options.scaler.step(optimizer)
+        options.scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused kernels read it where they run, and nobody waits
         optimizer.found_inf = loss.isfinite().logical_not().float()
-    options.scaler.step(optimizer)
-    options.scaler.update()
+        optimizer.step()
+    elif loss.isfinite():
+        optimizer.step()
     return loss, output
 
 

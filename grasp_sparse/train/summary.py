@@ -27,7 +27,7 @@ def print_result(result: dict[str, Any], run_dir: Path, report: Path | None) -> 
     if report is not None:
         say(f"report      {report}")
     say(f"checkpoint  {list_checkpoints(run_dir)[0]}")
-    if (best := run_dir / checkpoint_name(training["best_epoch"], 0)).exists():
+    if (best := run_dir / checkpoint_name(training["best_epoch"], 0)).exists():  # its save may have found no room
         say(f"best        {best}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,17 @@ class TensorBoardLog:
         done: training steps done so far. What an earlier process wrote of later steps, before it was killed, is withdrawn.
         every: steps between two values of loss and learning rate.
         texts: by title, shown once, when nothing is done yet.
+
+    Raises OSError where events cannot be written.
     """
 
     def __init__(self, run_dir: Path, done: int, every: int, texts: Mapping[str, Mapping[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only when wanted
 
-        self.every = every
-        self.writer = SummaryWriter(str(run_dir / FOLDER), purge_step=done + 1, flush_secs=30)
+        self.every, folder = every, run_dir / FOLDER
+        if folder.is_symlink():  # a run folder that came from somebody may hold one to anywhere
+            raise OSError(errno.ELOOP, "Expected a folder for events, got a link", os.fspath(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1, flush_secs=30)
         if done == 0:
             for title, values in texts.items():
                 self.writer.add_text(title, "\n".join(f"    {key}: {json.dumps(value)}" for key, value in values.items()), 0)

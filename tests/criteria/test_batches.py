@@ -8,6 +8,7 @@ import torch
 from grasp_sparse.criteria.batches import Batch, StoredBatches, class_balanced, micro_batches
 
 
+@pytest.mark.filterwarnings("ignore:The batches to score on take more")
 @pytest.mark.parametrize("memory_limit", [0, 500, 1 << 20])
 def test_stored_batches_give_the_same_bits_every_time_in_memory_or_on_disk(memory_limit):
     drawn = [({"image": torch.randn(3, 4, 5), "n": 2}, torch.tensor([i, i, i])) for i in range(6)]
@@ -53,3 +54,11 @@ def test_micro_batches_cover_every_sample_once_and_see_every_class():
     assert all(piece.targets.tolist() == [0, 1, 2, 3, 4] for piece in pieces)
     assert max(piece.samples for piece in micro_batches([batch], 3)) <= 3
     assert list(micro_batches([batch], None)) == [batch]
+
+
+def test_more_batches_than_memory_should_hold_are_said_to_go_to_the_disk():
+    """A whole ImageNet would: the hint is what a caller needs who forgot to say how many."""
+    drawn = [(torch.zeros(4), torch.zeros(1))] * 3
+    with pytest.warns(UserWarning, match="more than the .* GiB that memory holds of them: the rest goes to a file in .* num_batches") as said:
+        StoredBatches(drawn, memory_limit=30)
+    assert [warning.category for warning in said].count(UserWarning) == 1  # not one a batch

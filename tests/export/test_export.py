@@ -24,7 +24,7 @@ from grasp_sparse.train.checkpoint import load_checkpoint, read_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name
 from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.errors import UserError
-from grasp_sparse.train.models import vgg_small
+from grasp_sparse.train.models import OWN_MODELS, vgg_small
 from grasp_sparse.train.run import start_run
 
 _SMALL = {"model": "vgg_small", "model_args": {"stem": 16, "widths": [32], "depth": 1}}
@@ -37,6 +37,7 @@ _RUNS = {
         "model": "resnet18", "max_density": 1.0, "image_size": 32, "train_limit": 16, "batch_size": 8,
         "memory_format": "channels_last",
     },
+    "the paper's": {"model": "resnet32", "max_density": 1.0, "image_size": 16, "train_limit": 16, "batch_size": 8},
     "averaged": _SMALL | {"ema_decay": 0.9, "epochs": 3, "keep_checkpoints": 1},
     "factory": {"model": f"{__name__}:strange_net", "max_density": 1.0},
     "versioned": {"model": f"{__name__}:versioned_net", "max_density": 1.0},
@@ -88,6 +89,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def _plain(name: str) -> nn.Module:
     if name == "torchvision":
         return models.resnet18(num_classes=10)
+    if name == "the paper's":
+        return OWN_MODELS["resnet32"](10, 3)
     if name.startswith("versioned"):
         return versioned_net(10, 3)
     return strange_net(10, 3) if name == "factory" else vgg_small(10, 3, **_SMALL["model_args"])
@@ -180,7 +183,7 @@ def test_weights_that_a_run_does_not_have_are_refused(runs, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("history", "message"),
     [([], "Expected a finished epoch for --which best"), ([{"epoch": "1"}], "rows of numbers"), (None, "rows of numbers"),
-     ([{"epoch": 7, "test_accuracy": 0.5}], "Expected the checkpoint of the best epoch, .*checkpoint-e007-s000000.pt, found none")],
+     ([{"epoch": 7, "test_accuracy": 0.5}], "Expected a checkpoint at the end of an epoch in .*, found none; --which last")],
     ids=["none yet", "words", "missing", "deleted"],
 )  # fmt: skip
 def test_a_best_epoch_that_is_not_there_is_refused(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history, message) -> None:
@@ -189,6 +192,21 @@ def test_a_best_epoch_that_is_not_there_is_refused(runs, tmp_path: Path, monkeyp
     monkeypatch.setattr(source, "load_checkpoint", lambda folder: state)
     with pytest.raises(UserError, match=message):
         command.export_run(runs("sparse"), "dense", tmp_path / "model.pt", which="best")
+
+
+def test_where_the_best_epoch_left_no_checkpoint_the_best_that_did_is_taken_and_named(
+    runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its save found no room, and training went on."""
+    folder = runs("sparse")
+    state = load_checkpoint(folder)
+    state["position"]["history"] = [{"epoch": 1, "test_accuracy": 0.5}, {"epoch": 7, "test_accuracy": 0.9}]
+    monkeypatch.setattr(source, "load_checkpoint", lambda folder: state)
+    with pytest.warns(UserWarning, match="checkpoint-e007-s000000.pt, is not there; taking checkpoint-e001-s000000.pt"):
+        command.export_run(folder, "sparse", tmp_path / "best", which="best")
+    command.export_run(folder, "sparse", tmp_path / "last")
+    written = [safetensors.torch.load_file(tmp_path / name) for name in ("best", "last")]
+    assert all(torch.equal(written[0][name], tensor) for name, tensor in written[1].items())
 
 
 @pytest.mark.parametrize(
@@ -205,7 +223,7 @@ def test_images_that_no_data_set_has_are_refused(runs, tmp_path: Path, monkeypat
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["sparse", "masked", "torchvision"])
+@pytest.mark.parametrize("name", ["sparse", "masked", "blocks", "torchvision", "the paper's"])
 def test_onnx_computes_the_same_at_any_batch_size(runs, name: str, tmp_path: Path) -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator

@@ -236,3 +236,25 @@ def test_the_argument_has_the_name_that_torch_gives_it(kind):
     )  # fmt: skip
     layer = kind.from_dense(dense, torch.rand(dense.weight.shape) < 0.5)
     assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("case", ["linear", "conv", "conv-no-bias"])
+@pytest.mark.parametrize("block_size", [None, (8, 8)])
+def test_parameters_are_drawn_anew_as_torch_draws_them(case, block_size):
+    torch.manual_seed(0)
+    module = nn.Linear(200, 60) if case == "linear" else nn.Conv2d(40, 60, 3, bias="no-bias" not in case)
+    mask = random_mask(module) if block_size is None else torch.ones_like(module.weight, dtype=torch.bool)
+    layer = (SparseLinear if case == "linear" else SparseConv2d).from_dense(module, mask, block_size)
+    before, indices = layer.values.detach().clone(), [index.clone() for index in layer.indices]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    layer.reset_parameters()
+    assert layer.values.shape == before.shape and all(map(torch.equal, layer.indices, indices))
+    drawn, bound = layer.to_dense_weight().detach()[layer.mask], module.weight[0].numel() ** -0.5
+    assert drawn.abs().max() <= bound and drawn.std() == pytest.approx(module.weight.std().item(), rel=0.1)
+    assert not torch.equal(layer.values, before)
+    if block_size is not None:  # 60 rows are no whole number of blocks of 8
+        assert torch.equal(layer.storage.gather(layer.to_dense_weight(), layer.indices), layer.values)
+    if layer.bias is not None:
+        assert layer.bias.abs().max() <= bound and len(layer.bias.unique()) > 1

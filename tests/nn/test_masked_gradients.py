@@ -230,3 +230,54 @@ def test_a_hook_that_is_gone_costs_nothing_and_others_stay():
     later = LaterMask(layer)
     layer(torch.ones(3, 6)).sum().backward()
     assert len(seen) == 1 and bool((seen[0] == 3).all()) and later is not None
+
+
+class _Shifted(nn.Module):
+    """Not zero where its argument is."""
+
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter + 1
+
+
+@every
+def test_a_parametrization_that_keeps_no_zeros_is_masked_in_the_forward_too(kind):
+    """Its gradient is then that of what was computed."""
+    layer, x = copy.deepcopy(masked(kind)).double(), torch.rand(INPUT[kind], dtype=torch.float64)
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Shifted())
+    original = layer.parametrizations.weight.original
+    call = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
+    expected = call(x, (original.detach() + 1) * layer.mask, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)), expected)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"parametrizations.weight.original": weight}, (x,)).square().sum()
+
+    assert torch.autograd.gradcheck(loss, original.detach().clone().requires_grad_())
+
+
+class _Mixed(nn.Module):
+    """Every entry from all."""
+
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter / parameter.norm()
+
+
+@every
+def test_what_a_weight_is_computed_from_has_a_gradient_at_pruned_places_too(kind):
+    """Once it was the weight itself, whose gradient was masked."""
+    layer, x = masked(kind), torch.rand(INPUT[kind]) + 0.5
+    layer(x).sum().backward()
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Mixed())
+    original = layer.parametrizations.weight.original
+    with torch.no_grad():
+        original.add_(1)
+    original.grad = None
+    layer(x).sum().backward()
+    leaf = original.detach().clone().requires_grad_()
+    call = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
+    call(x, torch.where(layer.mask, leaf / leaf.norm(), 0), layer.bias.detach()).sum().backward()
+    torch.testing.assert_close(original.grad, leaf.grad)
+    assert original.grad[~layer.mask].any()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert torch.equal(kept(layer, kind), layer.mask)

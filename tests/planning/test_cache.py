@@ -61,11 +61,11 @@ class TestCache:
     @pytest.mark.parametrize("of", [torch.backends.cuda.matmul, torch.backends.cudnn.conv], ids=["products", "convolutions"])
     def test_times_on_a_gpu_are_those_of_one_precision(self, monkeypatch, of):
         """Set in the way of today, beside which torch refuses to be asked in the older one."""
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
         before, keys = of.fp32_precision, []
         try:
             for of.fp32_precision in ("ieee", "tf32"):
-                keys.append(cache._device("cuda"))
+                keys.append(cache._device(torch.device("cuda")))
         finally:
             of.fp32_precision = before
         assert keys[0] != keys[1]
@@ -75,15 +75,15 @@ class TestCache:
         ("cuda", (torch.backends.cudnn, "benchmark", True)), ("cuda", (torch.backends.cudnn, "deterministic", True)),
     ], ids=lambda value: value if isinstance(value, str) else value[1])  # fmt: skip
     def test_times_are_those_of_one_way_to_compute(self, monkeypatch, kind, setting):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
         where, name, value = setting
-        before, key = getattr(where, name), cache._device(kind)
+        before, key = getattr(where, name), cache._device(torch.device(kind))
         try:
             setattr(where, name, value)
-            assert cache._device(kind) != key
+            assert cache._device(torch.device(kind)) != key
         finally:
             setattr(where, name, before)
-        assert cache._device(kind) == key
+        assert cache._device(torch.device(kind)) == key
 
     @pytest.fixture
     def on_disk(self, tmp_path, monkeypatch):
@@ -135,3 +135,12 @@ class TestCache:
         monkeypatch.delenv("GRASP_SPARSE_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
         assert str(cache.cache_file()) == "/somewhere/grasp_sparse/layer-times.json"
+
+
+def test_times_under_another_allocator_are_others(monkeypatch):
+    """``keep_memory`` may be called after a first plan was made."""
+    layer, given, keys = nn.Linear(8, 4), LayerInput((2, 8), "row-major", torch.float32, False), []
+    for name in ("system default", "kept"):
+        monkeypatch.setattr(cache, "allocator", lambda name=name: name)
+        keys.append(cache.layer_key(layer, given))
+    assert keys[0] != keys[1]

@@ -87,16 +87,27 @@ def test_a_run_without_phases_has_no_figure_of_them(tmp_path: Path) -> None:
     assert Page(write_report(folder)).figures == 6
 
 
+def _second_line(folder: Path, **changes: object) -> None:
+    """The log with something else in its second line; without what is None."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows[1] = {key: value for key, value in {**rows[1], **changes}.items() if value is not None}
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "result.json").unlink(), "Expected a finished run .* found no result.json; finish it with"),
         (lambda folder: (folder / "log.jsonl").write_text('{"half a li'), "damaged"),
         (lambda folder: (folder / "log.jsonl").write_text(""), "a line for each epoch"),
-        (lambda folder: (folder / "result.json").write_text("[]"), "to hold an object"),
+        (lambda folder: (folder / "result.json").write_text("[]"), "result.json holds no object"),
         (lambda folder: (folder / "result.json").write_text("{}"), "got no config, environment"),
+        (lambda folder: (folder / "log.jsonl").write_text("3\n"), "line 1 of log.jsonl is no epoch's.*; write them anew with"),
+        (lambda folder: (folder / "log.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n'), "line 1 of log.jsonl is no epoch's"),
+        (lambda folder: _second_line(folder, test_loss="high"), "line 2 of log.jsonl is no epoch's"),
+        (lambda folder: _second_line(folder, lr=None), "line 2 of log.jsonl is no epoch's"),
     ],
-    ids=["unfinished", "half a line", "no epoch", "a list", "empty"],
+    ids=["unfinished", "half a line", "no epoch", "a list", "empty", "a number", "too few columns", "a word", "no rate"],
 )
 def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, damage, message: str) -> None:
     folder = write_run(tmp_path / "run")

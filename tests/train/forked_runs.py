@@ -35,7 +35,8 @@ from grasp_sparse.train.run import continue_or_start_run
 
 _RANKS, TOOK_TOO_LONG = 2, 98
 _CONFIG = several_ranks.small_config(
-    model="several_ranks:noisy_net", train_limit=64, batch_size=16, epochs=3, checkpoint_minutes=0.0, keep_checkpoints=1
+    model="several_ranks:noisy_net", train_limit=64, batch_size=8, accumulate=2, epochs=3, ema_decay=0.9, checkpoint_minutes=0.0,
+    keep_checkpoints=1,
 )
 
 

@@ -40,6 +40,7 @@ from grasp_sparse.train.signals import Interrupted
 
 RANKS = 3
 CORRUPT = (0, 1, 10)  # files of a class are in the order of their names: the first three
+CLIPPED = 0.1  # a norm that gradients of these nets exceed
 CRITERIA = ("grasp", "snip", "synflow", "magnitude", "random")
 
 
@@ -260,20 +261,25 @@ def work(folder: Path) -> dict[str, Any]:
         max_corrupt=RANKS,
     )  # fmt: skip
     found["corrupt"] = start_run(photographs, folder / "corrupt")["corrupt_files"]
+    on_main(lambda: images_of_which_each_rank_cannot_read_one(folder / "training images", "train"))
+    trained = dataclasses.replace(photographs, data_dir=str(folder / "training images"))
+    found["corrupt in training"] = start_run(trained, folder / "corrupt in training")["corrupt_files"]
     fewer = dataclasses.replace(photographs, max_corrupt=RANKS - 1)
     found["too many corrupt"] = message_of(lambda: start_run(fewer, folder / "too many corrupt"))
 
     copied = folder / "to go on alone"
     interrupted_then_resumed(small_config(), folder / "plain", 6, lambda: on_main(lambda: copy_files(folder / "plain", copied)))
     found["accumulated"] = start_run(small_config(batch_size=4, accumulate=2), folder / "accumulated")["scale"]
+    found["some masked"] = start_run(small_config(max_density=0.25), folder / "some masked")["scale"]
+    start_run(small_config(clip_norm=CLIPPED), folder / "clipped")
     return found
 
 
-def images_of_which_each_rank_cannot_read_one(root: Path) -> None:
-    """In evaluation, where rank R reads every image whose number leaves R."""
+def images_of_which_each_rank_cannot_read_one(root: Path, split: str = "val") -> None:
+    """In evaluation, where rank R reads every image whose number leaves R; those of training are shuffled."""
     write_class_folders(root, count=4 * RANKS)
     for number in range(RANKS):
-        (root / "val" / "a" / f"{CORRUPT[number]}.png").write_bytes(b"")
+        (root / split / "a" / f"{CORRUPT[number]}.png").write_bytes(b"")
 
 
 def copy_files(source: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ def config_of(**changes: object):
 
 def same_end(a: Path, b: Path) -> bool:
     first, second = load_checkpoint(a), load_checkpoint(b)
-    return all(same(first[part], second[part]) for part in ("model", "optimizer", "rng", "pruning", "masks_digest"))
+    return all(same(first[part], second[part]) for part in ("model", "optimizer", "rng", "pruning", "masks_digest", "ema", "scaler"))
 
 
 def at_call(count: int, action: Callable[[], object], owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from grasp_sparse import files
+from grasp_sparse.train import checkpoint
 from grasp_sparse.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
+from grasp_sparse.train.checkpoint_files import best_checkpoint, checkpoint_name, drop_old_checkpoints, list_checkpoints
 from grasp_sparse.train.errors import UserError
 from grasp_sparse.train.streams import rng_state
 
@@ -328,6 +329,40 @@ def test_values_that_are_more_than_they_seem_are_refused(tmp_path: Path, value: 
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_containers_that_hold_one_another_many_times_over_are_refused(tmp_path: Path) -> None:
+    """Twenty lists, each ten times in the next: a few bytes that nobody can walk through."""
+    value: list = [1]
+    for _ in range(20):
+        value = [value] * 10
+    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": FORMAT, "environment": {"x": value}})
+    with pytest.raises(UserError, match="to be a checkpoint of at most [0-9,]+ values, one a byte"):
+        load_checkpoint(tmp_path)
+    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": value})
+    with pytest.raises(UserError, match="to be a grasp_sparse checkpoint of format 3, got none, in a dict"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_tensor_in_many_places_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, looks = torch.zeros(1000, dtype=torch.bool), []
+    _sealed(tmp_path / checkpoint_name(3, 0), {**_STATE, "format": FORMAT, "environment": {"x": [tensor] * 200}})
+    ordinary = checkpoint._is_ordinary
+    monkeypatch.setattr(checkpoint, "_is_ordinary", lambda value: looks.append(id(value)) or ordinary(value))
+    load_checkpoint(tmp_path)
+    assert len(looks) == len(set(looks)) > 1
+
+
+def test_the_best_checkpoint_is_the_best_of_those_that_are_there(tmp_path: Path) -> None:
+    history = [{"epoch": epoch, "test_accuracy": accuracy} for epoch, accuracy in ((1, 0.3), (2, 0.9), (3, 0.5), (4, 0.4))]
+    assert best_checkpoint(tmp_path, history) is None
+    for epoch in (1, 3, 4):  # the save of the second epoch found no room
+        (tmp_path / checkpoint_name(epoch, 0)).touch()
+    (tmp_path / checkpoint_name(2, 5)).touch()
+    best = best_checkpoint(tmp_path, history)
+    assert best == tmp_path / checkpoint_name(3, 0)
+    drop_old_checkpoints(tmp_path, 1, best)
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(3, 0), checkpoint_name(4, 0)}
 
 
 def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:

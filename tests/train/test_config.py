@@ -9,6 +9,7 @@ import pytest
 
 from grasp_sparse.train.config import TrainConfig, packaged_recipes, read_recipe
 from grasp_sparse.train.errors import UserError
+from grasp_sparse.train.resume import resumed_config
 from grasp_sparse.train.schedule import learning_rate, training_progress
 
 
@@ -122,3 +123,12 @@ def test_progress_is_by_steps_unless_a_time_limit_ends_sooner() -> None:
     assert training_progress(limited, 30, 100, seconds=6) == 0.3
     assert training_progress(limited, 30, 100, seconds=45) == 0.75
     assert training_progress(limited, 30, 100, seconds=90) == 1.0
+
+
+def test_a_run_goes_on_with_another_gpu_and_not_with_a_cpu() -> None:
+    config = TrainConfig(device="cuda:1")
+    state = {"recipe": config.to_dict(), "config": config.to_dict()}
+    assert resumed_config(state, {"device": "cuda:0"}, Path("run/x.pt")).device == "cuda:0"
+    assert resumed_config(state, {}, Path("run/x.pt")).device == "cuda:1"
+    with pytest.raises(UserError, match="got another --device cpu .the run: cuda:1."):
+        resumed_config(state, {"device": "cpu"}, Path("run/x.pt"))

@@ -14,6 +14,7 @@ from grasp_sparse.train.config import TrainConfig
 from grasp_sparse.train.data import fashion_mnist
 from grasp_sparse.train.data.images import MemoryImages, class_balanced, generator_for, shift_and_flip, shift_draws
 from grasp_sparse.train.data.normalization import Normalization, in_layout
+from grasp_sparse.train.data.scoring import ScoringBatches
 from grasp_sparse.train.data.sets import load_data
 from grasp_sparse.train.distributed import Ranks
 from grasp_sparse.train.errors import UserError
@@ -86,6 +87,48 @@ def test_scoring_samples_are_balanced_in_every_micro_batch() -> None:
     assert len(set(indices.tolist())) == 40
     for part in indices.split(10):
         assert labels[part].sort().values.tolist() == list(range(10))
+
+
+def test_micro_batches_with_room_for_some_classes_hold_a_sample_of_them() -> None:
+    """Not neighbours in the list of classes: every tenth of it has about as many as any other."""
+    labels = torch.arange(3000) % 1000
+    indices = class_balanced(labels, 2, seed=0)
+    assert labels[indices[:1000]].sort().values.tolist() == list(range(1000))  # in rounds
+    for part in indices.split(50):
+        classes = labels[part]
+        assert len(classes.unique()) == 50 and len((classes // 100).unique()) >= 8
+    assert not torch.equal(labels[indices[:1000]], labels[indices[1000:]])
+
+
+def test_classes_with_fewer_images_give_all_they_have() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 20)
+    indices = class_balanced(labels, 5, seed=0)
+    assert labels[indices].bincount().tolist() == [5, 3, 5] and len(indices.unique()) == 13
+    assert [sorted(labels[indices[i : i + 3]].tolist()) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
+
+
+def _scored_on(labels: Tensor, per_class: int, size: int) -> list[Tensor]:
+    """The labels of each micro-batch."""
+    images = torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8)
+    return [y for _, y in ScoringBatches(MemoryImages(images, labels), per_class, size, seed=0)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "per_class", "size", "expected"),
+    [(3, 7, 20, [12, 9]), (10, 5, 50, [50]), (10, 6, 20, [20] * 3), (10, 7, 20, [20, 20, 20, 10]), (3, 7, 2, [2] * 10 + [1]), (4, 5, 3, [3] * 6 + [2])],
+)  # fmt: skip
+def test_micro_batches_of_scoring_are_of_one_size_and_balanced(classes: int, per_class: int, size: int, expected: list[int]) -> None:
+    """With no last one of a single image, which no batch norm takes, where that can be."""
+    batches = _scored_on(torch.arange(classes * 10) % classes, per_class, size)
+    assert [len(batch) for batch in batches] == expected
+    for batch in batches:
+        counts = batch.bincount(minlength=classes)
+        assert batch.equal(batch.sort().values) and (size < classes or counts.max() == counts.min())
+
+
+def test_micro_batches_of_classes_of_unequal_sizes_are_of_one_size() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 20)
+    assert [len(batch) for batch in _scored_on(labels, 7, 8)] == [6, 6, 5]
 
 
 def _write_idx(path: Path, data: Tensor) -> None:

@@ -120,10 +120,38 @@ def test_images_that_cannot_be_read_are_counted_over_all_ranks(folder: Path, fou
     """Each rank has met one of them."""
     names = sorted(f"val/a/{number}.png" for number in several_ranks.CORRUPT)
     assert [rank["corrupt"] for rank in found] == [names] * RANKS
-    assert load_checkpoint(folder / "corrupt")["corrupt_files"] == names
+    state = load_checkpoint(folder / "corrupt")
+    assert state["corrupt_files"] == names
+    assert [row["corrupt_images"] for row in state["position"]["history"]] == [RANKS]
     said = [rank["too many corrupt"] for rank in found]
     assert said[0].startswith("UserError: Expected at most 2 corrupt images, got 3, ") and "--max-corrupt" in said[0]
     assert said[1:] == ["MainFailed: too many corrupt images"] * 2
+
+
+def test_images_that_cannot_be_trained_on_are_counted_over_all_ranks_too(folder: Path, found: list[dict]) -> None:
+    names = sorted(f"train/a/{number}.png" for number in several_ranks.CORRUPT)
+    assert [rank["corrupt in training"] for rank in found] == [names] * RANKS
+    state = load_checkpoint(folder / "corrupt in training")
+    assert state["corrupt_files"] == names and sum(row["corrupt_images"] for row in state["position"]["history"]) >= RANKS
+
+
+def test_layers_that_run_masked_send_the_gradient_of_their_dense_weight(folder: Path, found: list[dict]) -> None:
+    model = load_checkpoint(folder / "some masked")["model"]
+    stored = {name: model[f"{name}.mask" if f"{name}.mask" in model else f"{name}.values"].numel() for name in ("0", "3", "7")}
+    masked = [name for name in stored if f"{name}.mask" in model]
+    assert 0 < len(masked) < 3
+    values = sum(stored[name] for name in stored if name not in masked)
+    dense = sum(stored[name] for name in masked) + sum(model[f"{name}.bias"].numel() for name in stored)
+    scale = found[0]["some masked"]
+    assert (scale["values"], scale["dense_parameters"], scale["reduced_bytes"]) == (values, dense, 4 * (values + dense))
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_ranks_together(folder: Path, tmp_path: Path) -> None:
+    start_run(small_config(batch_size=8 * RANKS, clip_norm=several_ranks.CLIPPED), tmp_path)
+    clipped, alone, free = (load_checkpoint(path)["model"] for path in (folder / "clipped", tmp_path, folder / "plain"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(clipped[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    assert any(not torch.allclose(clipped[name], free[name], rtol=1e-2) for name in alone)
 
 
 @pytest.mark.parametrize("users", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from image_files import write_class_folders
 from small_runs import NET, at_call, config_of, same_end
 
 from grasp_sparse.files import locked_folder
-from grasp_sparse.train import engine, run
+from grasp_sparse.masks import MaskSet
+from grasp_sparse.train import checkpoint, engine, recorder, run
 from grasp_sparse.train.agreement import Requests
 from grasp_sparse.train.checkpoint import load_checkpoint
 from grasp_sparse.train.checkpoint_files import checkpoint_name, list_checkpoints
@@ -59,6 +61,10 @@ def test_the_clock_counts_from_the_last_save() -> None:
     assert not Requests([], save_seconds=600).mine()[0]
 
 
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _full(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool]) -> list[int]:
     """A disk on which the saves of those numbers find no room."""
     real, saves = engine.save_checkpoint, []
@@ -66,7 +72,7 @@ def _full(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool]) -> list[
     def save(*arguments):
         saves.append(len(saves) + 1)
         if full(saves[-1]):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _no_room()
         return real(*arguments)
 
     monkeypatch.setattr(engine, "save_checkpoint", save)
@@ -95,15 +101,124 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stands(
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(EpochLog, "append", full)
-    with pytest.warns(UserWarning, match="cannot write epoch 1 to"):
+    monkeypatch.setattr(EpochLog, "write", _no_room)
+    with pytest.warns(UserWarning, match="cannot write .*log.jsonl .*No space.* writes all of it"):
         start_run(config_of(epochs=1), tmp_path)
     monkeypatch.undo()
     resume_run(tmp_path, NET)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_line_that_was_cut_short_is_mended_with_the_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history: list[dict] = []
+    log = EpochLog(tmp_path, history)
+    log.write()
+    history.append({"epoch": 1})
+    log.write()
+    history.append({"epoch": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *_, **__: _CutShort(path))
+        with pytest.raises(OSError, match="No space"):
+            log.write()
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"ep'
+    history.append({"epoch": 3})
+    log.write()
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history
+
+
+class _CutShort:
+    """A file on a disk with room for four more bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __enter__(self) -> _CutShort:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def writelines(self, lines: list[str]) -> None:
+        with open(self.path, "a") as file:
+            file.write("".join(lines)[:4])
+        _no_room()
+
+
+def test_a_disk_without_room_for_events_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "wants_tensorboard", lambda choice: True)
+    monkeypatch.setattr(recorder, "TensorBoardLog", _no_room)
+    with pytest.warns(UserWarning, match="no more events for TensorBoard in this run .*No space"):
+        start_run(config_of(epochs=1), tmp_path)
+    assert list_checkpoints(tmp_path)[0].name == checkpoint_name(1, 0)
+
+
+def test_a_result_that_finds_no_room_says_that_the_training_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_atomically", _no_room)
+        with pytest.raises(UserError, match="cannot write .*result.json .*No space.* complete and saved.* --resume"):
+            start_run(config_of(), tmp_path)
+    resume_run(tmp_path, NET)
+    assert same_end(tmp_path, whole) and (tmp_path / "result.json").is_file()
+
+
+def test_older_checkpoints_that_cannot_be_deleted_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "drop_old_checkpoints", _no_room)
+        with pytest.warns(UserWarning, match="cannot delete older checkpoints") as said:
+            start_run(config_of(), tmp_path)
+    assert len(said) == len(list_checkpoints(tmp_path)) == 4
+    assert same_end(tmp_path, whole)
+
+
+def test_masks_that_find_no_room_leave_the_run_that_was_to_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_run(config_of(epochs=1), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(MaskSet, "save", _no_room)
+    with pytest.raises(OSError, match="No space"):
+        start_run(config_of(epochs=2, seed=1), tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_somebody_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links in it are replaced, or refused, but nothing is written through them."""
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    with monkeypatch.context() as patch:
+        at_call(5, _no_room, engine, "training_step", patch)
+        with pytest.raises(OSError, match="No space"):
+            start_run(config_of(), run_dir)
+    outside.write_text("mine")
+    for name in ("log.jsonl", "result.json"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(outside)
+    resume_run(run_dir, NET)
+    assert not (run_dir / "log.jsonl").is_symlink() and not (run_dir / "result.json").is_symlink()
+    (run_dir / ".lock").unlink()
+    (run_dir / ".lock").symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        resume_run(run_dir, NET)
+    assert outside.read_text() == "mine"
+
+
+def test_a_result_of_epochs_that_are_lost_goes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_run(config_of(keep_checkpoints=3), tmp_path)
+    newest = list_checkpoints(tmp_path)[0]
+    newest.write_bytes(b"")
+    (tmp_path / "report.html").touch()
+    with monkeypatch.context() as patch:
+        at_call(1, _no_room, engine, "training_step", patch)
+        with pytest.warns(UserWarning, match="going back"), pytest.raises(OSError, match="No space"):
+            resume_run(tmp_path, NET)
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "report.html").exists()
+
+
+def test_nothing_but_damaged_checkpoints_is_said_and_left_as_it_is(tmp_path: Path) -> None:
+    start_run(config_of(epochs=1), tmp_path)
+    for path in list_checkpoints(tmp_path):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="cannot read any checkpoint in .*; start a new run, or --overwrite this one"):
+        continue_or_start_run(config_of(), {**NET, "epochs": 3}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_damaged_checkpoints_are_put_aside_and_the_run_ends_as_if_they_had_not_been(tmp_path: Path, whole: Path) -> None:
@@ -185,6 +300,10 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, whole: Path) -
         holder.stdout.readline()
         with pytest.raises(UserError, match="another process is training the run in"):
             resume_run(whole, NET)
+        before = {path.name for path in whole.iterdir()}
+        with pytest.raises(UserError, match="another process is training the run in"):
+            start_run(config_of(seed=1), whole, overwrite=True)
+        assert {path.name for path in whole.iterdir()} == before
     finally:
         holder.kill()
         holder.wait()

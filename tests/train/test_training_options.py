@@ -374,3 +374,15 @@ def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
     plain, other = (load_checkpoint(tmp_path / name) for name in ("plain", "compiled"))
     assert plain["model"].keys() == other["model"].keys()
     torch.testing.assert_close(dict(other["model"]), dict(plain["model"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+def test_a_loss_that_is_not_finite_moves_nothing(fused: bool) -> None:
+    """Complex parameters, for one, have no fused optimizer."""
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for factor, moves in ((float("inf"), False), (1.0, True)):
+        model = _net()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        training_step(model, optimizer, lambda a, b: factor * nn.functional.cross_entropy(a, b), x, y)
+        assert all(torch.equal(old, new) for old, new in zip(before, model.parameters())) != moves

@@ -54,17 +54,20 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def class_balanced(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices of `per_class` images of each class (fewer where a class has fewer), classes interleaved.
+    """Indices of `per_class` images of each class (fewer where a class has fewer): one of every class, another of every class, …
 
-    Interleaved, so that every micro-batch cut from them is balanced too.
+    So whatever is cut from them is as balanced as can be. Each round has the classes in an order of its own: a micro-batch with room
+    for only some classes holds a sample of them, not neighbours in the list, which in ImageNet are breeds of one animal.
     """
-    order = torch.randperm(len(labels), generator=generator_for(seed, _BALANCED))
+    generator = generator_for(seed, _BALANCED)
+    order = torch.randperm(len(labels), generator=generator)
     shuffled = labels[order]
     by_class = shuffled.argsort(stable=True)
     counts = shuffled.bincount()
     rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
-    kept = rank < per_class
-    return order[by_class[kept]][rank[kept].argsort(stable=True)]
+    kept = (rank < per_class).nonzero()[:, 0]
+    kept = kept[torch.randperm(len(kept), generator=generator)]
+    return order[by_class[kept[rank[kept].argsort(stable=True)]]]
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

@@ -34,6 +34,13 @@ __global__ void read_before_waiting(const int* from, int* to) {
   to[32 + threadIdx.x] = staged[threadIdx.x];
 }
 
+__global__ void read_others_without_waiting(int* to) {
+  int* const staged = reinterpret_cast<int*>(shared_memory());
+  const int i = threadIdx.x, from = i ? i - 1 : 63;
+  staged[i] = i;
+  to[64 * blockIdx.x + i] = staged[from];
+}
+
 }  // namespace
 
 DeviceLimits limits_of(int) { return limits; }
@@ -80,6 +87,9 @@ void sample_into(int rows, int cols, int nnz, const int* crow, const int* col, i
 }
 
 int64_t count_launches() { return emulator::launches; }
+
+// to [2, 64]: what 64 threads of two blocks each found that the thread before them had written.
+void read_others(int* to) { launch(nullptr, read_others_without_waiting, 2, 64, 64 * sizeof(int), to); }
 
 void read_early(const int* from, int* to) { launch(nullptr, read_before_waiting, 1, 32, 32 * sizeof(int), from, to); }
 }

@@ -5,7 +5,8 @@
 //   - writing past the end of shared memory.
 //
 // And what it would get away with most of the time shows: shared memory holds NaN until it is written, and an asynchronous copy
-// arrives when it is waited for, no earlier.
+// arrives when it is waited for, no earlier. Warps, and threads of a warp, run from the first on in one block and from the last on
+// in the next, and the other way round in the next launch: who reads what another wrote, without a barrier, is wrong in one of them.
 #pragma once
 
 #include <setjmp.h>
@@ -81,10 +82,10 @@ class Block {
   unsigned char* shared() { return shared_.data(); }
   unsigned lane() const { return current_ % 32; }
 
-  void run(const std::function<void()>& body, size_t shared_bytes) {
+  void run(const std::function<void()>& body, size_t shared_bytes, bool backwards) {
     if (threads.x % 32)
       throw std::runtime_error("emulated launch: Expected whole warps, got " + std::to_string(threads.x) + " threads.");
-    body_ = &body;
+    body_ = &body, backwards_ = backwards;
     constexpr size_t guard = 64;
     shared_.assign(shared_bytes + guard, 0xff);
     slots_.assign(threads.x / 32 * 64, 0);
@@ -154,10 +155,14 @@ class Block {
 
   // Runs every thread as far as it goes; whether any is left to run.
   bool step() {
-    for (unsigned warp = 0; warp < threads.x; warp += 32) {
+    const unsigned warps = threads.x / 32;
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned warp = 32 * (backwards_ ? warps - 1 - w : w);
       do {
-        for (unsigned i = warp; i < warp + 32; ++i)
+        for (unsigned lane = 0; lane < 32; ++lane) {
+          const unsigned i = warp + (backwards_ ? 31 - lane : lane);
           if (fibers_[i]->state == Fiber::ready) resume(i);
+        }
         expect_one_place(warp, warp + 32);
       } while (fibers_[warp]->state == Fiber::at_warp && release(warp, warp + 32));
     }
@@ -190,6 +195,7 @@ class Block {
   std::vector<unsigned char> shared_;
   std::vector<uint64_t> slots_;
   unsigned current_ = 0;
+  bool backwards_ = false;
   jmp_buf scheduler_;
 };
 
@@ -215,7 +221,7 @@ void launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, con
   block.grid = {static_cast<unsigned>(blocks), 1, 1};
   for (int64_t i = 0; i < blocks; ++i) {
     block.index = {static_cast<unsigned>(i), 0, 0};
-    block.run(body, shared_bytes);
+    block.run(body, shared_bytes, (launches + i) % 2);
   }
 }
 

@@ -26,3 +26,12 @@ def test_a_copy_arrives_when_it_is_waited_for(emulator):
     emulator.read_early(ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(result.data_ptr()))
     assert (result[:32] == -1).all()
     assert torch.equal(result[32:], source)
+
+
+def test_a_barrier_that_is_missing_shows_in_one_of_two_blocks(emulator):
+    """Threads that run one after the other would find what those before them wrote, with a barrier or without."""
+    found = torch.zeros(2, 64, dtype=torch.int32)
+    emulator.read_others(ctypes.c_void_p(found.data_ptr()))
+    before = torch.arange(64, dtype=torch.int32).roll(1)
+    right = (found == before).sum(1).tolist()
+    assert sorted(right) == [1, 63] and (found[found != before.expand(2, -1)] == -1).all()
