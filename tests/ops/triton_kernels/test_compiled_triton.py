@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from compiling import Compiled, Launch, chosen_tile, compiled, recorded
 
-from grasp_sparse.ops.triton import BLOCK_SIDES, conv2d, linear
+from grasp_sparse.ops.triton import BLOCK_SIDES, conv2d, launch, linear
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 REGISTERS = 65536  # of a multiprocessor
@@ -38,18 +38,18 @@ CASES = list(product((80, 90), PRODUCTS, DTYPES, SQUARES + ALL * [(128, 16), (16
 
 
 def launches(
-    capability: int, name: str, dtype: str, size: tuple[int, int], channels: int = 256, stride: int = 1
+    capability: int, name: str, dtype: str, size: tuple[int, int], channels: int = 256, stride: int = 1, side: int = 3
 ) -> list[list[Launch]]:
-    """Of one call, for each tile that may be chosen."""
+    """Of one call, for each tile that may be chosen; side: of the kernel of a convolution."""
     activations, tf32 = DTYPES[dtype]
-    family, kernel = (conv2d, (3, 3)) if "conv" in name else (linear, ())
+    family, kernel = (conv2d, (side, side)) if "conv" in name else (linear, ())
     values, indices = block_matrix((channels, channels, *kernel), size, 1.0, torch.float32)
     x = torch.empty(2000, channels, dtype=activations)
     g, rest = x, ()
     if kernel:
         images = torch.empty(4, channels, 16, 16, dtype=activations, memory_format=torch.channels_last)
         x, g = images, images[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last)
-        rest = (kernel, (stride, stride), (1, 1, 1, 1), (1, 1))
+        rest = (kernel, (stride, stride), (side // 2,) * 4, (1, 1))
     bias = torch.empty(channels)
     arguments = {
         "bsr_spmm": (values, *indices, bias, x, channels),
@@ -122,19 +122,35 @@ def test_resources_and_instructions(results, capability, name, dtype, size):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("variant", ["ragged", "stride2", "lists", "order"])
-def test_variants_spill_nothing(pool, variant, capability):
-    if variant in ("lists", "order"):
-        kernel = {"lists": "regroup_kernel", "order": "longest_first_kernel"}[variant]
-        with recorded() as made:
-            values, indices = block_matrix((32, 32, 3, 3), (16, 16), 1.0, torch.float32)
-            conv2d.bsr_conv2d_dgrad(values, *indices, torch.empty(1, 32, 4, 4), 32, (8, 8), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1))
-        chosen = [of for of in made if of.kernel == kernel]
-        assert chosen
-    else:
-        settings = {"ragged": dict(channels=250), "stride2": dict(stride=2)}[variant]
-        names = [name for name in PRODUCTS if variant == "ragged" or "conv" in name]
-        tiles = [launches(capability, name, "bfloat16", (64, 64), **settings) for name in names]
-        chosen = [main(made) for of in tiles for made in (of if ALL else of[:1])]
+@pytest.mark.parametrize("variant", ["lists of 1x1", "lists of 3x3", "lists of 7x7", "order"])
+def test_lists_spill_nothing(pool, variant, capability):
+    """Of every convolution that networks have at stride 2: one tap, nine, forty-nine."""
+    side = 3 if variant == "order" else int(variant[-1])
+    with recorded() as made:
+        values, indices = block_matrix((32, 32, side, side), (16, 16), 1.0, torch.float32)
+        rest = ((side, side), (2, 2), (side // 2,) * 4, (1, 1))
+        conv2d.bsr_conv2d_dgrad(values, *indices, torch.empty(1, 32, 4, 4), 32, (8, 8), *rest)
+    chosen = [of for of in made if of.kernel == ("longest_first_kernel" if variant == "order" else "regroup_kernel")]
+    assert chosen
+    for code in pool.map(compiled, chosen, [capability] * len(chosen)):
+        assert code.spills == code.local == 0
+
+
+VARIANTS = {
+    "ragged": {"channels": 250}, "stride 2": {"stride": 2}, "1x1 at stride 2": {"stride": 2, "side": 1},
+    "7x7 at stride 2": {"stride": 2, "side": 7}, "lists by length": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_spill_nothing(pool, monkeypatch, variant, capability):
+    ordered = variant == "lists by length"
+    if ordered:
+        monkeypatch.setattr(launch, "ORDERED_BELOW", 1 << 20)
+    names = [name for name in PRODUCTS if variant == "ragged" or "conv" in name]
+    tiles = [launches(capability, name, "bfloat16", (64, 64), **VARIANTS[variant]) for name in names]
+    chosen = [main(made) for of in tiles for made in (of if ALL else of[:1])]
+    assert not ordered or any(made.signature.get("order") == "*i32" for made in chosen)
     for code in pool.map(compiled, chosen, [capability] * len(chosen)):
         assert code.spills == code.local == 0
