@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
+#include <cstring>
 #include <stdexcept>
 #include <type_traits>
 
@@ -27,6 +27,15 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
   return valid;
 }
 
+// std::bit_cast, which C++17 does not have, as which older versions of torch build extensions.
+template <class To, class From>
+inline To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 // Writes one entry of a list, of 4 or 8 bytes; with Past, past the cache (of x86), whose lines are to be filled in order.
 //
 // Lists that threads write together lie where they lay at the call before, and all threads have read them since: in the cache a line can
@@ -35,8 +44,8 @@ bool valid_pointers(const int32_t* ptr, int64_t count, int64_t nnz) {
 template <bool Past, class T>
 inline void write_entry(T* to, T value) {
 #if defined(GRASP_SPARSE_WRITES_PAST_CACHE)
-  if constexpr (Past && sizeof(T) == 4) return _mm_stream_si32(reinterpret_cast<int*>(to), std::bit_cast<int>(value));
-  if constexpr (Past && sizeof(T) == 8) return _mm_stream_si64(reinterpret_cast<long long*>(to), std::bit_cast<long long>(value));
+  if constexpr (Past && sizeof(T) == 4) return _mm_stream_si32(reinterpret_cast<int*>(to), bits_of<int>(value));
+  if constexpr (Past && sizeof(T) == 8) return _mm_stream_si64(reinterpret_cast<long long*>(to), bits_of<long long>(value));
 #endif
   *to = value;
 }
