@@ -58,7 +58,7 @@ def _load() -> ExtensionStatus:
     built = {"cpu": " ".join(library.compiled_isas()), "compiler": library.compiler(), **cuda}
     try:
         return ExtensionStatus(True, None, library.active_isa(), runnable, built, cuda_reason)
-    except ValueError as error:  # GRASP_SPARSE_ISA; a warning here, so that a program can end in a line of its own
+    except RuntimeError as error:  # GRASP_SPARSE_ISA; a warning here, so that a program can end in a line of its own
         warnings.warn(f"grasp_sparse cannot run its kernels: {error}", RuntimeWarning, stacklevel=2)
         return ExtensionStatus(False, str(error), "none", runnable, built, cuda_reason)
 

@@ -45,7 +45,7 @@ const IsaBody& choose() {
     if (const IsaBody* body = find(forced)) return *body;
     std::string names;
     for (const std::string& name : runnable_isas()) names += (names.empty() ? "" : ", ") + name;
-    throw std::invalid_argument("GRASP_SPARSE_ISA: Expected one of " + names + " on this machine, got '" + forced +
+    throw std::runtime_error("GRASP_SPARSE_ISA: Expected one of " + names + " on this machine, got '" + forced +
                                 "'; unset it to take the best.");
   }
   return *find(runnable_isas().front());

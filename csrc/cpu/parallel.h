@@ -5,12 +5,28 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #include "shared_tasks.h"
 
 namespace grasp_sparse {
 
-using torch::stable::parallel_for;
+// Torch's, with what is thrown inside thrown again behind it: older versions make another error of it, without its words.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::mutex first;
+  std::exception_ptr failed;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+    try {
+      f(from, to);
+    } catch (...) {
+      const std::lock_guard<std::mutex> only(first);
+      if (!failed) failed = std::current_exception();
+    }
+  });
+  if (failed) std::rethrow_exception(failed);
+}
 
 inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 

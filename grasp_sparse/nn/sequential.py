@@ -31,10 +31,10 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         layers, at = [*self], 0
         while at < len(layers):
-            layer, *behind = layers[at : at + 3]
+            layer, behind = layers[at], layers[at + 1 : at + 3]
             norm = behind.pop(0) if behind and runs_as_one(layer, behind[0], input) else None
             last = layer if norm is None else norm
-            relu = bool(behind) and type(behind[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, behind[0])
+            relu = len(behind) > 0 and type(behind[0]) is nn.ReLU and applies_relu(last) and may_fuse(last, behind[0])
             if norm is not None:
                 input = run_as_one(layer, norm, input, relu=relu)
             else:
