@@ -2,18 +2,20 @@
 # make test      the test-suite (PYTEST_ARGS="-k csr" to choose; in TEST_PROCESSES=2 processes)
 # make sanitize  the tests of kernels, layers and optimizers again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,
 #                and the random calls on every lesser instruction set; the first finding ends it (PYTEST_ARGS as above)
+# make oldest    the test-suite with the oldest torch that is allowed, in an environment of its own (PYTEST_ARGS as above)
 # make gpu       on a machine with a CUDA device and nvcc, in nine minutes: build, the tests that need a device, benchmarks, a table
 #                (GPU_PYTHON=python3 takes that interpreter and the torch it has, nothing is installed then; GPU_SECONDS: time for
 #                everything; GPU_LOGS, GPU_RESULTS: folders of logs and CSV files, or OUT for both)
 # make clean     remove what was built; .venv, data and runs stay
 #
-# All but the last set up .venv first (make gpu: unless told otherwise): the newest torch from PyPI, then this package with its compiled kernels.
+# All but clean set up .venv first (make gpu: unless told otherwise): the newest torch from PyPI, then this package with its compiled kernels.
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH_PACKAGES ?= 'torch>=2.11' torchvision
 OUT ?= runs/demo
 DATA_DIR ?=
 DEMO_ARGS ?=
@@ -43,7 +45,7 @@ SANITIZED_PYTHON = cd $(SANITIZED) && PYTHONPATH="$$PWD/lib" \
 
 DEVICE_PYTHON = $(or $(GPU_PYTHON),$(VENV)/bin/python)
 
-.PHONY: demo test sanitize gpu clean data
+.PHONY: demo test sanitize oldest gpu clean data
 
 demo: $(PACKAGE) data
 	@$(VENV)/bin/python -m grasp_sparse train --recipe demo --out '$(OUT)' --overwrite \
@@ -63,6 +65,10 @@ sanitize: $(TEST_PACKAGES)
 	@for isa in $$($(SANITIZED_PYTHON) -c 'from grasp_sparse import _extension as e; print(*e.status().runnable_isas[1:])'); do \
 		echo "$$isa:"; (export GRASP_SPARSE_ISA=$$isa; $(SANITIZED_PYTHON) -m pytest --capture=sys -c $(CURDIR)/pyproject.toml \
 		$(CURDIR)/tests/ops/test_properties.py $(CURDIR)/tests/ops/test_norm_properties.py $(PYTEST_ARGS)) || exit 1; done
+
+# The kernels are compiled anew and stand where the others stood: either build runs with both.
+oldest:
+	@$(MAKE) test VENV=.venv-oldest TORCH_PACKAGES="'torch==2.11.*' 'torchvision==0.26.*'"
 
 gpu: $(if $(GPU_PYTHON),,$(TEST_PACKAGES))
 	@$(DEVICE_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --logs '$(GPU_LOGS)' --results '$(GPU_RESULTS)' \
@@ -86,7 +92,7 @@ $(TORCH):
 	@test -x $(VENV)/bin/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch and build tools into $(VENV) (a minute or two)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		"torch>=2.11" torchvision "setuptools>=77" wheel ninja
+		$(TORCH_PACKAGES) 'setuptools>=77' wheel ninja
 	@touch $@
 
 $(PACKAGE): $(TORCH) $(BUILT_FROM)

@@ -46,7 +46,7 @@ const IsaBody& choose() {
     std::string names;
     for (const std::string& name : runnable_isas()) names += (names.empty() ? "" : ", ") + name;
     throw std::runtime_error("GRASP_SPARSE_ISA: Expected one of " + names + " on this machine, got '" + forced +
-                                "'; unset it to take the best.");
+                             "'; unset it to take the best.");
   }
   return *find(runnable_isas().front());
 }
