@@ -172,6 +172,9 @@ class SparseLayer(PrunedLayer, nn.Module):
             buffer = self._buffers[name]
             if keep_device:
                 index = index.to(buffer.device)
+            if index.is_inference() and not buffer.is_inference():  # loaded in torch.inference_mode: no backward may save it
+                with torch.inference_mode(False):
+                    index = index.clone()
             if index.device == buffer.device:
                 buffer.data = index
             else:

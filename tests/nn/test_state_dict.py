@@ -128,3 +128,19 @@ def test_assigning_a_state_to_a_masked_layer_writes_into_no_tensor_of_its_source
     assert torch.equal(layer.weight, torch.where(mask, before["weight"], 0)) and not layer.weight.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
     assert list(given) == list(before)
+
+
+@pytest.mark.parametrize("make", [sparse_of, MaskedLinear.from_dense], ids=["sparse", "masked"])
+def test_what_is_loaded_in_inference_mode_can_be_trained(make):
+    """As a dense layer can, which copies into the memory it has."""
+    torch.manual_seed(0)
+    mask = torch.rand(12, 20) < 0.3
+    source, target = make(nn.Linear(20, 12), mask), make(nn.Linear(20, 12), mask.roll(1))
+    with torch.inference_mode():
+        target.load_state_dict(source.state_dict())
+    x, results = torch.randn(5, 20), []
+    for layer in (source, target):
+        layer(x).square().sum().backward()
+        results.append((layer(x), next(layer.parameters()).grad))
+    assert torch.equal(source.to_dense_weight(), target.to_dense_weight())
+    torch.testing.assert_close(*results)
