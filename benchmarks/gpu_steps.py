@@ -46,6 +46,7 @@ from grasp_sparse.train.step import loss_function, training_step
 
 CLASSES, SCORED, COMPARED = 1000, 16, 8
 OWN_SGD = "peer gs.optim.SGD"  # the pruned network again, with that optimizer
+_SGD = {"lr": STEP.lr, "momentum": STEP.momentum, "weight_decay": STEP.weight_decay}
 KEY = ("model", "pattern", "sparsity", "planned_in")
 
 
@@ -64,7 +65,7 @@ class _Autocast(nn.Module):
 def step_of(
     model: nn.Module, x: Tensor, y: Tensor, used: str, device: str, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], object]:
-    """One training step of `model`, which is taken over; with torch's fused SGD, unless another `optimizer` is given."""
+    """One training step of `model`, which is taken over; as `train` does it, unless another `optimizer` is given."""
     optimizer, loss = optimizer or make_optimizer(STEP, model), loss_function(STEP)
     runs = _Autocast(model, device) if STORAGE[used] != torch.float32 else model
 
@@ -91,15 +92,13 @@ def prepared(
 
 def torchs_sgd(model: nn.Module) -> torch.optim.SGD:
     """Torch's fused one, for which masked layers mask their gradients themselves."""
-    return torch.optim.SGD(model.parameters(), STEP.lr, STEP.momentum, weight_decay=STEP.weight_decay, fused=True)
+    return torch.optim.SGD(model.parameters(), fused=True, **_SGD)
 
 
 def masking_sgd(model: nn.Module) -> SGD:
     """Ours, which masks the gradients of masked layers as it reads them: they spare a pass over each."""
     masks = layer_masks(model)
-    return SGD(
-        model.parameters(), STEP.lr, STEP.momentum, weight_decay=STEP.weight_decay, masks=masks, raw_gradients=bool(masks)
-    )
+    return SGD(model.parameters(), masks=masks, raw_gradients=bool(masks), **_SGD)
 
 
 def _computing_in(used: str, device: str) -> AbstractContextManager:

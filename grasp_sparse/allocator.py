@@ -18,7 +18,7 @@ _kept = False
 def keep_memory() -> bool:
     """From now on memory that this process has used stays with it, for the next step; it never becomes smaller.
 
-    For training on a CPU under glibc, best before the first step. Settings from outside (``MALLOC_MMAP_MAX_``,
+    For training on a CPU under glibc, best before layers are measured. Settings from outside (``MALLOC_MMAP_MAX_``,
     ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_TOP_PAD_``, or another allocator in ``LD_PRELOAD``) stand.
 
     Returns:

@@ -95,11 +95,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of names, shapes and masks: equal for equal masks, whatever their order, recipe and device."""
-        hashed = hashlib.sha256()
-        for name in sorted(self):
-            hashed.update(json.dumps([name, list(self[name].shape)]).encode())
-            hashed.update(pack_bits(self[name].cpu().reshape(-1)).numpy().tobytes())
-        return hashed.hexdigest()
+        return _digest({name: (list(mask.shape), pack_bits(mask.cpu().reshape(-1))) for name, mask in self.items()})
 
     def check(self, model: nn.Module) -> None:
         """ValueError unless every mask names a parameter of `model` and has its shape; changes nothing."""
@@ -119,7 +115,8 @@ class MaskSet(Mapping[str, Tensor]):
         for name, mask in self.items():
             packed[name] = pack_bits(mask.cpu().reshape(-1))
             layers[name] = {"shape": list(mask.shape), "kept": _kept(mask)}
-        header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers, "digest": self.digest()}
+        header = {"format": _FORMAT, "recipe": self.recipe, "skipped": self.skipped, "layers": layers}
+        header["digest"] = _digest({name: (layers[name]["shape"], bits) for name, bits in packed.items()})
         data = safetensors.torch.save(packed, {_METADATA_KEY: json.dumps(header)})
         write_atomically(path, lambda file: file.write(data))
 
@@ -142,13 +139,22 @@ class MaskSet(Mapping[str, Tensor]):
             if layers.keys() != packed.keys():
                 raise ValueError(f"other tensors than its list of layers, {_some(sorted(layers.keys() ^ packed.keys()))}")
             masks = {name: _unpack(name, packed[name], **layer) for name, layer in layers.items()}
-            loaded = cls(masks, header["recipe"], header["skipped"])
-            digest = loaded.digest()
+            digest = _digest({name: (list(mask.shape), packed[name]) for name, mask in masks.items()})
             if header.get("digest", digest) != digest:  # files of before there was one have none
                 raise ValueError(f"other masks than were written, of digest {digest}")
-            return loaded
+            return cls(masks, header["recipe"], header["skipped"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"Expected a mask file written by MaskSet.save, got {os.fspath(path)}: {error}") from error
+
+
+def _digest(layers: Mapping[str, tuple[list[int], Tensor]]) -> str:
+    """Of the shape and the packed bits of each mask."""
+    hashed = hashlib.sha256()
+    for name in sorted(layers):
+        shape, bits = layers[name]
+        hashed.update(json.dumps([name, shape]).encode())
+        hashed.update(bits.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _unpack(name: str, bits: Tensor, shape: list[int], kept: int) -> Tensor:

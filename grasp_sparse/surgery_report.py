@@ -19,19 +19,19 @@ class LayerReport:
 
     name: str
     kind: str  # class of the dense layer
-    shape: tuple[int, ...]  # of the dense weight
+    shape: tuple[int, ...]  # of the dense weight; of several, as a recurrent layer has, of the first
+    weights: int  # in all
     kept: int
     runs: str  # "sparse", "masked" or "dense"
     reason: str  # why it does not run sparse; or whose weight it shares
     input_shape: tuple[int, ...] | None  # of the first call; None without example_input, or if the layer did not run
     times: Times | None = None  # seconds of forward + backward, of all layers that share the weight; None if not measured
     block_size: BlockSize = None  # of the blocks that a sparse layer stores whole
-    weights: int | None = None  # in all: of several tensors, as a recurrent layer has, shape is the first one's
 
     @property
     def density(self) -> float:
         """Kept weights as a share of all."""
-        return self.kept / max(1, torch.Size(self.shape).numel() if self.weights is None else self.weights)
+        return self.kept / max(1, self.weights)
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,5 @@ def report_layers(
             kept, weights = kept + keeps, weights + size
         first = next(iter(inputs.get(name, ())), None)
         seen = None if first is None else first.shape
-        rows.append(LayerReport(name, type(module).__name__, shape, keeps, runs, reason, seen, times, block_size, size))
+        rows.append(LayerReport(name, type(module).__name__, shape, size, keeps, runs, reason, seen, times, block_size))
     return SurgeryReport(tuple(rows), kept, weights)

@@ -13,7 +13,7 @@ from grasp_sparse.train.step import training_step
 
 
 def sparse_step(model: nn.Module, size: int, density: float) -> Callable[[], object]:
-    """Of four images of that size in channels_last, which are of four classes; every weight of ``model`` that may runs sparse."""
+    """To be called again and again, on four channels_last images of side ``size``; every weight matrix of ``model`` runs sparse."""
     model = model.to(memory_format=torch.channels_last)
     masks = {name: torch.rand_like(p) < density for name, p in model.named_parameters() if p.dim() > 1}
     sparsify_(model, masks, plan=dict.fromkeys(masks, "sparse"))

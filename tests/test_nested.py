@@ -56,7 +56,6 @@ def test_a_namedtuple_is_one_argument_and_its_parts_count_as_those_of_a_tuple(cr
     assert layer_inputs(Difference(), pair).keys() == {"body", "body.0", "body.1", "body.2"}
 
 
-@pytest.mark.filterwarnings("ignore:The batches to score on take more")
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
 def test_stored_namedtuples_come_back_as_they_were(memory_limit):
     class Local(NamedTuple):  # which no pickle could name

@@ -6,13 +6,15 @@ the model, which it may change at will, the copy's weights to score, by paramete
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.criteria.batches import Batch, RereadBatches, StoredBatches, class_balanced, micro_batches
+from grasp_sparse.criteria.batches import MEMORY_LIMIT, Batch, RereadBatches, StoredBatches, class_balanced, micro_batches
 from grasp_sparse.criteria.grasp import grasp_scores
 from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.criteria.magnitude import magnitude_scores
@@ -168,7 +170,13 @@ def store_batches(
         batches, num_batches = class_balanced(batches, samples_per_class, num_classes, num_batches or 1), None
     if isinstance(batches, RereadBatches) and num_batches is None and micro_batch_size is None:
         return batches
-    stored = StoredBatches(batches, count=num_batches, allow_none=allow_none)
+    stored = StoredBatches(batches, count=num_batches, memory_limit=MEMORY_LIMIT, allow_none=allow_none)
+    if stored.spilled:
+        warnings.warn(
+            f"The batches to score on take more than the {MEMORY_LIMIT / 2**30:g} GiB that memory holds of them: the rest is in a file in "
+            f"{tempfile.gettempdir()}. num_batches says how many are read.",
+            stacklevel=4,
+        )
     return stored if micro_batch_size is None else StoredBatches(micro_batches(stored, micro_batch_size), allow_none=allow_none)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class StoredBatches:
         self._in_memory: list[Batch] = []
         self._spilled: list[tuple[Batch, int, int]] = []  # structure without its tensors, and where they are in the file
         self._file: Any = None
-        self._memory_limit, held = memory_limit, 0
+        held = 0
         for item in islice(batches, count):
             batch = Batch(*move(tuple(as_batch(item)), torch.device("cpu")))
             size = _bytes(batch)
@@ -88,11 +87,6 @@ class StoredBatches:
     def _spill(self, batch: Batch) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile()
-            warnings.warn(
-                f"The batches to score on take more than the {self._memory_limit / 2**30:g} GiB that memory holds of them: the rest goes to "
-                f"a file in {tempfile.gettempdir()}. num_batches says how many are read.",
-                stacklevel=3,
-            )
         buffer, tensors, nothing = io.BytesIO(), [], torch.empty(0)
 
         def take_out(tensor: Tensor) -> Tensor:
@@ -104,6 +98,11 @@ class StoredBatches:
         torch.save(tensors, buffer)
         self._spilled.append((structure, self._file.seek(0, io.SEEK_END), buffer.tell()))
         self._file.write(buffer.getbuffer())
+
+    @property
+    def spilled(self) -> bool:
+        """Whether memory does not hold them all."""
+        return bool(self._spilled)
 
     def __len__(self) -> int:
         return len(self._in_memory) + len(self._spilled)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grasp_sparse.export.source import Source
 from grasp_sparse.files import write_atomically
 from grasp_sparse.surgery import densify_, load_sparse
-from grasp_sparse.train.checkpoint import saved
+from grasp_sparse.train.checkpoint import as_bytes
 from grasp_sparse.train.errors import UserError
 
 _METADATA_KEY = "grasp_sparse.model"  # one key: safetensors orders several at random, and equal models should be equal files
@@ -26,7 +26,7 @@ def write_dense(source: Source, path: Path) -> None:
     for name, tensor in list(state.items()):
         if isinstance(tensor, Tensor):  # else what get_extra_state gave
             state[name] = tensor.contiguous()
-    data = saved(state)
+    data = as_bytes(state)
     write_atomically(path, lambda file: file.write(data))
 
 

@@ -105,6 +105,11 @@ class _Hooks:
         # Weight, its mask, who masks instead if somebody does, and _handed_over then: most calls are like the one before.
         self._latest: tuple[weakref.ref | None, Tensor | None, weakref.ref | None, int] = None, None, None, 0
 
+    @property
+    def have_let_go(self) -> bool:
+        """Whether nothing has been seen to yet, or since :meth:`let_go`."""
+        return self._latest[0] is None
+
     def have_seen_to(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether nothing has changed since :meth:`see_to` was called last, and with these two."""
         known, known_mask, consumer, handed_over = self._latest
@@ -118,13 +123,10 @@ class _Hooks:
         later = consumer_of(weight)
         if later is not None and later.get(weight) is not mask:
             later = None
-        masked_by, handle = self._handles.get(weight, (None, None))
+        masked_by, _ = self._handles.get(weight, (None, None))
         if masked_by is not (mask if later is None else None):
-            if handle is not None:
-                handle.remove()
-                del self._handles[weight]
-                if not weight._backward_hooks:  # every backward would go through the empty list of them, in Python
-                    weight._backward_hooks = None
+            if masked_by is not None:
+                self._unhook(weight)
             if later is None:
                 frozen = not weight.requires_grad
                 weight.requires_grad_()  # a hook stays where it is when a weight is frozen, and thawed by somebody else
@@ -135,10 +137,15 @@ class _Hooks:
 
     def let_go(self) -> None:
         """Leaves the gradients of all weights as they are."""
-        for weight, (_, handle) in list(self._handles.items()):
-            handle.remove()
-            del self._handles[weight]
+        for weight in [*self._handles]:
+            self._unhook(weight)
         self._latest = None, None, None, 0
+
+    def _unhook(self, weight: Tensor) -> None:
+        _, handle = self._handles.pop(weight)
+        handle.remove()
+        if not weight._backward_hooks:  # every backward would go through the empty list of them, in Python
+            weight._backward_hooks = None
 
     def __deepcopy__(self, memo: dict) -> _Hooks:
         return _Hooks()
@@ -211,7 +218,8 @@ class _Masked(PrunedLayer):
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters["bias"] if "bias" in parameters else self.bias
         if weight is None:  # computed from others, by nn.utils.parametrize or nn.utils.prune, and not zero where pruned
-            self._hooks.let_go()  # of the tensor it is computed from, if that was the weight before
+            if not torch.compiler.is_compiling():
+                self._hooks.let_go()  # of the tensor it is computed from, if that was the weight before
             return self.to_dense_weight(), bias
         if is_transformed():  # a function that functorch may transform is called through more of Python than it does itself
             return self.to_dense_weight(), bias
@@ -221,6 +229,10 @@ class _Masked(PrunedLayer):
         return weight, bias
 
     def _seen_to(self, weight: Tensor, mask: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._hooks.have_let_go and isinstance(weight, nn.Parameter) and not weight.is_inference():
+            with torch.no_grad():  # what it was computed as stays, where a parametrization is removed
+                weight.copy_(torch.where(mask, weight, 0))
+            self._hook_weight()
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return weight
         if not weight.is_leaf or torch.compiler.is_compiling():

@@ -134,6 +134,9 @@ def read_run(folder: Path) -> Run:
         for number, row in enumerate(rows, 1):
             if not (isinstance(row, dict) and _PLOTTED | rows[0].keys() <= row.keys() and all(map(is_number, row.values()))):
                 raise ValueError(f"line {number} of {LOG_NAME} is no epoch's")
+        epochs = result["training"]["epochs"] if isinstance(result.get("training"), dict) else None
+        if rows and epochs not in (None, len(rows)):
+            raise ValueError(f"{len(rows)} lines in {LOG_NAME} for {epochs} epochs")
     except FileNotFoundError as error:
         raise UserError(f"Expected a finished run in {folder}, found no {Path(error.filename).name}; finish it with "
                         f"grasp-sparse train --resume {folder}") from error

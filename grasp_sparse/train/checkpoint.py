@@ -48,7 +48,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int = 2) -> Path
     """
     position = state["position"]
     path = run_dir / checkpoint_name(position["epoch"], position["step"])
-    write_sealed(path, saved({"format": FORMAT, **state, "model": _compact(state["model"])}))
+    write_sealed(path, as_bytes({"format": FORMAT, **state, "model": _compact(state["model"])}))
     try:
         drop_old_checkpoints(run_dir, keep, best_checkpoint(run_dir, position["history"]))
     except OSError as error:
@@ -56,7 +56,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int = 2) -> Path
     return path
 
 
-def saved(value: object) -> memoryview:
+def as_bytes(value: object) -> memoryview:
     """What `torch.save` writes; in memory, for torch's own writer turns a full disk into other errors and does not always survive it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -112,24 +112,22 @@ def _check_archive(sealed: bytes, path: Path) -> None:
 def _check_plain(state: dict[str, Any], most: int, path: Path) -> None:
     """UserError unless there are only plain values, at most that many, and CPU tensors that own each of their elements, once."""
     pending: list[tuple[object, int]] = [(state, 0)]
-    seen: set[int] = set()  # tensors, which may stand in many places
-    for _ in range(most):
-        if not pending:
-            return
+    values, seen = 1, set()  # how many are or were pending; tensors, which may stand in many places
+    while pending:
         value, depth = pending.pop()
         require(depth <= _DEEPEST, str(path), f"at most {_DEEPEST} containers deep", "a deeper one")
-        if type(value) in (dict, OrderedDict):
-            pending += [(item, depth + 1) for item in (*value.keys(), *value.values())]
-        elif type(value) in (list, tuple):
-            pending += [(item, depth + 1) for item in value]
+        if type(value) in (dict, OrderedDict, list, tuple):
+            # containers that hold one another many times over: a few bytes unfold to more than anybody can walk through
+            values += len(value) * (1 + isinstance(value, dict))
+            require(values <= most, str(path), f"a checkpoint of at most {most:,} values, one a byte", "more")
+            items = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+            pending += [(item, depth + 1) for item in items]
         elif isinstance(value, Tensor):
             require(id(value) in seen or _is_ordinary(value), f"every tensor in {path}", "dense, on the CPU and with memory of its own", value)
             seen.add(id(value))
         else:
             known = value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() <= 64)
             require(known, f"every value in {path}", "plain", type(value).__name__)
-    # containers that hold one another many times over: a few bytes unfold to more than anybody can walk through
-    require(not pending, str(path), f"a checkpoint of at most {most:,} values, one a byte", "more")
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -36,7 +36,7 @@ class Recorder:
             # An epoch whose steps are all done, but not its test: what stands at its last step may include that test.
             whole = position.step == steps_per_epoch
             texts = {"recipe": config.to_dict(), "environment": environment}
-            with self._without_board():
+            with self._board_may_fail():
                 self.board = TensorBoardLog(run_dir, self._done - whole, config.log_every, texts)
 
     @contextlib.contextmanager
@@ -91,11 +91,11 @@ class Recorder:
 
     def _to_board(self, write: Callable[[TensorBoardLog], None]) -> None:
         if self.board is not None:
-            with self._without_board():
+            with self._board_may_fail():
                 write(self.board)
 
     @contextlib.contextmanager
-    def _without_board(self) -> Iterator[None]:
+    def _board_may_fail(self) -> Iterator[None]:
         """Inside, a full disk ends the events and not the run."""
         try:
             yield

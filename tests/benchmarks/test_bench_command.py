@@ -152,7 +152,8 @@ def test_report_writes_a_run_again(capsys: pytest.CaptureFixture) -> None:
     run.mkdir()
     (run / "result.json").write_text((_RESULTS / "demo.json").read_text())
     epoch = {f"{split}_{what}": 0.5 for split in ("train", "test") for what in ("loss", "accuracy")}
-    (run / "log.jsonl").write_text(json.dumps({"epoch": 1, **epoch}) + "\n")
+    epochs = json.loads((run / "result.json").read_text())["training"]["epochs"]
+    (run / "log.jsonl").write_text("".join(json.dumps({"epoch": number, **epoch}) + "\n" for number in range(1, epochs + 1)))
     assert cli.main(["report", "run"]) == 0
     assert "run/report.html" in capsys.readouterr().out and (run / "report.html").exists()
 

@@ -17,6 +17,7 @@ from grasp_sparse.masks import MaskSet
 from grasp_sparse.pruning import prune
 from grasp_sparse.speedup import UnreachableSpeedupError
 
+
 def _found(network: Network, images: Images, x: torch.Tensor, speedup: float, seed: int) -> MaskSet:
     masks = prune(network.model(seed), [images.scoring(network, seed)], 0.9, "magnitude")
     masks.recipe.update(tries=[{}, {}], dense_step_s=0.3, sparse_step_s=0.15)

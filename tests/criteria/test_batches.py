@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grasp_sparse import criteria
 from grasp_sparse.criteria.batches import Batch, StoredBatches, class_balanced, micro_batches
 
 
-@pytest.mark.filterwarnings("ignore:The batches to score on take more")
 @pytest.mark.parametrize("memory_limit", [0, 500, 1 << 20])
 def test_stored_batches_give_the_same_bits_every_time_in_memory_or_on_disk(memory_limit):
     drawn = [({"image": torch.randn(3, 4, 5), "n": 2}, torch.tensor([i, i, i])) for i in range(6)]
@@ -56,9 +56,10 @@ def test_micro_batches_cover_every_sample_once_and_see_every_class():
     assert list(micro_batches([batch], None)) == [batch]
 
 
-def test_more_batches_than_memory_should_hold_are_said_to_go_to_the_disk():
+def test_more_batches_than_memory_should_hold_are_said_to_go_to_the_disk(monkeypatch):
     """A whole ImageNet would: the hint is what a caller needs who forgot to say how many."""
-    drawn = [(torch.zeros(4), torch.zeros(1))] * 3
-    with pytest.warns(UserWarning, match="more than the .* GiB that memory holds of them: the rest goes to a file in .* num_batches") as said:
-        StoredBatches(drawn, memory_limit=30)
-    assert [warning.category for warning in said].count(UserWarning) == 1  # not one a batch
+    drawn = [(torch.zeros(4, 2), torch.zeros(4))] * 3
+    monkeypatch.setattr(criteria, "MEMORY_LIMIT", 100)
+    with pytest.warns(UserWarning, match="more than the .* GiB that memory holds of them: the rest is in a file in .* num_batches") as said:
+        assert len(criteria.store_batches(drawn, micro_batch_size=2)) == 6
+    assert [warning.category for warning in said].count(UserWarning) == 1

@@ -32,5 +32,5 @@ def pruned(module: nn.Module, mask: Tensor) -> nn.Module:
     return module
 
 
-def sparse_of(module: nn.Module, mask: Tensor) -> nn.Module:
-    return (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d).from_dense(module, mask)
+def sparse_of(module: nn.Module, mask: Tensor, block_size: tuple[int, int] | None = None) -> nn.Module:
+    return (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d).from_dense(module, mask, block_size)

@@ -241,10 +241,9 @@ def test_the_argument_has_the_name_that_torch_gives_it(kind):
 @pytest.mark.parametrize("case", ["linear", "conv", "conv-no-bias"])
 @pytest.mark.parametrize("block_size", [None, (8, 8)])
 def test_parameters_are_drawn_anew_as_torch_draws_them(case, block_size):
-    torch.manual_seed(0)
     module = nn.Linear(200, 60) if case == "linear" else nn.Conv2d(40, 60, 3, bias="no-bias" not in case)
     mask = random_mask(module) if block_size is None else torch.ones_like(module.weight, dtype=torch.bool)
-    layer = (SparseLinear if case == "linear" else SparseConv2d).from_dense(module, mask, block_size)
+    layer = sparse_of(module, mask, block_size)
     before, indices = layer.values.detach().clone(), [index.clone() for index in layer.indices]
     with torch.no_grad():
         for parameter in layer.parameters():

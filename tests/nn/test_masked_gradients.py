@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from grasp_sparse.nn import MaskedConv2d, MaskedLinear
@@ -15,6 +16,7 @@ from grasp_sparse.nn.masked import LaterMask
 
 DENSE = {"linear": nn.Linear(6, 4), "conv2d": nn.Conv2d(3, 4, 3)}
 INPUT = {"linear": (5, 6), "conv2d": (2, 3, 5, 5)}
+CALL = {"linear": F.linear, "conv2d": F.conv2d}
 every = pytest.mark.parametrize("kind", DENSE)
 
 
@@ -245,8 +247,7 @@ def test_a_parametrization_that_keeps_no_zeros_is_masked_in_the_forward_too(kind
     layer, x = copy.deepcopy(masked(kind)).double(), torch.rand(INPUT[kind], dtype=torch.float64)
     nn.utils.parametrize.register_parametrization(layer, "weight", _Shifted())
     original = layer.parametrizations.weight.original
-    call = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
-    expected = call(x, (original.detach() + 1) * layer.mask, layer.bias)
+    expected = CALL[kind](x, (original.detach() + 1) * layer.mask, layer.bias)
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)), expected)
 
@@ -275,9 +276,20 @@ def test_what_a_weight_is_computed_from_has_a_gradient_at_pruned_places_too(kind
     original.grad = None
     layer(x).sum().backward()
     leaf = original.detach().clone().requires_grad_()
-    call = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
-    call(x, torch.where(layer.mask, leaf / leaf.norm(), 0), layer.bias.detach()).sum().backward()
+    CALL[kind](x, torch.where(layer.mask, leaf / leaf.norm(), 0), layer.bias.detach()).sum().backward()
     torch.testing.assert_close(original.grad, leaf.grad)
     assert original.grad[~layer.mask].any()
-    nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    assert torch.equal(kept(layer, kind), layer.mask)
+    for leave in (True, False):
+        nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave)
+        assert torch.equal(kept(layer, kind), layer.mask)
+        torch.testing.assert_close(layer(x), CALL[kind](x, layer.to_dense_weight(), layer.bias))
+        assert not layer.weight[~layer.mask].any()
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Shifted())
+        assert layer(x).isfinite().all()
+
+
+@every
+def test_a_computed_weight_compiles(kind):
+    layer, x = masked(kind), torch.rand(INPUT[kind])
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Shifted())
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))

@@ -133,8 +133,7 @@ def test_assigning_a_state_to_a_masked_layer_writes_into_no_tensor_of_its_source
 @pytest.mark.parametrize("make", [sparse_of, MaskedLinear.from_dense], ids=["sparse", "masked"])
 def test_what_is_loaded_in_inference_mode_can_be_trained(make):
     """As a dense layer can, which copies into the memory it has."""
-    torch.manual_seed(0)
-    mask = torch.rand(12, 20) < 0.3
+    mask = random_mask(nn.Linear(20, 12))
     source, target = make(nn.Linear(20, 12), mask), make(nn.Linear(20, 12), mask.roll(1))
     with torch.inference_mode():
         target.load_state_dict(source.state_dict())

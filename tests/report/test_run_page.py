@@ -87,6 +87,12 @@ def test_a_run_without_phases_has_no_figure_of_them(tmp_path: Path) -> None:
     assert Page(write_report(folder)).figures == 6
 
 
+def _last_line_lost(folder: Path) -> None:
+    """As where the disk was full at the last epoch."""
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(lines[:-1]))
+
+
 def _second_line(folder: Path, **changes: object) -> None:
     """The log with something else in its second line; without what is None."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -106,8 +112,9 @@ def _second_line(folder: Path, **changes: object) -> None:
         (lambda folder: (folder / "log.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n'), "line 1 of log.jsonl is no epoch's"),
         (lambda folder: _second_line(folder, test_loss="high"), "line 2 of log.jsonl is no epoch's"),
         (lambda folder: _second_line(folder, lr=None), "line 2 of log.jsonl is no epoch's"),
+        (_last_line_lost, "2 lines in log.jsonl for 3 epochs.*write them anew"),
     ],
-    ids=["unfinished", "half a line", "no epoch", "a list", "empty", "a number", "too few columns", "a word", "no rate"],
+    ids=["unfinished", "half a line", "no epoch", "a list", "empty", "a number", "too few columns", "a word", "no rate", "an epoch less"],
 )
 def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, damage, message: str) -> None:
     folder = write_run(tmp_path / "run")

@@ -39,7 +39,9 @@ from grasp_sparse.train.run import resume_run, start_run
 from grasp_sparse.train.signals import Interrupted
 
 RANKS = 3
-CORRUPT = (0, 1, 10)  # files of a class are in the order of their names: the first three
+# Files of a class are in the order of their names: the first three, of which each rank tests one; and three that are no neighbours,
+# for in training an image is replaced by the next one.
+CORRUPT, CORRUPT_IN_TRAINING = (0, 1, 10), (0, 11, 3)
 CLIPPED = 0.1  # a norm that gradients of these nets exceed
 CRITERIA = ("grasp", "snip", "synflow", "magnitude", "random")
 
@@ -255,13 +257,13 @@ def work(folder: Path) -> dict[str, Any]:
     start_run(noisy, folder / "whole")
     interrupted_then_resumed(noisy, folder / "parts", steps=6)
 
-    on_main(lambda: images_of_which_each_rank_cannot_read_one(folder / "images"))
+    on_main(lambda: spoilt_images(folder / "images", "val", CORRUPT))
     photographs = small_config(
         data="imagefolder", data_dir=str(folder / "images"), workers=0, train_limit=None, test_limit=None, dense=True, epochs=1,
         max_corrupt=RANKS,
     )  # fmt: skip
     found["corrupt"] = start_run(photographs, folder / "corrupt")["corrupt_files"]
-    on_main(lambda: images_of_which_each_rank_cannot_read_one(folder / "training images", "train"))
+    on_main(lambda: spoilt_images(folder / "training images", "train", CORRUPT_IN_TRAINING))
     trained = dataclasses.replace(photographs, data_dir=str(folder / "training images"))
     found["corrupt in training"] = start_run(trained, folder / "corrupt in training")["corrupt_files"]
     fewer = dataclasses.replace(photographs, max_corrupt=RANKS - 1)
@@ -275,11 +277,11 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
-def images_of_which_each_rank_cannot_read_one(root: Path, split: str = "val") -> None:
-    """In evaluation, where rank R reads every image whose number leaves R; those of training are shuffled."""
+def spoilt_images(root: Path, split: str, numbers: Sequence[int]) -> None:
+    """Files of two classes, of which those numbers of the first one in that split cannot be read."""
     write_class_folders(root, count=4 * RANKS)
-    for number in range(RANKS):
-        (root / split / "a" / f"{CORRUPT[number]}.png").write_bytes(b"")
+    for number in numbers:
+        (root / split / "a" / f"{number}.png").write_bytes(b"")
 
 
 def copy_files(source: Path, target: Path) -> None:

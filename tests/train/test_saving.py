@@ -101,10 +101,10 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stands(
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EpochLog, "write", _no_room)
-    with pytest.warns(UserWarning, match="cannot write .*log.jsonl .*No space.* writes all of it"):
-        start_run(config_of(epochs=1), tmp_path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLog, "write", _no_room)
+        with pytest.warns(UserWarning, match="cannot write .*log.jsonl .*No space.* writes all of it"):
+            start_run(config_of(epochs=1), tmp_path)
     resume_run(tmp_path, NET)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 

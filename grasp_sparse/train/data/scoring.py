@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from grasp_sparse.train.data.folder import FolderImages
@@ -42,5 +41,5 @@ def _cut(chosen: Tensor, labels: Tensor, most: int) -> tuple[Tensor, ...]:
     counts = labels[chosen].bincount()
     counts = counts[counts > 0]
     each = len(counts) if 0 < len(counts) <= most and bool((counts == counts[0]).all()) else 1
-    rounds = torch.arange(len(chosen) // each)
-    return chosen.split([each * len(part) for part in rounds.tensor_split(max(1, -(-len(rounds) // (most // each))))])
+    rounds = chosen.view(-1, each)
+    return tuple(part.flatten() for part in rounds.tensor_split(max(1, -(-len(rounds) // (most // each)))))

@@ -52,7 +52,11 @@ using namespace grasp_sparse::cuda;
 #pragma GCC visibility push(default)
 extern "C" {
 
-void set_limits(int multiprocessors, int shared_bytes) { limits = {multiprocessors, shared_bytes}; }
+// And begins anew with the order of threads, which changes with each launch: it must not depend on the tests that ran before.
+void set_limits(int multiprocessors, int shared_bytes) {
+  limits = {multiprocessors, shared_bytes};
+  emulator::launches = multiprocessors;
+}
 
 // The message of the error that the launch ends with, or nothing.
 const char* launch_faulty(int which) {

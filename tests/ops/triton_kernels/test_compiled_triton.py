@@ -25,7 +25,6 @@ from grasp_sparse.ops.triton import BLOCK_SIDES, conv2d, launch, linear
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 REGISTERS = 65536  # of a multiprocessor
 FIRST_SHARED_LIMIT = 99 * 1024  # of the first tile, which is taken unmeasured: the least of the devices from sm_80 on
-FEW = 0 if triton.__version__ >= "3.8" else 12  # accesses to local memory: Triton 3.6 spills a register or two in six of these kernels
 DTYPES = {  # of activations, and whether float32 may be TF32
     "float32": (torch.float32, False),
     "tf32": (torch.float32, True),
@@ -35,6 +34,13 @@ DTYPES = {  # of activations, and whether float32 may be TF32
 PRODUCTS = ("bsr_spmm", "bsr_spmm_t", "bsr_sddmm", "bsr_conv2d_fprop", "bsr_conv2d_dgrad", "bsr_conv2d_wgrad")
 ALL = os.environ.get("GRASP_SPARSE_ALL_KERNELS") == "1"
 SQUARES = [(side, side) for side in BLOCK_SIDES]
+# Of which Triton 3.6 spills a register or two: accesses to local memory that are let pass there.
+SPILLED = {
+    (80, "bsr_conv2d_fprop", "float32", (64, 64)), (80, "bsr_conv2d_dgrad", "float32", (32, 32)),
+    (80, "bsr_conv2d_dgrad", "float32", (64, 64)), (80, "bsr_conv2d_wgrad", "float32", (64, 64)),
+    (80, "bsr_conv2d_wgrad", "tf32", (128, 128)), (90, "bsr_spmm", "float32", (32, 32)),
+}  # fmt: skip
+ALLOWED = dict.fromkeys(SPILLED, 12) if triton.__version__.startswith(("3.6.", "3.7.")) else {}
 CASES = list(product((80, 90), PRODUCTS, DTYPES, SQUARES + ALL * [(128, 16), (16, 128), (64, 32), (16, 64)]))
 
 
@@ -108,7 +114,7 @@ def test_resources_and_instructions(results, capability, name, dtype, size):
     found: dict[int, Compiled] = {tile: future.result() for (*of, tile), future in results.items() if tuple(of) == case}
     assert found
     for i, code in found.items():
-        assert code.spills <= FEW and code.local == 0, f"tile {i}: {code.spills} accesses to {code.local} bytes of local memory"
+        assert code.spills <= ALLOWED.get(case, 0) and code.local == 0, f"tile {i}: {code.spills} accesses to {code.local} bytes of local memory"
         assert code.registers * 32 * code.warps <= REGISTERS, f"tile {i}: {code.registers} registers, {code.warps} warps"
         assert code.shared <= (SHARED_LIMIT[capability] if i else FIRST_SHARED_LIMIT), f"tile {i}"
         assert code.count("cp.async.cg.shared.global") + code.count("cp.async.ca.shared.global") > 0, f"tile {i}"
@@ -123,15 +129,16 @@ def test_resources_and_instructions(results, capability, name, dtype, size):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("variant", ["lists of 1x1", "lists of 3x3", "lists of 7x7", "order"])
-def test_lists_spill_nothing(pool, variant, capability):
+@pytest.mark.parametrize(
+    ("kernel", "side"), [("regroup_kernel", 1), ("regroup_kernel", 3), ("regroup_kernel", 7), ("longest_first_kernel", 3)]
+)
+def test_lists_spill_nothing(pool, kernel, side, capability):
     """Of every convolution that networks have at stride 2: one tap, nine, forty-nine."""
-    side = 3 if variant == "order" else int(variant[-1])
     with recorded() as made:
         values, indices = block_matrix((32, 32, side, side), (16, 16), 1.0, torch.float32)
         rest = ((side, side), (2, 2), (side // 2,) * 4, (1, 1))
         conv2d.bsr_conv2d_dgrad(values, *indices, torch.empty(1, 32, 4, 4), 32, (8, 8), *rest)
-    chosen = [of for of in made if of.kernel == ("longest_first_kernel" if variant == "order" else "regroup_kernel")]
+    chosen = [of for of in made if of.kernel == kernel]
     assert chosen
     for code in pool.map(compiled, chosen, [capability] * len(chosen)):
         assert code.spills == code.local == 0
