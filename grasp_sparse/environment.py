@@ -33,6 +33,15 @@ def cpu_model() -> str:
     return f"{name} ({' '.join(generation)})" if generation else name
 
 
+# By which torch's own kernels are kept from instructions that the processor has, as GRASP_SPARSE_ISA keeps those of this package.
+_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def instruction_limits() -> str | None:
+    """What dense kernels may not use: "ONEDNN_MAX_CPU_ISA=AVX2 …" as the environment says it; None without limits."""
+    return " ".join(f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)) or None
+
+
 def version_of(package: str) -> str:
     try:
         return metadata.version(package)
@@ -62,5 +71,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": "pure-torch reference" if kernels["isa"] == "reference" else kernels["isa"],
+        "instruction_limits": instruction_limits(),
         "allocator": allocator(),
     }

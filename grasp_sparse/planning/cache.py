@@ -21,7 +21,7 @@ from torch import backends, nn
 
 from grasp_sparse import _extension, ops
 from grasp_sparse.allocator import allocator
-from grasp_sparse.environment import cpu_model, version_of
+from grasp_sparse.environment import cpu_model, instruction_limits, version_of
 from grasp_sparse.files import write_atomically
 from grasp_sparse.planning.inputs import LayerInput
 from grasp_sparse.planning.measure import Times
@@ -135,7 +135,8 @@ def layer_key(layer: nn.Module, given: LayerInput, pattern: str = "unstructured"
 @functools.cache
 def _machine() -> tuple[str, ...]:
     """What holds for the whole process: processor, kernels, versions."""
-    return (cpu_model(), _extension.status().isa, _kernels(), str(torch.__version__), version_of("grasp_sparse"))
+    versions = str(torch.__version__), version_of("grasp_sparse")
+    return (cpu_model(), instruction_limits(), _extension.status().isa, _kernels(), *versions)
 
 
 def _device(device: torch.device) -> tuple:

@@ -86,8 +86,9 @@ class Trainer:
     def save(self, must: bool = True) -> None:
         """Write a checkpoint, from rank 0, with the random streams of all; every rank comes here, and waits till it is there.
 
-        The ranks also tell one another which images they could not read: UserError for too many, and nothing is written. Where there is no room for it: UserError if it `must` be written, otherwise a warning. DivergedError where it would hold
-        numbers that are not finite: a run cannot go on from those, and they would take the place of good ones.
+        The ranks also tell one another which images they could not read: UserError for too many, and nothing is written. Where
+        there is no room for it: UserError if it `must` be written, otherwise a warning. DivergedError where it would hold numbers
+        that are not finite: a run cannot go on from those, and they would take the place of good ones.
         """
         told = gather((rng_state(), self.data.corrupt.names))
         self.data.corrupt.learn(name for _, names in told for name in names)
