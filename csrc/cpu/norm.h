@@ -15,7 +15,7 @@ namespace grasp_sparse {
 namespace GRASP_SPARSE_ISA {
 
 constexpr int kRun = 32;
-constexpr int kNormVectors = kCanStream ? 8 : 4;  // what the registers hold, about: up to five values for each
+constexpr int kNormVectors = kNatives == 1 ? 8 : 4;  // what the registers hold, about: up to five values for each
 
 template <int K>
 using Count = std::integral_constant<int, K>;
@@ -43,7 +43,10 @@ template <class T, class Block>
 GRASP_SPARSE_INLINE void for_columns(int64_t col, int64_t end, const Block& block) {
   constexpr int n = kNativeLanes<T>;
   for (; col + kNormVectors * n <= end; col += kNormVectors * n) block(Count<kNormVectors>{}, WholeLanes<T>{}, col);
-  for (; col + n <= end; col += n) block(Count<1>{}, WholeLanes<T>{}, col);
+  for (; col + kNatives * n <= end; col += kNatives * n) block(Count<kNatives>{}, WholeLanes<T>{}, col);  // a line
+  if constexpr (kNatives > 1) {
+    for (; col + n <= end; col += n) block(Count<1>{}, WholeLanes<T>{}, col);
+  }
   if (col < end) block(Count<1>{}, FirstLanes<T>{static_cast<int>(end - col)}, col);
 }
 

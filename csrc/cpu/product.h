@@ -70,7 +70,8 @@ GRASP_SPARSE_INLINE bool writes_lines(const ProductArgs<S>& p, const S* out, int
   const auto aligned = [](int64_t elements) { return elements % kLanes<T> == 0; };
   if (sizeof(S) != sizeof(T) || !kCanStream || !p.stream || reinterpret_cast<uintptr_t>(out) % kSliceBytes != 0) return false;
   if (channels_last) return aligned(p.on) && aligned(p.oh) && aligned(p.ow) && aligned(first_channel);
-  if (runs) return aligned(p.on) && aligned(p.oc) && aligned(p.oh);
+  // Of two vectors in a line a transpose writes the second too long after the first.
+  if (runs) return kNatives == 1 && aligned(p.on) && aligned(p.oc) && aligned(p.oh);
   return aligned(p.oc) && aligned(p.oh) && aligned(p.ow);
 }
 

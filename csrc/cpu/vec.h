@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -133,10 +133,10 @@ template <class T>
 GRASP_SPARSE_INLINE void put(T* p, T value) { *p = value; }
 GRASP_SPARSE_INLINE void put(Bf16* p, float value) { p->bits = to_halves(value - Native<float>{})[0]; }
 
-// Whether a store past the cache exists that fills one line at once: only then is it worth having.
-constexpr bool kCanStream = kNatives == 1 && GRASP_SPARSE_NATIVE_BYTES == 64;
+// Whether stores past the cache exist. They are worth having where what fills a line follows at once: one vector or two.
+constexpr bool kCanStream = kNatives <= 2;
 
-// Stores one native vector; with Stream (p aligned to 64 bytes) past the cache, without reading the line first.
+// Stores one native vector; with Stream (p aligned to its size) past the cache, without reading the line first.
 template <class T, bool Stream>
 GRASP_SPARSE_INLINE void put_native(T* p, Native<T> v) {
 #if defined(__AVX512F__)
@@ -145,6 +145,14 @@ GRASP_SPARSE_INLINE void put_native(T* p, Native<T> v) {
       _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
     else
       _mm512_stream_pd(p, reinterpret_cast<__m512d>(v));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (Stream) {
+    if constexpr (sizeof(T) == 4)
+      _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+    else
+      _mm256_stream_pd(p, reinterpret_cast<__m256d>(v));
     return;
   }
 #endif
@@ -159,7 +167,7 @@ GRASP_SPARSE_INLINE void put_native(Bf16* p, Native<T> v) {
 
 // Makes streamed stores visible to other threads.
 GRASP_SPARSE_INLINE void stream_fence() {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
   _mm_sfence();
 #endif
 }
