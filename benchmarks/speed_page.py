@@ -29,6 +29,7 @@ SETTINGS = (
     ("in blocks of 16×16 weights", "layers-zen4-block16", ("conv3x3", "linear")),
     ("nothing in caches", "layers-cold", ("conv3x3", "linear")),
     ("nothing in caches", "layers-zen4-cold", ("conv3x3", "linear")),
+    ("without AVX-512, torch and we", "layers-zen4-avx2", ("conv3x3", "resnet50", "linear")),
     ("glibc's own settings", "layers-default-allocator", ("conv3x3", "linear")),
     ("glibc's own settings", "layers-zen4-default-allocator", ("conv3x3", "resnet50", "linear")),
     ("glibc's own settings", "layers-xeon-default-allocator", ("conv3x3", "resnet50", "linear")),
@@ -37,7 +38,9 @@ PEERS, PEER_SPARSITIES = ("peers", "peers-zen4"), ("0.95", "0.99")
 CROSSOVERS = ("layers-crossover", "layers-zen4-crossover")
 ASKED = "speedups-zen4"
 # Steps, and beside them in another setting.
-STEPS_AND_OTHERS = STEPS | {"Zen 4, glibc's own settings": "models-zen4-default-allocator"}
+STEPS_AND_OTHERS = STEPS | {
+    "Zen 4, without AVX-512": "models-zen4-avx2", "Zen 4, glibc's own settings": "models-zen4-default-allocator",
+}  # fmt: skip
 _NETWORKS = {"vgg19": "VGG-19", "resnet32": "ResNet-32", "resnet50": "ResNet-50", "mlp": "the MLP"}
 
 

@@ -114,8 +114,8 @@ def _narrow(
     generator = torch.Generator().manual_seed(0)
     while sum(values.numel() for values in pending) > _SORTED_AT_ONCE:
         pivot = _sample_median(pending, prices, generator)
-        ratios = [values.double() / price for values, price in zip(pending, prices, strict=True)]
-        above = [ratio > pivot for ratio in ratios]
+        # One layer after the other: the ratios of all would take twice what their scores do.
+        above, equal = zip(*((ratio > pivot, ratio == pivot) for ratio in map(_ratios, pending, prices)), strict=True)
         taken = [int(mask.count_nonzero()) for mask in above]
         cost = math.fsum(n * layer.cost for n, layer in zip(taken, layers, strict=True))
         if cost > room:
@@ -123,15 +123,23 @@ def _narrow(
             continue
         counts[:] = [count + n for count, n in zip(counts, taken, strict=True)]
         room -= cost
-        equal = [ratio == pivot for ratio in ratios]
         tied = [int(mask.count_nonzero()) for mask in equal]
         cost = math.fsum(n * layer.cost for n, layer in zip(tied, layers, strict=True))
         if cost > room:
             return [values[mask] for values, mask in zip(pending, equal, strict=True)]
         counts[:] = [count + n for count, n in zip(counts, tied, strict=True)]
         room -= cost
-        pending = [values[ratio < pivot] for values, ratio in zip(pending, ratios, strict=True)]
+        pending = [values[~(more | same)] for values, more, same in zip(pending, above, equal, strict=True)]
     return pending
+
+
+def _ratios(scores: Tensor, price: float) -> Tensor:
+    """Score per cost, in float64.
+
+    The price is a tensor on the scores' device: CUDA divides by a number as it multiplies by its reciprocal, which rounds twice, and a
+    pivot would no longer be the ratio that it was taken from.
+    """
+    return scores.double() / torch.full((), price, dtype=torch.float64, device=scores.device)
 
 
 def _sample_median(pending: list[Tensor], prices: list[float], generator: torch.Generator) -> float:
@@ -142,7 +150,7 @@ def _sample_median(pending: list[Tensor], prices: list[float], generator: torch.
         if values.numel():
             size = -(-values.numel() * _PIVOT_SAMPLE // total)
             chosen = torch.randint(values.numel(), (size,), generator=generator)
-            sample.append(values[chosen.to(values.device)].cpu().double() / price)
+            sample.append(_ratios(values[chosen.to(values.device)], price).cpu())
     return float(torch.cat(sample).median())
 
 

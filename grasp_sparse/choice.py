@@ -16,6 +16,7 @@ from grasp_sparse.allocation import SCOPES, Layer, allocate
 from grasp_sparse.grouping import GroupedWeight, most_of_minimum
 from grasp_sparse.patterns import Pattern
 from grasp_sparse.patterns.selection import kth_smallest
+from grasp_sparse.weights import check_within
 
 BUDGETS = ("weights", "flops", "time")
 RULES = ("exact", "paper")
@@ -82,7 +83,9 @@ class Choice:
         if not scores:
             raise ValueError("Expected the scores of at least one weight, got none")
         if within is not None:
-            _check_within(within, scores)
+            check_within(within, scores)
+            if self.rule == "paper":
+                raise ValueError("Expected no within with rule='paper', the authors' one cut of all scores, got masks: pass rule='exact'")
         if self.rule == "paper":
             return _paper_masks(scores, self.sparsity)
         if self.pattern.density is not None:
@@ -135,17 +138,6 @@ def sparsity_under(pattern: Pattern, sparsity: float | None) -> float:
             f"Expected sparsity {fixed:g}, which pattern {pattern.name} fixes, got {sparsity}; leave it out or choose another pattern"
         )
     return fixed
-
-
-def _check_within(within: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-    for name, values in scores.items():
-        mask = within.get(name)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                "Expected within to hold a bool mask of the same shape for every weight that has scores, "
-                f"got {got} for {name!r} {list(values.shape)}"
-            )
 
 
 def _checked_costs(costs: Mapping[str, float] | None, scores: Mapping[str, Tensor]) -> Mapping[str, float]:

@@ -20,7 +20,7 @@ from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.forwards import check_forwards
 from grasp_sparse.masks import MaskSet
 from grasp_sparse.patterns import Pattern, get_pattern
-from grasp_sparse.scratch import preserved_rng, scratch_copy
+from grasp_sparse.scratch import preserved_rng
 from grasp_sparse.weights import Selector, find_weights
 
 _NEARLY_EMPTY = 1e-3
@@ -60,7 +60,8 @@ def make_masks(
         budget is met all the same. `min_per_layer=0` lets layers become empty.
     rule: "paper" keeps what the authors' code keeps: with k = int(n·sparsity), everything up to the k-th highest of
         −score, so n − k + 1 weights and ties, and no guard against empty layers. Only for a plain global weight budget.
-    within: bool masks to stay inside, for pruning in rounds; densities still refer to all weights.
+    within: bool masks to stay inside, for pruning in rounds; densities still refer to all weights, and where the masks hold fewer
+        than the budget allows, fewer are kept. Not with rule="paper".
     Raises ValueError for bad arguments, scores that are not floating-point, empty or not finite (naming the layer), a
     budget that the minima exceed and a layer that `within` leaves with less than its minimum. Warns about layers kept
     below 0.1 %.
@@ -108,7 +109,7 @@ def prune(
         whole training step should be. A weight then costs the seconds that its layer was measured to take for it. Masks
         are made, a step is measured, and the budget corrected until the step is that fast within 10 %; ValueError with
         the most that can be reached when it cannot. Steps run on `example_input`, or on the first batch: give it as
-        many samples as training will use.
+        many samples as training will use. A criterion of many rounds is scored anew, in all of them, at every share that is looked at.
     plan, max_density: with speedup, those of the `sparsify_` that will follow: the network that is measured is made with them.
     iterations: rounds of scoring the network with the masks so far and keeping density^(k / iterations) after round k;
         a pruned weight stays pruned. Default: as published, 100 for synflow, 1 for the others.
@@ -153,10 +154,12 @@ def prune(
         if measure and budget == "flops":
             costs = weight_costs(model, example.inputs, include=include, exclude=exclude)
 
-        def score_once(network: nn.Module) -> dict[str, Tensor]:
-            return score(network, batches, criterion, loss_fn, include=lambda name, _: name in wanted, reduce=reduce, **options)
+        def score_once(within: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+            return score(
+                model, batches, criterion, loss_fn, include=lambda name, _: name in wanted, reduce=reduce, within=within, **options
+            )
 
-        maker = _Maker(model, rounds, choice, score_once, recipe, selection.skipped)
+        maker = _Maker(rounds, choice, score_once, recipe, selection.skipped)
         if speedup is None:
             masks = maker.masks_at(sparsity, costs)
         else:
@@ -185,10 +188,9 @@ def _stored(
 class _Maker:
     """Masks at any sparsity."""
 
-    model: nn.Module
     rounds: int
     choice: Choice
-    score_once: Callable[[nn.Module], Mapping[str, Tensor]]
+    score_once: Callable[[Mapping[str, Tensor] | None], Mapping[str, Tensor]]  # of the network with only these weights left
     recipe: Mapping[str, Any]
     skipped: Iterable[tuple[str, str]]
     # Scores of the last round and the masks they were taken within, by sparsity, or None if there is but one round. Of the
@@ -204,19 +206,12 @@ class _Maker:
         return _make(goal, scores, prices, within, self.recipe, self.skipped)
 
     def _score(self, goal: Choice, prices: Mapping[str, float] | None) -> tuple[Mapping[str, Tensor], dict[str, Tensor] | None]:
-        """Scores a copy of the model again and again, after each round pruned a step further towards the goal."""
+        """Scores the network again and again, after each round pruned a step further towards the goal."""
         within: dict[str, Tensor] | None = None
-        with scratch_copy(self.model) as network:
-            parameters = dict(network.named_parameters())
-            for finished in range(1, self.rounds + 1):
-                scores = self.score_once(network)
-                if finished == self.rounds:
-                    break
-                within = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / self.rounds)).masks(scores, prices, within)
-                with torch.no_grad():
-                    for name, mask in within.items():
-                        parameters[name].mul_(mask)
-        return scores, within
+        for finished in range(1, self.rounds):
+            step = replace(goal, sparsity=1 - (1 - goal.sparsity) ** (finished / self.rounds))
+            within = step.masks(self.score_once(within), prices, within)
+        return self.score_once(within), within
 
 
 def _check_goal(

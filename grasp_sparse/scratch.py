@@ -92,9 +92,23 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
         yield scratch
 
 
+@torch.no_grad()
+def zero_outside(tensors: Mapping[str, torch.Tensor], within: Mapping[str, torch.Tensor] | None) -> None:
+    """Makes zero, in place, what lies outside of the masks; tensors without one stay as they are."""
+    for name, tensor in tensors.items():
+        if within is not None and name in within:
+            tensor.mul_(within[name])
+
+
 def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """Tensors in nested tuples, lists and dicts brought to `device`; floating ones to `dtype` too when it is given."""
-    return map_tensors(lambda tensor: tensor.detach().to(device, dtype if tensor.is_floating_point() else None), data)
+
+    def brought(tensor: torch.Tensor) -> torch.Tensor:
+        there = tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
+        # What was made in inference mode cannot be saved for a backward; a clone made outside of it can.
+        return there.clone() if there.is_inference() and not torch.is_inference_mode_enabled() else there
+
+    return map_tensors(brought, data)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -7,10 +7,11 @@ one-dimensional parameters are never pruned and not listed. A frozen weight is p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
@@ -144,6 +145,18 @@ def check_initialised(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(isinstance(t, UninitializedTensorMixin) for t in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(f"Expected a model whose weights have shapes, got {_no_weight_yet(module)} ({name or 'the model'})")
+
+
+def check_within(within: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless there is a bool mask for each of the weights, or scores of weights, that fits it."""
+    for name, values in tensors.items():
+        mask = within.get(name)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                "Expected within to hold a bool mask of the same shape for every weight that may be pruned, "
+                f"got {got} for {name!r} {list(values.shape)}"
+            )
 
 
 def check_values(name: str, weight: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_sparse.environment import cpu_model
+from grasp_sparse.environment import cpu_model, describe_environment, instruction_limits
 
 CORE = "processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
 
@@ -36,3 +36,13 @@ def test_without_that_file(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert cpu_model() in (platform.processor(), platform.machine())
+
+
+def test_what_keeps_dense_kernels_from_instructions_is_told(monkeypatch):
+    for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "")  # as good as unset
+    assert instruction_limits() is None
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert describe_environment()["instruction_limits"] == "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"

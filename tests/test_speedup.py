@@ -91,6 +91,23 @@ def test_the_step_becomes_as_fast_as_asked(on, asked, surprise, criterion):
     assert 1 <= len(masks.recipe["tries"]) <= 6
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_are_timed_where_no_gradients_are_wanted(on, mode, monkeypatch):
+    """The caller's mode is about what the caller computes."""
+    machine, real, steps = on(Machine()), speedup._step, []
+
+    def with_one_real_step(model, sparse, batch, loss_fn):
+        real(model, batch, loss_fn)()
+        steps.append(model)
+        return machine.step(model, sparse, batch, loss_fn)
+
+    monkeypatch.setattr(speedup, "measure_steps", with_one_real_step)
+    model = net()
+    with mode():
+        masks = gs.prune(model, batches(), criterion="snip", budget="time", speedup=2.0)
+    assert steps and masks.recipe["speedup"] == 2.0
+
+
 def test_what_was_timed_is_what_sparsify_makes(on, monkeypatch):
     """The first layer pays sparse at the few densities of the cost line and not at those of the masks: nobody may go by the line."""
     machine, seen = Machine(), []

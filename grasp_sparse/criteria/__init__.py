@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_sparse.criteria.batches import MEMORY_LIMIT, Batch, RereadBatches, StoredBatches, class_balanced, micro_batches
+from grasp_sparse.criteria.batches import (
+    MEMORY_LIMIT, Batch, RereadBatches, StoredBatches, balanced_batches, class_balanced, micro_batches,
+)  # fmt: skip
 from grasp_sparse.criteria.grasp import grasp_scores
 from grasp_sparse.criteria.loss import LossFn, Reduce
 from grasp_sparse.criteria.magnitude import magnitude_scores
@@ -22,8 +24,8 @@ from grasp_sparse.criteria.random import random_scores
 from grasp_sparse.criteria.snip import snip_scores
 from grasp_sparse.criteria.synflow import synflow_scores
 from grasp_sparse.forwards import check_forwards
-from grasp_sparse.scratch import scratch_copy
-from grasp_sparse.weights import Selector, WeightSelection, check_values, find_weights
+from grasp_sparse.scratch import scratch_copy, zero_outside
+from grasp_sparse.weights import Selector, WeightSelection, check_values, check_within, find_weights
 
 __all__ = ["CRITERIA", "Criterion", "class_balanced", "get_criterion", "score"]
 
@@ -36,10 +38,11 @@ class Criterion(NamedTuple):
     iterations: int = 1  # rounds of score-and-prune it was published with
     dtype: torch.dtype | None = None  # scored in this dtype unless the caller asks for another
     sums: bool = False  # adds over the samples, so that processes can share them: takes `reduce`
+    couples: bool = False  # a score depends on the gradients of other weights: takes `within`
 
 
 CRITERIA: dict[str, Criterion] = {
-    "grasp": Criterion(grasp_scores, sums=True),
+    "grasp": Criterion(grasp_scores, sums=True, couples=True),
     "snip": Criterion(snip_scores, sums=True),
     "synflow": Criterion(synflow_scores, reads=1, iterations=100, dtype=torch.float64),
     "magnitude": Criterion(magnitude_scores, reads=0),
@@ -71,6 +74,7 @@ def score(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
     reduce: Reduce | None = None,
+    within: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Scores every prunable weight of `model`: parameter name -> tensor of the weight's shape, larger is kept.
@@ -88,8 +92,11 @@ def score(
     reduce: several processes score together, each given its own part of the samples (whole micro-batches; none is allowed):
         called with a list of tensors, it replaces each by its sum over all processes, in place, e.g. by
         torch.distributed.all_reduce. Criteria that add nothing over samples (synflow, magnitude, random) never call it.
+    within: bool masks by name, for pruning in rounds: the network is scored with the weights outside of them gone. Their own scores
+        mean nothing; give `make_masks` the same masks.
     options: the criterion's own, e.g. temperature, train, preset="paper" of grasp.
 
+    Autocast is off inside; whether float32 products may be TF32 remains what torch.backends says.
     Works on a copy: weights, buffers, gradients, modes, hooks and the global random state come back untouched. Module
     hooks are copied along and do fire on the copy, once per forward of the scoring: what they do outside the model
     (counting, logging) happens. Two calls from the same random state (or seed) give the same bits. Raises ValueError
@@ -112,6 +119,12 @@ def score(
     with scratch_copy(model, dtype=dtype or chosen.dtype, seed=seed) as scratch:
         parameters = dict(scratch.named_parameters())
         weights = {name: parameters[name].requires_grad_() for name in names}
+        if within is not None:
+            check_within(within, weights)
+            within = {name: mask.to(weights[name].device) for name, mask in within.items() if name in weights}
+            zero_outside(weights, within)
+            if chosen.couples:
+                options["within"] = within
         stored: Iterable[Batch] = ()
         if batches is not None and chosen.reads != 0:
             stored = store_batches(
@@ -125,7 +138,9 @@ def score(
             )
         if reduce is not None and chosen.sums:
             options["reduce"] = reduce
-        return _checked(chosen.function(scratch, weights, stored, loss_fn, **options), weights)
+        # As a copy of a half-precision model is made float32: second derivatives mean nothing in 8 or 11 bits.
+        with torch.autocast(next(iter(weights.values())).device.type, enabled=False):
+            return _checked(chosen.function(scratch, weights, stored, loss_fn, **options), weights)
 
 
 def _checked(scores: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -167,7 +182,7 @@ def store_batches(
     if reads is not None:
         return StoredBatches(batches, count=reads)
     if samples_per_class is not None:
-        batches, num_batches = class_balanced(batches, samples_per_class, num_classes, num_batches or 1), None
+        batches, num_batches = balanced_batches(batches, samples_per_class, num_classes, num_batches or 1), None
     if isinstance(batches, RereadBatches) and num_batches is None and micro_batch_size is None:
         return batches
     stored = StoredBatches(batches, count=num_batches, memory_limit=MEMORY_LIMIT, allow_none=allow_none)

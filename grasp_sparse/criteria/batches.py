@@ -3,7 +3,7 @@
 GraSP reads its samples twice and both passes must see the same inputs, so a DataLoader that shuffles and augments is
 sampled once (what can be made again is not kept: RereadBatches). Only inputs and targets are kept, on the CPU: up to
 `MEMORY_LIMIT` bytes in memory, the rest in an unnamed temporary file, so that hundreds of ImageNet batches need the memory
-of one.
+of one. (To draw class-balanced batches from others all their samples are held once, until the last class has enough.)
 """
 
 from __future__ import annotations
@@ -123,6 +123,13 @@ def class_balanced(
     Each batch is (inputs [C·k, …], targets [C·k]) concatenated class by class, as the authors of GraSP do. Raises
     ValueError when `batches` ends before every class has enough, naming the classes, and for a target that is no class.
     """
+    return list(balanced_batches(batches, samples_per_class, num_classes, num_batches))
+
+
+def balanced_batches(
+    batches: Iterable[Any], samples_per_class: int, num_classes: int, num_batches: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `class_balanced` one by one; their samples, of which all are held at first, are let go with each."""
     if samples_per_class < 1 or num_classes < 1 or num_batches < 1:
         raise ValueError(
             "Expected samples_per_class, num_classes and num_batches of at least 1, "
@@ -148,12 +155,11 @@ def class_balanced(
             f"Expected {needed} samples of each of {num_classes} classes, the data ended too early for "
             f"class {', '.join(short[:10])}{' …' if len(short) > 10 else ''}"
         )
-    drawn = []
-    for index in range(num_batches):
-        part = slice(index * samples_per_class, (index + 1) * samples_per_class)
-        inputs = torch.stack([sample for samples in found for sample in samples[part]])
-        drawn.append((inputs, torch.arange(num_classes, device=inputs.device).repeat_interleave(samples_per_class)))
-    return drawn
+    for _ in range(num_batches):
+        inputs = torch.stack([sample for samples in found for sample in samples[:samples_per_class]])
+        for samples in found:
+            del samples[:samples_per_class]
+        yield inputs, torch.arange(num_classes, device=inputs.device).repeat_interleave(samples_per_class)
 
 
 def micro_batches(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:

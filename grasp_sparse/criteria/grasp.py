@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from grasp_sparse.criteria.batches import Batch
 from grasp_sparse.criteria.loss import LossFn, Reduce, add_gradient, alone, batch_loss, summed_gradient
 from grasp_sparse.criteria.second_derivative import check_twice_differentiable, explained, use_twice_differentiable
-from grasp_sparse.scratch import capture_rng
+from grasp_sparse.scratch import capture_rng, zero_outside
 
 
 def grasp_scores(
@@ -38,8 +38,12 @@ def grasp_scores(
     redraw: str | None = None,
     generator: torch.Generator | None = None,
     reduce: Reduce = alone,
+    within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """θ ⊙ Hg for every weight; changes `model` (a scratch copy) and iterates `batches` twice.
+
+    g is the gradient of `weights`, which are those that may be pruned: what is left out or cannot be pruned here (grouped
+    convolutions, subclasses) counts as a constant of the network, where the authors take g over every Conv2d and Linear.
 
     temperature: divides the logits before loss_fn; use 1 for a loss that is not one of logits.
     train: BatchNorm uses the statistics of the micro-batch and dropout is on (the same masks in both passes), as in the
@@ -52,6 +56,7 @@ def grasp_scores(
         `num_classes`.
     reduce: sums over the processes that share the samples: g between the passes, so that each differentiates with the
         gradient of all samples, and Hg at the end.
+    within: bool masks of what is left; the rest is zero, is not drawn again and has no part in g, as weights have that are gone.
     Raises ValueError for a model with an operation that has no second derivative.
     """
     if not temperature > 0:
@@ -66,6 +71,7 @@ def grasp_scores(
     use_twice_differentiable(model)
     if redraw:
         _redraw_linears(model, redraw, generator)
+        zero_outside(weights, within)
 
     parameters = list(weights.values())
     paper = preset == "paper"
@@ -77,6 +83,7 @@ def grasp_scores(
         if not paper:
             for accumulated in gradient:
                 accumulated.div_(total)
+        zero_outside(dict(zip(weights, gradient, strict=True)), within)
 
         restart_rng()  # the second pass must see the same dropout masks as the first
         for batch in batches:
@@ -84,7 +91,7 @@ def grasp_scores(
             loss = batch_loss(model, batch, loss_fn, temperature)
             add_gradient(product, _hessian_vector(loss, parameters, gradient), share)
         reduce(product)
-    return {name: weight.detach() * hg for (name, weight), hg in zip(weights.items(), product, strict=True)}
+    return {name: hg.mul_(weight.detach()) for (name, weight), hg in zip(weights.items(), product, strict=True)}
 
 
 def _hessian_vector(loss: Tensor, parameters: list[nn.Parameter], vector: list[Tensor]) -> list[Tensor | None]:

@@ -38,6 +38,15 @@ def test_class_balanced_stops_reading_when_it_has_enough():
     assert len(class_balanced(loader(), 2, 2)) == 1
 
 
+def test_what_is_drawn_by_class_spills_like_any_other_batches(monkeypatch):
+    monkeypatch.setattr(criteria, "MEMORY_LIMIT", 100)
+    inputs, targets = torch.arange(64.0).view(32, 2), torch.arange(32) % 2
+    expected = class_balanced([(inputs, targets)], 2, 2, num_batches=5)
+    with pytest.warns(UserWarning, match="the rest is in a file"):
+        stored = criteria.store_batches([(inputs, targets)], samples_per_class=2, num_classes=2, num_batches=5)
+    assert stored.spilled and all(torch.equal(a, b) for got, want in zip(stored, expected, strict=True) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     ("targets", "classes", "message"),
     [([0, 1, 1], 3, "class 0, 2"), ([0, 5, 1], 3, r"num_classes=3.*5"), ([0.5, 1.0, 1.0], 2, "integer")],

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from grasp_sparse.criteria import CRITERIA, class_balanced, get_criterion, score
-from grasp_sparse.pruning import prune
+from grasp_sparse.pruning import make_masks, prune
 from small_models import data, norm_net, smooth_net
 
 
@@ -104,10 +104,20 @@ def test_magnitude_needs_no_data():
         assert torch.equal(value, model.get_parameter(name).abs())
 
 
-def test_random_is_uniform_and_independent_of_the_dtype_of_the_model():
+def test_random_is_independent_of_the_dtype_of_the_model_and_without_ties():
     scores = torch.cat([value.flatten() for value in score(nn.Linear(200, 200), criterion="random", seed=0).values()])
-    assert 0 <= scores.min() and scores.max() < 1 and abs(scores.mean() - 0.5) < 0.01
+    assert len(scores.unique()) == len(scores)
     assert torch.equal(scores.view(200, 200), score(nn.Linear(200, 200).half(), criterion="random", seed=0)["weight"])
+
+
+def test_random_keeps_groups_of_any_size_alike():
+    """Blocks at edges are an eighth as large as others, and a layer of small channels stands beside one of large ones."""
+    edges = make_masks(score(nn.Linear(32 * 40, 36), criterion="random", seed=1), 0.5, "block(32, 32)")["weight"]
+    whole, thin = (int(part.sum()) for part in (edges[:32, ::32], edges[32:, ::32]))
+    assert (whole, thin) == (pytest.approx(32 * 20, abs=32 * 12), pytest.approx(4 * 20, abs=4 * 12))
+    model = nn.Sequential(nn.Linear(8, 400), nn.Linear(512, 400))
+    masks = make_masks(score(model, criterion="random", seed=1), 0.75, "channel")
+    assert [int(mask[:, 0].sum()) for mask in masks.values()] == [pytest.approx(100, abs=45)] * 2
 
 
 def test_synflow_scores_the_paths_of_magnitudes_and_conserves_flow():
@@ -276,6 +286,14 @@ def test_class_balanced_sampling_scores_the_drawn_samples(criterion):
     drawn = class_balanced(loader, 2, 5, num_batches=3)
     expected = score(model, drawn, criterion)
     got = score(model, loader, criterion, samples_per_class=2, num_classes=5, num_batches=3)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "snip"])
+def test_samples_may_have_been_made_in_inference_mode(criterion):
+    expected = score(smooth_net(), [data()], criterion)
+    with torch.inference_mode():
+        got = score(smooth_net(), [data()], criterion)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 

@@ -236,3 +236,81 @@ def test_redraw_is_scoring_a_model_with_these_linears_redrawn(redraw, redrawn):
 def test_paper_preset_refuses_a_batch_that_has_no_halves():
     with pytest.raises(ValueError, match="two samples"):
         score(smooth_net(), [data(1)], preset="paper")
+
+
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_what_is_gone_has_no_part_in_the_gradient(preset):
+    """In rounds: the scores of what is left are those of the network without the inputs that no weight is left for."""
+    torch.manual_seed(0)
+    whole, small = (nn.Sequential(nn.Linear(n, 8), nn.Tanh(), nn.Linear(8, 3)).double() for n in (6, 4))
+    x, y = torch.randn(12, 6, dtype=F64), torch.arange(12) % 3
+    with torch.no_grad():
+        small[0].weight.copy_(whole[0].weight[:, :4])
+        small[0].bias.copy_(whole[0].bias)
+        small[2].load_state_dict(whole[2].state_dict())
+    within = {"0.weight": torch.ones(8, 6, dtype=torch.bool), "2.weight": torch.ones(3, 8, dtype=torch.bool)}
+    within["0.weight"][:, 4:] = False
+    # Drawn again are weights of other sizes, so that the two could not be compared: "last" are of the same.
+    options = {"preset": preset, "redraw": "last", "generator": torch.Generator()} if preset else {}
+    found = []
+    for model, images, masks in ((whole, x, within), (small, x[:, :4].contiguous(), None)):
+        if preset:
+            options["generator"].manual_seed(1)
+        found.append(score(model, [(images, y)], dtype=F64, within=masks, **options))
+    left, expected = found
+    torch.testing.assert_close(left["0.weight"][:, :4], expected["0.weight"])
+    torch.testing.assert_close(left["2.weight"], expected["2.weight"])
+    assert not left["0.weight"][:, 4:].any()
+
+
+def test_weights_that_are_gone_are_not_drawn_again():
+    """What they read changes nothing."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(12, 6), torch.arange(12) % 3
+    other = x.clone()
+    other[:, 4:] = torch.randn(12, 2)
+    within = {"0.weight": torch.ones(8, 6, dtype=torch.bool), "2.weight": torch.ones(3, 8, dtype=torch.bool)}
+    within["0.weight"][:, 4:] = False
+    one, two = (score(model, [(images, y)], redraw="all", seed=3, within=within) for images in (x, other))
+    torch.testing.assert_close(one, two)
+    assert one["0.weight"].any()
+
+
+def test_rounds_score_the_network_that_is_left(monkeypatch):
+    """The masks of a round are what the next one is scored within; the model itself is what every round starts from."""
+    from grasp_sparse import pruning
+
+    torch.manual_seed(0)
+    model, x, y, seen = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(12, 6), torch.arange(12) % 3, []
+
+    def watched(network, *args, within=None, **options):
+        assert network is model
+        seen.append(within)
+        return score(network, *args, within=within, **options)
+
+    monkeypatch.setattr(pruning, "score", watched)
+    masks = prune(model, [(x, y)], 0.8, iterations=3)
+    assert seen[0] is None and len(seen) == 3
+    kept = [sum(int(mask.sum()) for mask in within.values()) for within in (*seen[1:], masks)]
+    assert kept[0] > kept[1] > kept[2] == round(0.2 * 72)
+    for before, after in ((seen[1], seen[2]), (seen[2], masks)):
+        assert all(bool((after[name] <= before[name]).all()) for name in after)
+
+
+def test_autocast_outside_does_not_round_scores():
+    model, batch = smooth_net(), data()
+    expected = score(model, [batch])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = score(model, [batch])
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_masks_to_score_within_are_checked():
+    model, batch = smooth_net(), data()
+    masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in score(model, [batch], "magnitude").items()}
+    masks.pop(next(iter(masks)))
+    with pytest.raises(ValueError, match="Expected within to hold a bool mask"):
+        score(model, [batch], within=masks)
+    scores = {"w": torch.arange(4.0)}
+    with pytest.raises(ValueError, match="Expected no within with rule='paper'"):
+        make_masks(scores, 0.5, rule="paper", within={"w": torch.ones(4, dtype=torch.bool)})
