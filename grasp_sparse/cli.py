@@ -218,7 +218,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**environment, "extension": kernels}, indent=1, default=str))
         return OK
-    rows = {**environment, "cuda": environment["cuda"] or "no device"}
+    rows = {**environment, "cuda": environment["cuda"] or "no device", "instruction_limits": environment["instruction_limits"] or "none"}
     if not kernels["loaded"]:
         rows["compiled"] = f"no: {kernels['reason']}"
     else:

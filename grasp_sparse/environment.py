@@ -34,7 +34,7 @@ def cpu_model() -> str:
 
 
 # By which torch's own kernels are kept from instructions that the processor has, as GRASP_SPARSE_ISA keeps those of this package.
-_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 def instruction_limits() -> str | None:

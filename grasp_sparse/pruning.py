@@ -126,9 +126,11 @@ def prune(
     check_uncompiled(model)
     published = get_criterion(criterion)
     if published.reads != 0:
-        check_forwards(model)  # here, for `score` will see a copy
+        check_forwards(model)  # here, before the batches are read
     rounds = published.iterations if iterations is None else plain_number(iterations)
     seed, min_density, min_per_layer = map(plain_number, (seed, min_density, min_per_layer))
+    if "within" in options:
+        raise ValueError("Expected no within, got masks: prune goes by its own, round after round; give them to score and make_masks")
     if rounds < 1:
         raise ValueError(f"Expected at least one iteration, got {rounds}")
     usual_rule = "paper" if options.get("preset") == "paper" else "exact"
@@ -165,7 +167,10 @@ def prune(
         else:
             shapes = {weight.name: weight.parameter.shape for weight in selection.weights}
             sparsest = functools.partial(choice.sparsest, shapes)
-            masks = time_search(model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn, pattern, plan, max_density)
+            with torch.inference_mode(False), torch.enable_grad():  # steps are timed, whatever the caller computes
+                masks = time_search(
+                    model, maker.masks_at, sparsest, list(shapes), example, float(speedup), loss_fn, pattern, plan, max_density
+                )
     _warn_if_thin(masks)
     return masks
 

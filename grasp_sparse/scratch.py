@@ -97,7 +97,7 @@ def zero_outside(tensors: Mapping[str, torch.Tensor], within: Mapping[str, torch
     """Makes zero, in place, what lies outside of the masks; tensors without one stay as they are."""
     for name, tensor in tensors.items():
         if within is not None and name in within:
-            tensor.mul_(within[name])
+            tensor.masked_fill_(~within[name], 0)
 
 
 def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -62,8 +62,6 @@ class Try(NamedTuple):
         return self.dense / self.sparse
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def fit_speedup(
     model: nn.Module,
     masks_at: Callable[[float, Mapping[str, float]], MaskSet],

@@ -150,7 +150,7 @@ def check_initialised(model: nn.Module) -> None:
 def check_within(within: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """ValueError unless there is a bool mask for each of the weights, or scores of weights, that fits it."""
     for name, values in tensors.items():
-        mask = within.get(name)
+        mask = within.get(name) if isinstance(within, Mapping) else None
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != values.shape:
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(

@@ -39,7 +39,7 @@ def test_without_that_file(monkeypatch):
 
 
 def test_what_keeps_dense_kernels_from_instructions_is_told(monkeypatch):
-    for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+    for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DNNL_MAX_CPU_ISA", "")  # as good as unset
     assert instruction_limits() is None

@@ -207,9 +207,10 @@ def test_a_machine_that_never_agrees_gives_the_nearest_and_a_warning(on, monkeyp
         return times
 
     monkeypatch.setattr(speedup, "measure_steps", moody)
-    with pytest.warns(UserWarning, match="Expected masks that are 4 times as fast within 10%, found"):
+    with pytest.warns(UserWarning, match="Expected masks that are 4 times as fast within 10%, found") as said:
         masks = gs.prune(net(), batches(), criterion="magnitude", budget="time", speedup=4.0)
     assert len(masks.recipe["tries"]) == 6
+    assert [one.filename for one in said if "times as fast" in str(one.message)] == [__file__]  # it points at the caller
 
 
 def test_weights_are_charged_the_seconds_their_layer_takes(on, monkeypatch):

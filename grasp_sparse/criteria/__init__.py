@@ -1,7 +1,8 @@
 """Criteria: a score per weight, larger = kept. One file each; `score` is the way in.
 
 A criterion is a function `(model, weights, batches, loss_fn, **options) -> {name: scores}`. It gets a scratch copy of
-the model, which it may change at will, the copy's weights to score, by parameter name, and re-iterable micro-batches.
+the model, which it may change at will, the copy's weights to score, by parameter name, and re-iterable micro-batches. In
+rounds weights that are gone are zero; functions of the caller's own are not told which they are.
 """
 
 from __future__ import annotations

@@ -112,12 +112,13 @@ def test_random_is_independent_of_the_dtype_of_the_model_and_without_ties():
 
 def test_random_keeps_groups_of_any_size_alike():
     """Blocks at edges are an eighth as large as others, and a layer of small channels stands beside one of large ones."""
-    edges = make_masks(score(nn.Linear(32 * 40, 36), criterion="random", seed=1), 0.5, "block(32, 32)")["weight"]
-    whole, thin = (int(part.sum()) for part in (edges[:32, ::32], edges[32:, ::32]))
-    assert (whole, thin) == (pytest.approx(32 * 20, abs=32 * 12), pytest.approx(4 * 20, abs=4 * 12))
+    edges = make_masks(score(nn.Linear(32 * 400, 36), criterion="random", seed=1), 0.9, "block(32, 32)")["weight"]
+    whole, thin = int(edges[0, ::32].sum()), int(edges[-1, ::32].sum())
+    assert 16 <= whole <= 64 and 16 <= thin <= 64 + 7  # of 400 each; what is left of a budget goes to small ones
     model = nn.Sequential(nn.Linear(8, 400), nn.Linear(512, 400))
     masks = make_masks(score(model, criterion="random", seed=1), 0.75, "channel")
-    assert [int(mask[:, 0].sum()) for mask in masks.values()] == [pytest.approx(100, abs=45)] * 2
+    thin, wide = (int(mask[:, 0].sum()) for mask in masks.values())
+    assert wide == pytest.approx(100, abs=35) and 65 <= thin <= 135 + 64
 
 
 def test_synflow_scores_the_paths_of_magnitudes_and_conserves_flow():

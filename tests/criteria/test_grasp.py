@@ -252,6 +252,8 @@ def test_what_is_gone_has_no_part_in_the_gradient(preset):
     within["0.weight"][:, 4:] = False
     # Drawn again are weights of other sizes, so that the two could not be compared: "last" are of the same.
     options = {"preset": preset, "redraw": "last", "generator": torch.Generator()} if preset else {}
+    with torch.no_grad():
+        whole[0].weight[:, 5] = torch.nan  # gone is gone, whatever it was
     found = []
     for model, images, masks in ((whole, x, within), (small, x[:, :4].contiguous(), None)):
         if preset:
@@ -311,6 +313,10 @@ def test_masks_to_score_within_are_checked():
     masks.pop(next(iter(masks)))
     with pytest.raises(ValueError, match="Expected within to hold a bool mask"):
         score(model, [batch], within=masks)
+    with pytest.raises(ValueError, match="Expected within to hold a bool mask"):
+        score(model, [batch], within=[torch.ones(3, dtype=torch.bool)])
+    with pytest.raises(ValueError, match="Expected no within"):
+        prune(model, iter([batch]), within=masks)
     scores = {"w": torch.arange(4.0)}
     with pytest.raises(ValueError, match="Expected no within with rule='paper'"):
         make_masks(scores, 0.5, rule="paper", within={"w": torch.ones(4, dtype=torch.bool)})
