@@ -94,10 +94,9 @@ def scratch_copy(model: nn.Module, *, dtype: torch.dtype | None = None, seed: in
 
 @torch.no_grad()
 def zero_outside(tensors: Mapping[str, torch.Tensor], within: Mapping[str, torch.Tensor] | None) -> None:
-    """Makes zero, in place, what lies outside of the masks; tensors without one stay as they are."""
-    for name, tensor in tensors.items():
-        if within is not None and name in within:
-            tensor.masked_fill_(~within[name], 0)
+    """Makes zero, in place, what lies outside of the masks, if there are any."""
+    for name, mask in (within or {}).items():
+        tensors[name].masked_fill_(~mask, 0)
 
 
 def move(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

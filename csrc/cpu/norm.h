@@ -29,6 +29,13 @@ struct WholeLanes {
   GRASP_SPARSE_INLINE void store(S* p, Native<T> v) const { put_native<T, Stream>(p, v); }
 };
 
+// One vector of a line whose rest others write, through the cache: past it half a line costs as much as a whole one.
+template <class T>
+struct LanesOfPart : WholeLanes<T> {
+  template <bool Stream, class S>
+  GRASP_SPARSE_INLINE void store(S* p, Native<T> v) const { put_native<T, false>(p, v); }
+};
+
 template <class T>
 struct FirstLanes {
   int count;
@@ -45,7 +52,7 @@ GRASP_SPARSE_INLINE void for_columns(int64_t col, int64_t end, const Block& bloc
   for (; col + kNormVectors * n <= end; col += kNormVectors * n) block(Count<kNormVectors>{}, WholeLanes<T>{}, col);
   for (; col + kNatives * n <= end; col += kNatives * n) block(Count<kNatives>{}, WholeLanes<T>{}, col);  // a line
   if constexpr (kNatives > 1) {
-    for (; col + n <= end; col += n) block(Count<1>{}, WholeLanes<T>{}, col);
+    for (; col + n <= end; col += n) block(Count<1>{}, LanesOfPart<T>{}, col);
   }
   if (col < end) block(Count<1>{}, FirstLanes<T>{static_cast<int>(end - col)}, col);
 }

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX2__)  // with AVX-512, too
 #include <immintrin.h>
 #endif
 
@@ -167,7 +167,7 @@ GRASP_SPARSE_INLINE void put_native(Bf16* p, Native<T> v) {
 
 // Makes streamed stores visible to other threads.
 GRASP_SPARSE_INLINE void stream_fence() {
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }

@@ -122,7 +122,7 @@ def score(
         weights = {name: parameters[name].requires_grad_() for name in names}
         if within is not None:
             check_within(within, weights)
-            within = {name: mask.to(weights[name].device) for name, mask in within.items() if name in weights}
+            within = {name: within[name].to(weight.device) for name, weight in weights.items()}
             zero_outside(weights, within)
             if chosen.couples:
                 options["within"] = within

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grasp_sparse import pruning
 from grasp_sparse.criteria import score
 from grasp_sparse.pruning import make_masks, prune
 from small_models import data, norm_net, smooth_net
@@ -280,8 +281,6 @@ def test_weights_that_are_gone_are_not_drawn_again():
 
 def test_rounds_score_the_network_that_is_left(monkeypatch):
     """The masks of a round are what the next one is scored within; the model itself is what every round starts from."""
-    from grasp_sparse import pruning
-
     torch.manual_seed(0)
     model, x, y, seen = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(12, 6), torch.arange(12) % 3, []
 

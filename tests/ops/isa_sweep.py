@@ -139,10 +139,11 @@ def sweep_large() -> None:
 
 
 def sweep_batch_norm() -> None:
-    """Rows shorter than a vector, rows with rests, folded rows, several parts; the large one is written past the cache."""
+    """Rows shorter than a vector, rows with rests, folded rows, several parts; the large ones are written past the cache, of which
+    some end with a line, and some, 14x14 in NCHW, with half of one."""
     shapes = ((3, 5, 7, 7), (33, 67, 4, 4), (2, 2, 40, 41), (130, 24, 2, 2), (6, 130, 13, 13))
     cases = [*product(STORED, shapes, NORM_CASES, ("NCHW", "channels_last", "CHWN", "sliced"))]
-    large = (("float32", (33, 64, 48, 44)), ("float64", (33, 32, 48, 44)))
+    large = (("float32", (33, 64, 48, 44)), ("float64", (33, 32, 48, 44)), ("float32", (9, 48, 33, 32)), ("float32", (7, 256, 14, 14)))
     cases += [(*of, (True, True, True), layout) for of, layout in product(large, ("NCHW", "channels_last", "CHWN"))]
     for dtype, shape, (residual, relu, affine), layout in cases:
         lay, rest = IMAGE_LAYOUTS[layout][0], (1e-5, relu)
